@@ -1,0 +1,123 @@
+"""What the engine is configured with: the model's shape, the KV pool, the scheduler's limits.
+
+Three frozen dataclasses, every quantity with its unit in the name, checked when built so that a bad value is
+refused where it was written. Nothing here knows torch, files or policies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3's frequency-dependent stretching of rotary positions (Llama 3.1 model card)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_context_tokens: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one decoder-only transformer. Families differ by these fields alone, never by a class.
+
+    Raises:
+        ValueError: a dimension is not positive, or the query heads do not divide over the KV heads.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context_tokens: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    mlp: Literal["gated-silu", "relu"] = "gated-silu"
+    positions: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    learned_position_offset: int = 0
+    attention_qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                     "head_dim", "max_context_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"ModelConfig.{name} must be positive, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads")
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers stored for one token: K and V, of every layer."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """The KV pool. A *slot* is room for one token's K and V in every layer; a block is `block_size` slots.
+
+    `num_host_blocks` bounds the checkpoint store in host memory; None means as many as the device pool has.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    num_host_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_blocks <= 0 or self.block_size <= 0:
+            raise ValueError(f"the KV pool needs at least one block of one slot, got {self.num_blocks} blocks "
+                             f"of {self.block_size}")
+        if self.num_host_blocks is not None and self.num_host_blocks < 0:
+            raise ValueError(f"num_host_blocks must be None or at least 0, got {self.num_host_blocks}")
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the device pool can hold."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def host_blocks(self) -> int:
+        """Blocks of the checkpoint store, with the default filled in."""
+        return self.num_blocks if self.num_host_blocks is None else self.num_host_blocks
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits that every policy shares, then what only BROS reads.
+
+    The batch cap works like TCP slow start (paper, section on packing): it starts at `base_batch_cap`, doubles while
+    no RT deadline binds and falls back when one does; `max_num_seqs` is its ceiling and B_max.
+    `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is what one step of
+    waiting is worth when BE requests are ordered by the KV they must restore (our decision).
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    chunked_prefill: bool = False
+    max_context_tokens: int = field(default=1 << 30)
+    base_batch_cap: int = 128
+    be_max_wait_steps: int = 128
+    be_aging_tokens_per_step: float = 1.0
+    min_chunk_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_context_tokens", "base_batch_cap",
+                     "be_max_wait_steps", "min_chunk_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"SchedulerConfig.{name} must be positive, got {getattr(self, name)}")
+        if not self.be_aging_tokens_per_step >= 0:
+            raise ValueError(f"be_aging_tokens_per_step must be at least 0, got {self.be_aging_tokens_per_step}")
