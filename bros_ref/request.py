@@ -101,6 +101,7 @@ class Request:
     num_computed_tokens: int = 0  # tokens whose K and V are in the cache (or, after a checkpoint, in host memory)
     num_tokens: int = field(init=False)  # prompt + output so far
     deadline_s: float = math.inf  # when the next token is due; real-time only
+    due_s: float = math.inf  # the deadline, less the time of iterations needed before the last one; see scheduler/bros
     last_step: int = -1  # the step it last ran in
     num_preemptions: int = 0
     # set by the engine, one a generated token
@@ -110,6 +111,7 @@ class Request:
     # derived once
     is_rt: bool = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    max_total_tokens: int = field(init=False)  # prompt plus the most it may generate: the room it can come to need
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -122,15 +124,11 @@ class Request:
         if not self.is_rt and self.slo is not None:
             raise ValueError(f"request {self.request_id!r} is best-effort: an SLO would be ignored; leave it out")
         self.num_prompt_tokens = self.num_tokens = len(self.prompt_token_ids)
+        self.max_total_tokens = self.num_prompt_tokens + self.sampling.max_tokens
         if self.slo is not None:
-            self.deadline_s = self.arrival_s + self.slo.ttft_s
+            self.deadline_s = self.due_s = self.arrival_s + self.slo.ttft_s
 
     @property
     def token_ids(self) -> list[int]:
         """Prompt and output so far, [num_tokens]."""
         return self.prompt_token_ids + self.output_token_ids
-
-    @property
-    def max_total_tokens(self) -> int:
-        """Prompt plus the most it may generate: the room it can come to need."""
-        return self.num_prompt_tokens + self.sampling.max_tokens

@@ -1,0 +1,46 @@
+"""Policies by name: which scheduler on which KV manager. The one table that commands and tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bros_ref.config import KVCacheConfig, SchedulerConfig
+from bros_ref.kv_cache.bidirectional import BidirectionalKVCacheManager
+from bros_ref.kv_cache.manager import KVCacheManager
+from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.bros import BROSScheduler
+from bros_ref.scheduler.latency_model import StepLatencyModel
+from bros_ref.scheduler.round_robin import RoundRobinScheduler
+from bros_ref.scheduler.sglang_priority import SGLangPriorityScheduler
+from bros_ref.scheduler.tgi import TGIScheduler
+from bros_ref.scheduler.vllm_fcfs import VLLMFCFSScheduler
+from bros_ref.scheduler.vllm_priority import VLLMPriorityScheduler
+
+POLICIES: dict[str, tuple[type[Scheduler], Callable[[KVCacheConfig], KVCacheManager]]] = {
+    "vllm-fcfs": (VLLMFCFSScheduler, KVCacheManager),
+    "vllm-priority": (VLLMPriorityScheduler, KVCacheManager),
+    "tgi": (TGIScheduler, KVCacheManager),
+    "sglang-priority": (SGLangPriorityScheduler, KVCacheManager),
+    "bros-rr": (RoundRobinScheduler, KVCacheManager),
+    "bros": (BROSScheduler, BidirectionalKVCacheManager),
+    # ablations: scheduling as BROS, KV pressure answered otherwise
+    "bros-recompute": (BROSScheduler, KVCacheManager),
+    "bros-swap-request": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "request")),
+    "bros-swap-block": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "block")),
+}
+BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
+
+
+def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfig,
+                   latency: StepLatencyModel | None = None, eos_token_ids: Sequence[int] = ()) -> Scheduler:
+    """Builds the scheduler of a policy, with its KV manager.
+
+    Raises:
+        ValueError: unknown policy; the message lists the known ones.
+    """
+    if policy in BOUNDS:
+        policy = "bros"
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
+    scheduler, manager = POLICIES[policy]
+    return scheduler(config, manager(kv_config), latency, eos_token_ids)

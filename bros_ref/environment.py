@@ -1,0 +1,76 @@
+"""What a result was measured on: enough to judge a number later, and to try it again.
+
+It reads versions, the CPU and the commit; it imports no heavy package for that. Invariant: strict JSON, and it never
+fails: what cannot be found out is None.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def environment_stamp() -> dict[str, Any]:
+    """Python, package versions, CPU, usable cores, GPU (None if no CUDA device is in use), commit and date (UTC)."""
+    return {
+        "python": platform.python_version(),
+        "bros_ref": _version("bros-ref"),
+        "torch": _version("torch"),
+        "numpy": _version("numpy"),
+        "platform": platform.platform(),
+        "cpu_model": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": _gpu_name(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    """The installed version, without importing the package: torch alone would take seconds."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or None
+
+
+def _gpu_name() -> str | None:
+    """The CUDA device, if this process has already loaded torch; a simulated run must not start to."""
+    torch = sys.modules.get("torch")
+    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with "+" if tracked files differ from it."""
+    if not (_REPOSITORY / ".git").exists():
+        return None  # an installed copy: the commit of whatever repository surrounds it would be wrong
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return commit and commit + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "--no-optional-locks", "-C", str(_REPOSITORY), *arguments],
+                              capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,159 @@
+"""Where keys and values live: one device allocation for every layer, and the host store that checkpoints go to.
+
+It knows slots, and nothing about requests, owners or why a copy is wanted. The invariant it keeps: after
+`run_copies` every slot holds what the three lists say, in the order checkpoint, relocate, restore, and whoever then
+reads a layer through this class sees its restored slots, on a GPU too.
+
+    slot = block * block_size + (block_size - 1 - offset if reversed else offset),   offset = position % block_size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bros_ref.config import KVCacheConfig
+
+SlotPairs = Sequence[tuple[int, int]]  # (source slot, destination slot)
+
+
+def gather_dense(cache: Tensor, block_table: Sequence[int], num_tokens: int, reversed_: bool) -> Tensor:
+    """One sequence's rows of a paged cache in logical order: slow, obvious, the oracle of everything faster.
+
+    Args:
+        cache: [num_blocks, block_size, num_kv_heads, head_dim], any dtype.
+        block_table: block ids in logical order, at least ceil(num_tokens / block_size) of them.
+
+    Returns:
+        [num_tokens, num_kv_heads, head_dim], a copy.
+    """
+    block_size = cache.shape[1]
+    rows = []
+    for position in range(num_tokens):
+        offset = position % block_size
+        rows.append(cache[block_table[position // block_size], block_size - 1 - offset if reversed_ else offset])
+    return torch.stack(rows) if rows else cache.new_empty((0, *cache.shape[2:]))
+
+
+class KVStorage:
+    """The K/V tensors of all layers, and their checkpoint store in host memory.
+
+    Attributes:
+        data: [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]. Starts as zeros; slots that no
+            live token owns may hold anything, NaN included.
+        slot_bytes: size of one token's K and V over all layers.
+    """
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, config: KVCacheConfig,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.device = torch.device(device)
+        self.data = torch.zeros(num_layers, 2, config.num_blocks, config.block_size, num_kv_heads, head_dim,
+                                dtype=dtype, device=self.device)
+        self.slot_bytes = 2 * num_layers * num_kv_heads * head_dim * self.data.element_size()
+        self._slots = self.data.flatten(2, 3)  # [num_layers, 2, num_slots, num_kv_heads, head_dim], a view
+        # Layer views are made once: a view costs microseconds, and a step asks for 4 * num_layers of them.
+        self._blocks_of = [(layer[0], layer[1]) for layer in self.data]
+        self._slots_of = [(layer[0], layer[1]) for layer in self._slots]
+        self._host: Tensor | None = None  # made when the first checkpoint comes
+        self._side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._restored: list[torch.cuda.Event | None] = [None] * num_layers
+
+    @property
+    def host_data(self) -> Tensor:
+        """The checkpoint store, [num_layers, 2, host_slots, num_kv_heads, head_dim]; allocated on first use."""
+        if self._host is None:
+            num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
+            host_slots = self.config.host_blocks * self.config.block_size
+            self._host = torch.zeros(num_layers, two, host_slots, num_kv_heads, head_dim, dtype=self.data.dtype,
+                                     pin_memory=self._side_stream is not None)
+        return self._host
+
+    def k(self, layer: int) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, head_dim], a view."""
+        self._wait_for_restore(layer)
+        return self._blocks_of[layer][0]
+
+    def v(self, layer: int) -> Tensor:
+        """[num_blocks, block_size, num_kv_heads, head_dim], a view."""
+        self._wait_for_restore(layer)
+        return self._blocks_of[layer][1]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+        """Stores new tokens. Touches no other slot.
+
+        Args:
+            k, v: [num_tokens, num_kv_heads, head_dim], the storage's dtype.
+            slot_mapping: [num_tokens] int64, no slot twice.
+        """
+        self._wait_for_restore(layer)
+        k_slots, v_slots = self._slots_of[layer]
+        k_slots.index_copy_(0, slot_mapping, k)
+        v_slots.index_copy_(0, slot_mapping, v)
+
+    def gather_dense(self, layer: int, block_table: Sequence[int], num_tokens: int,
+                     reversed_: bool) -> tuple[Tensor, Tensor]:
+        """K and V of one sequence in logical order, each [num_tokens, num_kv_heads, head_dim]: the oracle."""
+        return (gather_dense(self.k(layer), block_table, num_tokens, reversed_),
+                gather_dense(self.v(layer), block_table, num_tokens, reversed_))
+
+    def run_copies(self, checkpoint: SlotPairs = (), relocate: SlotPairs = (), restore: SlotPairs = ()) -> None:
+        """Moves slots, all layers at once, in this order: device -> host, device -> device, host -> device.
+
+        Within a list every read comes before any write. On CUDA the restore runs on a side stream, layer by layer;
+        the first reader of a layer waits for that layer alone, so early layers compute while late ones still copy.
+
+        Raises:
+            ValueError: a slot lies outside its store, or one list writes a slot twice; nothing was copied.
+        """
+        device_slots, host_slots = self._slots.shape[2], self.config.host_blocks * self.config.block_size
+        _check_pairs("checkpoint", checkpoint, device_slots, host_slots)
+        _check_pairs("relocate", relocate, device_slots, device_slots)
+        _check_pairs("restore", restore, host_slots, device_slots)
+        if self._side_stream is not None:  # an earlier restore whose layers nobody read yet
+            torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
+        if checkpoint:
+            source, destination = self._indices(checkpoint)
+            saved = self._slots.index_select(2, source.to(self.device)).cpu()
+            self.host_data.index_copy_(2, destination, saved)
+        if relocate:
+            source, destination = (index.to(self.device) for index in self._indices(relocate))
+            self._slots.index_copy_(2, destination, self._slots.index_select(2, source))
+        if restore:
+            self._restore(*self._indices(restore))
+
+    def _restore(self, source: Tensor, destination: Tensor) -> None:
+        saved = self.host_data.index_select(2, source)  # [num_layers, 2, n, num_kv_heads, head_dim]
+        if self._side_stream is None:
+            self._slots.index_copy_(2, destination, saved)
+            return
+        saved = saved.pin_memory()
+        # Work already queued may still read or write the destinations, so the side stream starts after it.
+        self._side_stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side_stream):
+            destination = destination.to(self.device)
+            for layer in range(len(saved)):
+                self._slots[layer].index_copy_(1, destination, saved[layer].to(self.device, non_blocking=True))
+                self._restored[layer] = self._side_stream.record_event()
+
+    def _wait_for_restore(self, layer: int) -> None:
+        event = self._restored[layer]
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+            self._restored[layer] = None
+
+    @staticmethod
+    def _indices(pairs: SlotPairs) -> tuple[Tensor, Tensor]:
+        source, destination = torch.tensor(pairs, dtype=torch.int64).T.contiguous()
+        return source, destination
+
+
+def _check_pairs(name: str, pairs: SlotPairs, source_slots: int, destination_slots: int) -> None:
+    for source, destination in pairs:
+        if not (0 <= source < source_slots and 0 <= destination < destination_slots):
+            raise ValueError(f"{name} copy {source} -> {destination}: slots must lie in 0..{source_slots - 1} "
+                             f"(source) and 0..{destination_slots - 1} (destination)")
+    if len({destination for _, destination in pairs}) != len(pairs):
+        raise ValueError(f"{name} copies write a slot twice: {sorted(destination for _, destination in pairs)}")

@@ -1,0 +1,195 @@
+"""Runs a trace again, step by step, to say what it does not store: who owned each slot, who was doing what.
+
+It knows the records of `trace.py` and nothing else: no scheduler, no cache. The rules it replays are those of
+`StepRecord`: table changes come in the order they happened, a request's length is the sum of its scheduled tokens
+since its table was last dropped, and block i of a table holds tokens i*B to i*B + B - 1. Invariant: the work is
+proportional to what changed, never to steps x blocks or steps x requests.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from bros_ref.trace import (
+    DECODE,
+    PENDING,
+    PREFILL,
+    RESTORING,
+    WAITING,
+    BlockView,
+    PhaseSpan,
+    StepRecord,
+    Trace,
+)
+
+Owner = tuple[str, int]  # request id, logical index of the block in its table
+
+
+def replay_pools(trace: Trace) -> Iterator[list[BlockView]]:
+    """See `Trace.pools`. Each list is the caller's; the views in it are shared with the lists before and after."""
+    pool = _Pool(trace)
+    for step in trace.steps:
+        pool.apply(step)
+        yield list(pool.views)
+
+
+class _Pool:
+    """Block tables, lengths and losses of all requests, and the blocks seen from the other side."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.block_size = trace.block_size
+        self.views = [BlockView() for _ in range(trace.num_blocks)]
+        self._is_rt = {request_id: record.request_class == "rt" for request_id, record in trace.requests.items()}
+        self._tables: defaultdict[str, dict[int, int]] = defaultdict(dict)  # logical index -> block id
+        self._num_slots: defaultdict[str, int] = defaultdict(int)
+        self._lost: defaultdict[str, dict[int, int]] = defaultdict(dict)
+        self._rt_owners: dict[int, Owner] = {}
+        self._be_owners: dict[int, Owner] = {}
+
+    def apply(self, step: StepRecord) -> None:
+        """One step forward; only the blocks it touched get a new view."""
+        touched: set[int] = set()
+        for request_id, index, block_id in step.block_changes:
+            if index < 0:
+                touched.update(self._drop(request_id))
+                continue
+            if not -1 <= block_id < len(self.views):
+                raise ValueError(f"step {step.step}: request {request_id!r} is given block {block_id}, but the pool "
+                                 f"has blocks 0 to {len(self.views) - 1}")
+            touched.update(self._release(request_id, index))
+            if block_id >= 0:
+                self._tables[request_id][index] = block_id
+                self._owners(request_id)[block_id] = (request_id, index)
+                touched.add(block_id)
+        for request_id, num_tokens in step.scheduled.items():
+            first = self._num_slots[request_id]
+            self._num_slots[request_id] = first + num_tokens
+            indices = range(first // self.block_size, (first + num_tokens - 1) // self.block_size + 1)
+            touched.update(self._blocks(request_id, indices))
+        for request_id, index, num_lost in step.lost:
+            self._lost[request_id][index] = num_lost
+            touched.update(self._blocks(request_id, (index,)))
+        for block_id in touched:
+            self.views[block_id] = self._view(block_id)
+
+    def _owners(self, request_id: str) -> dict[int, Owner]:
+        return self._rt_owners if self._is_rt[request_id] else self._be_owners
+
+    def _blocks(self, request_id: str, indices: Iterable[int]) -> list[int]:
+        table = self._tables[request_id]
+        return [table[index] for index in indices if index in table]
+
+    def _release(self, request_id: str, index: int) -> list[int]:
+        """Takes one entry out of a table; a block that meanwhile has another owner of this class keeps it."""
+        block_id = self._tables[request_id].pop(index, None)
+        if block_id is None:
+            return []
+        owners = self._owners(request_id)
+        if owners.get(block_id) == (request_id, index):
+            del owners[block_id]
+        return [block_id]
+
+    def _drop(self, request_id: str) -> list[int]:
+        self._num_slots.pop(request_id, None)
+        self._lost.pop(request_id, None)
+        return [block_id for index in list(self._tables[request_id]) for block_id in self._release(request_id, index)]
+
+    def _fill(self, owner: Owner) -> int:
+        request_id, index = owner
+        return max(0, min(self.block_size, self._num_slots[request_id] - index * self.block_size))
+
+    def _view(self, block_id: int) -> BlockView:
+        view = BlockView()
+        if (rt := self._rt_owners.get(block_id)) is not None:
+            view.rt_owner, view.rt_index, view.rt_fill = rt[0], rt[1], self._fill(rt)
+        if (be := self._be_owners.get(block_id)) is not None:
+            view.be_owner, view.be_index, view.be_fill = be[0], be[1], self._fill(be)
+            view.overwritten = self._lost[be[0]].get(be[1], 0)
+        return view
+
+
+def replay_phases(trace: Trace) -> dict[str, list[PhaseSpan]]:
+    """See `Trace.phases`."""
+    lives = {request_id: _Life(record.arrival_s, record.prompt_tokens)
+             for request_id, record in trace.requests.items() if request_id not in trace.rejected}
+    outside = sorted((float(end[0]), request_id) for request_id, end in trace.ended_outside.items())
+    ran_last: set[str] = set()
+    for step in trace.steps:
+        while outside and outside[0][0] <= step.start_s:
+            time_s, request_id = outside.pop(0)
+            lives[request_id].end(time_s)
+        # 1. Lost tables first: they make "pending" into "waiting", and a length into zero.
+        dropped = {request_id for request_id, index, _ in step.block_changes if index < 0}
+        for request_id in dropped:
+            lives[request_id].drop()
+        # 2. Who stopped running, and who lost its KV while it sat out.
+        for request_id in (ran_last | dropped) - step.scheduled.keys():
+            lives[request_id].sit_out(step.start_s)
+        # 3. Who runs.
+        restoring = {request_id for request_id, index, num_lost in step.lost
+                     if lives[request_id].set_lost(index, num_lost)}
+        for request_id, num_tokens in step.scheduled.items():
+            lives[request_id].run(step.start_s, num_tokens, request_id in restoring)
+        for request_id in step.emitted:
+            lives[request_id].num_emitted += 1
+        for request_id in step.finished:
+            lives[request_id].end(step.end_s)
+        ran_last = set(step.scheduled)
+    for time_s, request_id in outside:
+        lives[request_id].end(time_s)
+    for life in lives.values():
+        life.end(trace.end_s)
+    return {request_id: life.spans for request_id, life in lives.items()}
+
+
+class _Life:
+    """One request's spans so far. The last one is open until the next phase, or the end, closes it."""
+
+    def __init__(self, arrival_s: float, prompt_tokens: int) -> None:
+        self.spans = [PhaseSpan(WAITING, arrival_s, arrival_s)]
+        self.num_emitted = 0
+        self._prompt_tokens = prompt_tokens
+        self._num_slots = 0
+        self._lost: dict[int, int] = {}
+        self._ended = False
+
+    def drop(self) -> None:
+        self._num_slots = 0
+        self._lost.clear()
+
+    def set_lost(self, index: int, num_lost: int) -> bool:
+        """Notes what of a block lives on the host only; True if that has become less: a restore."""
+        before = self._lost.get(index, 0)
+        self._lost[index] = num_lost
+        return num_lost < before
+
+    def sit_out(self, time_s: float) -> None:
+        self._switch(PENDING if self._num_slots else WAITING, time_s)
+
+    def run(self, time_s: float, num_tokens: int, is_restoring: bool) -> None:
+        known_before = self._prompt_tokens + self.num_emitted - 1
+        is_decode = self.num_emitted > 0 and self._num_slots == known_before
+        self._switch(RESTORING if is_restoring else DECODE if is_decode else PREFILL, time_s)
+        self._num_slots += num_tokens
+        self.spans[-1].steps += 1
+        self.spans[-1].tokens += num_tokens
+
+    def end(self, time_s: float) -> None:
+        if self._ended:
+            return
+        self._close(time_s)
+        self._ended = True
+
+    def _switch(self, phase: str, time_s: float) -> None:
+        if self._ended or self.spans[-1].phase == phase:
+            return
+        self._close(time_s)
+        self.spans.append(PhaseSpan(phase, time_s, time_s))
+
+    def _close(self, time_s: float) -> None:
+        """Ends the open span; one that took no time and ran in no step was none."""
+        last = self.spans[-1]
+        last.end_s = max(time_s, last.start_s)
+        if last.steps == 0 and last.end_s == last.start_s:
+            self.spans.pop()

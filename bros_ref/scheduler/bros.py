@@ -1,0 +1,261 @@
+"""BROS (paper, sections 2 and 3): dynamic priority and greedy packing, solved anew every iteration.
+
+Maximise best-effort work, subject to: the predicted iteration fits the residual time of the most urgent RT (Eq. 6), at
+most `seats` requests, and the blocks suffice (Eq. 8). Greedy, in this order (the order is the paper's):
+
+    1. RT by ascending slack                              while the iteration stays within the tightest residual
+    2. RT that are late already                           they no longer set the bound (our decision)
+    3. BE by ascending KV to restore, less what waiting has earned          while it stays within that bound
+
+Not being picked *is* preemption: the request keeps its KV and its slots may be shared or taken (`bidirectional.py`).
+
+Slack = due - now - one average iteration, where `due` is the deadline less the iterations needed before the last one.
+All candidates share "now" and the average, so *slack order is the order of `due`*, and sorting what is almost sorted
+already is nearly free (the paper polls two sorted queues for the same reason).
+
+Ours, where the paper is silent:
+- An iteration is also short enough for a typical *new* RT, arriving as it starts, to meet its TTFT.
+- The paper's step 3 (batch full: swap the slackest RT for a BE) happens before the seat is taken: seats fill in slack
+  order, so the last seat is the slackest RT's; it goes to a BE if that RT can afford two iterations.
+- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *due*: one a step, the
+  longest-waiting, gets a seat, goes before all other BE and is exempt from the deadline bound. So with S BE holding KV
+  it runs within N + S steps, unless RT hold so much of the pool that its own KV cannot be put there. If no BE holds
+  KV, the head of the BE queue is due after N steps. Newcomers are admitted in order of arrival.
+  A late RT that has waited N steps is exempt from the bound in the same way.
+- A batch that is still empty takes its first BE whatever the bound: an idle machine helps nobody.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections.abc import Iterator
+from operator import attrgetter
+
+from bros_ref.request import Request, RequestStatus
+from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.queues import FIFOQueue
+from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS
+
+by_due = attrgetter("due_s")
+TYPICAL_RT_EMA = 0.1  # weight of the newest RT in the picture of a typical one
+
+
+class BROSScheduler(Scheduler):
+    """Dynamic priority with greedy packing; the ablations run this class on other KV managers."""
+
+    def setup(self) -> None:
+        self._rt_waiting: list[Request] = []  # sorted by due_s
+        self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
+        self._be_waiting = FIFOQueue()
+        self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
+        self._forced: Request | None = None
+        self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
+        self._deadline_bound = False  # whether a deadline kept somebody out of the last batch
+        self._typical_prompt_tokens = 0.0
+        self._typical_ttft_s = math.inf
+
+    def enqueue(self, request: Request, *, front: bool = False) -> None:
+        if not request.is_rt:
+            self._be_waiting.push(request, front=front)
+            return
+        self.prefill_advanced(request)
+        insort(self._rt_waiting, request, key=by_due)
+        if request.slo is not None and not front:
+            known = self._typical_ttft_s < math.inf
+            weight = TYPICAL_RT_EMA if known else 1.0
+            self._typical_ttft_s = request.slo.ttft_s if not known else (
+                self._typical_ttft_s + weight * (request.slo.ttft_s - self._typical_ttft_s))
+            self._typical_prompt_tokens += weight * (request.num_prompt_tokens - self._typical_prompt_tokens)
+
+    # -- the step's order and limits --------------------------------------------------------------------------
+
+    def begin_step(self, now_s: float) -> None:
+        self._adapt_batch_cap()
+        self.running.sort(key=by_due)  # RT by slack; BE are never due (infinity) and keep their order, at the end
+        self._be_order = self._sorted_be()
+        self.kv.begin_step(self._be_order)
+
+    def _adapt_batch_cap(self) -> None:
+        """TCP slow start (paper): double while no RT deadline binds, back to the base at once when one does."""
+        base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
+        self._batch_cap = base if self._deadline_bound else min(2 * self._batch_cap, ceiling)
+        self._deadline_bound = False
+        self.seats = self._batch_cap
+
+    def _sorted_be(self) -> list[Request]:
+        """BE that hold KV, by (tokens to restore - aging * steps waited); a due one goes to the very front."""
+        lost, step, aging = self.kv.num_lost_tokens, self.step, self.config.be_aging_tokens_per_step
+        order = [request for request in self.running if not request.is_rt]
+        order.sort(key=lambda request: lost(request.request_id) - aging * (step - request.last_step))
+        self._forced = None
+        oldest = min(order, key=attrgetter("last_step")) if order else self._be_waiting.head()
+        if oldest is not None and step - oldest.last_step > self.config.be_max_wait_steps:
+            self._forced = oldest
+            if order:
+                order.remove(oldest)
+                order.insert(0, oldest)
+        return order
+
+    def candidates(self, now_s: float) -> Iterator[Request]:
+        late: list[Request] = []
+        yield from self._urgent_rt(now_s, late)
+        yield from self._late_rt(late)
+        yield from self._best_effort(now_s)
+
+    # -- real-time --------------------------------------------------------------------------------------------
+
+    def _urgent_rt(self, now_s: float, late: list[Request]) -> Iterator[Request]:
+        """RT that can still be on time, by ascending slack; the first of them sets the bound. Late ones are put aside.
+
+        RUNNING and waiting RT are two sorted queues that are merged on the fly.
+        """
+        started = iter([request for request in self.running if request.is_rt])
+        waiting, output, iteration_s = self._rt_waiting, self.output, self.iteration_s
+        be_present = bool(self._be_order or self._be_waiting.head())
+        next_started, waiting_open = next(started, None), True
+        while True:
+            # 1. The more urgent of the two heads. A refused newcomer closes its queue: the rest stand behind it.
+            newcomer = self._rt_newcomer() if waiting_open else None
+            if newcomer is not None and (next_started is None or newcomer.due_s < next_started.due_s):
+                request = newcomer
+            elif next_started is not None:
+                request, next_started = next_started, next(started, None)
+            else:
+                return
+            if request.request_id in output.preempted:  # gave way to a more urgent RT in this very step
+                waiting_open = waiting_open and request is not newcomer
+                continue
+
+            # 2. Late already, or else a deadline that bounds the iteration.
+            residual_s = request.due_s - now_s
+            output.slack_s[request.request_id] = residual_s - iteration_s
+            if residual_s < self._alone_s(request):
+                if request is newcomer:
+                    self._rt_late.push(waiting.pop(0))
+                else:
+                    late.append(request)
+                continue
+            if residual_s < self.bound_s:
+                self.bound_s = residual_s
+
+            # 3. The last seat is the slackest RT's: a BE may have it (paper's step 3), and a due BE must.
+            if be_present and len(output.requests) == self.seats - 1 > 0 and (
+                    self._forced is not None or residual_s > 2 * iteration_s * self.latency.safety):
+                self._refuse(request, BATCH_CAP)
+                return
+            yield request
+            if self.refusal:
+                self._deadline_bound = self._deadline_bound or self.refusal == DEADLINE
+                waiting_open = waiting_open and request is not newcomer
+            elif request is newcomer:
+                waiting.pop(0)
+
+    def _rt_newcomer(self) -> Request | None:
+        """The waiting RT with the earliest due time, which stays in its queue."""
+        while self._rt_waiting and self._rt_waiting[0].status.is_end:
+            self._rt_waiting.pop(0)
+        return self._rt_waiting[0] if self._rt_waiting else None
+
+    def _late_rt(self, late: list[Request]) -> Iterator[Request]:
+        longest_wait = self.config.be_max_wait_steps
+        last_seat = self.seats - (self._forced is not None)
+        for request in late:
+            if len(self.output.requests) >= last_seat:
+                return
+            self.exempt = self.step - request.last_step > longest_wait
+            yield request
+        while len(self.output.requests) < last_seat and (newcomer := self._rt_late.head()):
+            self.exempt = self.step - newcomer.last_step > longest_wait
+            self.output.slack_s[newcomer.request_id] = newcomer.due_s - self.output.now_s - self.iteration_s
+            yield newcomer
+            if self.refusal:
+                break
+            self._rt_late.pop()
+        self.exempt = False
+
+    def _alone_s(self, request: Request) -> float:
+        """The shortest iteration that gets this request its next token (or chunk)."""
+        count = self._next_chunk(request)
+        return (self.latency.c0 + self.latency.cost_s(count, request.num_computed_tokens)) * self.latency.safety
+
+    def _next_chunk(self, request: Request) -> int:
+        left = request.num_tokens - request.num_computed_tokens
+        return min(left, self.config.max_num_batched_tokens) if self.config.chunked_prefill else left
+
+    def prefill_advanced(self, request: Request) -> None:
+        """A prefill in k chunks must end by the deadline, so its next chunk is due k - 1 iterations earlier."""
+        if not request.is_rt:
+            return
+        left = request.num_tokens - request.num_computed_tokens
+        chunks = -(-left // self.config.max_num_batched_tokens) if self.config.chunked_prefill else 1
+        request.due_s = request.deadline_s - (chunks - 1) * self.iteration_s
+
+    # -- best-effort ------------------------------------------------------------------------------------------
+
+    def _best_effort(self, now_s: float) -> Iterator[Request]:
+        self.bound_s = min(self.bound_s, self._newcomer_bound_s())
+        starved = False
+        for request in self._be_order:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # recomputed meanwhile
+            self.exempt = request is self._forced or not self.output.requests
+            yield request
+            starved = starved or self.refusal == NO_BLOCKS
+            if self.refusal == DEADLINE:
+                self._deadline_bound = True
+                if not self._a_decode_fits():
+                    return
+        while not starved and (newcomer := self._be_waiting.head()):
+            self.exempt = newcomer is self._forced or not self.output.requests
+            if newcomer.request_id in self.output.preempted:
+                break
+            yield newcomer
+            if self.refusal:
+                break
+            self._be_waiting.pop()
+        self.exempt = False
+
+    def _newcomer_bound_s(self) -> float:
+        """The iteration after which a typical RT that arrives right now can still make its TTFT; no bound if even
+        the shortest iteration would not do."""
+        latency, prompt_tokens = self.latency, int(self._typical_prompt_tokens)
+        own_s = (latency.c0 + latency.cost_s(max(prompt_tokens, 1), 0)) * latency.safety
+        left_s = self._typical_ttft_s - own_s
+        return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
+
+    def _a_decode_fits(self) -> bool:
+        return (self.latency.predict(self.output.features) + self.latency.c1) * self.latency.safety <= self.bound_s
+
+    # -- shortage ---------------------------------------------------------------------------------------------
+
+    def make_room(self, request: Request, num_new_tokens: int) -> bool:
+        """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
+        last. The last resort for an RT is to swap out (else recompute) the RT with the most slack."""
+        if not request.is_rt:
+            if request.status is RequestStatus.WAITING and request is not self._forced:
+                return False  # a newcomer displaces nobody
+            if self.kv.reclaim(request, num_new_tokens):
+                return True
+        victim = self._last_idle(self._be_order, request)
+        if victim is not None:
+            self.recompute(victim)
+            return True
+        victim = self._last_idle([other for other in self.running if other.is_rt], request) if request.is_rt else None
+        if victim is None:
+            return False
+        if self.kv.swap_out(victim.request_id):
+            self.output.preempted[victim.request_id] = "swap"
+        else:
+            self.recompute(victim)
+        return True
+
+    def _last_idle(self, order: list[Request], request: Request) -> Request | None:
+        """The last of `order` that sits out this step and has blocks to give; None once `request` itself is reached."""
+        for other in reversed(order):
+            if other is request:
+                return None
+            if (other.status is RequestStatus.RUNNING and other.last_step < self.step
+                    and self.kv.num_device_blocks(other.request_id)):
+                return other
+        return None

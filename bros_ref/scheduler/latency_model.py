@@ -1,0 +1,137 @@
+"""How long will this batch take? A linear model of the step time, fitted offline, corrected online.
+
+    t_exec = c0 + c1 * new_tokens + c2 * sum over prefills of new * (context + new / 2) + c3 * sum of decode contexts
+    T      = max(t_exec, restore_s_per_token * tokens to copy back)          since copies overlap compute
+
+The features and T are the paper's (section on the cost model; it profiles prefill and decode apart). Ours: one
+non-negative fit on mixed batches, refit online with forgetting, and a safety factor from the observed P95 of
+actual/predicted. Features are sums, so adding one candidate to a batch costs O(1). It knows no requests and no time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+FORGETTING = 0.995  # weight of the past after one more step: a memory of about 200 steps
+REFIT_EVERY_STEPS = 16
+PRIOR_WEIGHT = 0.05  # how strongly a coefficient that recent steps say nothing about stays where it was
+MAX_SAFETY = 2.0
+
+
+@dataclass(slots=True)
+class StepFeatures:
+    """What the step time depends on, as sums over a batch. `context` is the tokens computed before this step."""
+
+    new_tokens: int = 0
+    prefill_products: float = 0.0  # sum over prefills of new * (context + new / 2)
+    decode_contexts: int = 0
+    restored_tokens: int = 0
+
+    def add(self, num_new_tokens: int, context: int) -> None:
+        self.new_tokens += num_new_tokens
+        if num_new_tokens == 1:
+            self.decode_contexts += context
+        else:
+            self.prefill_products += num_new_tokens * (context + num_new_tokens / 2)
+
+
+class StepLatencyModel:
+    """Predicts seconds from `StepFeatures`. Coefficients are per step, token, token pair and context token."""
+
+    def __init__(self, coefficients: Sequence[float] = (0.0, 0.0, 0.0, 0.0), restore_s_per_token: float = 0.0) -> None:
+        if len(coefficients) != 4 or not all(math.isfinite(c) and c >= 0 for c in (*coefficients, restore_s_per_token)):
+            raise ValueError(f"a latency model needs four finite coefficients >= 0, got {coefficients!r} and "
+                             f"restore_s_per_token {restore_s_per_token!r}")
+        self.c0, self.c1, self.c2, self.c3 = (float(c) for c in coefficients)
+        self.restore_s_per_token = float(restore_s_per_token)
+        self.safety = 1.0
+        self._offline = np.array(coefficients, dtype=float)
+        self._gram = np.zeros((4, 4))
+        self._target = np.zeros(4)
+        self._ratios: deque[float] = deque(maxlen=256)
+        self._num_observed = 0
+
+    @property
+    def coefficients(self) -> tuple[float, float, float, float]:
+        return (self.c0, self.c1, self.c2, self.c3)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether it predicts anything at all."""
+        return any(self.coefficients)
+
+    def predict(self, features: StepFeatures) -> float:
+        """Seconds of one step, without the safety factor."""
+        executing_s = (self.c0 + self.c1 * features.new_tokens + self.c2 * features.prefill_products
+                       + self.c3 * features.decode_contexts)
+        return max(executing_s, self.restore_s_per_token * features.restored_tokens)
+
+    def cost_s(self, num_new_tokens: int, context: int) -> float:
+        """What one more request adds to a step."""
+        if num_new_tokens == 1:
+            return self.c1 + self.c3 * context
+        return self.c1 * num_new_tokens + self.c2 * num_new_tokens * (context + num_new_tokens / 2)
+
+    def max_new_tokens(self, spare_s: float, context: int) -> int:
+        """The longest prefill chunk behind `context` tokens whose cost is at most `spare_s` (a quadratic in it)."""
+        if spare_s <= 0:
+            return 0
+        linear, half_square = self.c1 + self.c2 * context, self.c2 / 2
+        if half_square == 0:
+            return 1 << 30 if linear == 0 else int(spare_s / linear)
+        return int((math.sqrt(linear * linear + 4 * half_square * spare_s) - linear) / (2 * half_square))
+
+    @classmethod
+    def fit(cls, samples: Sequence[tuple[StepFeatures, float]], restore_s_per_token: float = 0.0) -> StepLatencyModel:
+        """Non-negative least squares on the relative error of measured (features, seconds).
+
+        Raises:
+            ValueError: fewer than four samples, or a duration that is not positive.
+        """
+        if len(samples) < 4 or any(not seconds > 0 for _, seconds in samples):
+            raise ValueError(f"fitting needs at least 4 samples with positive durations, got {len(samples)}")
+        rows = np.array([_row(features) / seconds for features, seconds in samples])
+        scale = np.where(rows.max(axis=0) > 0, rows.max(axis=0), 1.0)
+        scaled, _ = nnls(rows / scale, np.ones(len(rows)))
+        model = cls(tuple(scaled / scale), restore_s_per_token)
+        model._ratios.extend(seconds / model.predict(features) for features, seconds in samples)
+        model._set_safety()
+        return model
+
+    def observe(self, features: StepFeatures, actual_s: float) -> None:
+        """Learns from one measured step. O(1); solves a 4 x 4 problem every REFIT_EVERY_STEPS steps."""
+        predicted_s = self.predict(features)
+        if actual_s <= 0 or predicted_s <= 0:
+            return
+        self._ratios.append(actual_s / predicted_s)
+        row = _row(features) / actual_s
+        self._gram = FORGETTING * self._gram + np.outer(row, row)
+        self._target = FORGETTING * self._target + row
+        self._num_observed += 1
+        if self._num_observed % REFIT_EVERY_STEPS == 0:
+            self._refit()
+            self._set_safety()
+
+    def _refit(self) -> None:
+        """Non-negative ridge towards the offline fit: a coefficient that no recent step exercised stays put."""
+        weight = np.diag(self._gram)
+        scale = np.where(weight > 0, 1 / np.sqrt(np.where(weight > 0, weight, 1)), 1.0)
+        gram = self._gram * np.outer(scale, scale) + PRIOR_WEIGHT * np.eye(4)
+        target = self._target * scale + PRIOR_WEIGHT * self._offline / scale
+        factor = np.linalg.cholesky(gram)  # |L^T r - L^-1 b|^2 has the same minimum as r^T G r - 2 b^T r
+        scaled, _ = nnls(factor.T, np.linalg.solve(factor, target))
+        self.c0, self.c1, self.c2, self.c3 = (float(c) for c in scaled * scale)
+
+    def _set_safety(self) -> None:
+        """P95 of actual / predicted over the recent steps, never below 1: we promise deadlines, not averages."""
+        self.safety = float(np.clip(np.quantile(self._ratios, 0.95), 1.0, MAX_SAFETY))
+
+
+def _row(features: StepFeatures) -> np.ndarray:
+    return np.array([1.0, features.new_tokens, features.prefill_products, features.decode_contexts])

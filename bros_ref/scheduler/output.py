@@ -1,0 +1,43 @@
+"""`SchedulerOutput`: all that a runner gets to know of a decision, and all that a trace gets to know of its reasons.
+
+This is the only edge from deciding to computing. A live runner and a simulated one read the same object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bros_ref.kv_cache.blocks import KVChanges
+from bros_ref.request import Request
+from bros_ref.scheduler.latency_model import StepFeatures
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step's batch. `requests`, `num_scheduled_tokens` and `block_tables` are parallel, in batch order.
+
+    A scheduled request computes its tokens [num_computed_tokens, num_computed_tokens + num_scheduled); if that
+    reaches num_tokens, the runner samples its next token. Block tables belong to the cache manager: they are valid
+    for this step only, and already have room for the scheduled tokens. `kv_changes.copies` run before the forward.
+    """
+
+    # what to compute
+    step: int
+    now_s: float
+    requests: list[Request] = field(default_factory=list)
+    num_scheduled_tokens: list[int] = field(default_factory=list)
+    block_tables: list[list[int]] = field(default_factory=list)
+    kv_changes: KVChanges = field(default_factory=KVChanges)
+    # why
+    features: StepFeatures = field(default_factory=StepFeatures)
+    predicted_s: float = 0.0  # without the safety factor
+    bound_s: float | None = None  # the longest iteration that the deadlines allow
+    binding: str | None = None  # the reason that ended the packing
+    slack_s: dict[str, float] = field(default_factory=dict)  # of each real-time request that was looked at
+    left_out: dict[str, str] = field(default_factory=dict)  # request id -> reason
+    num_behind: int = 0  # runnable requests that are neither scheduled nor in left_out: they stand behind those
+    preempted: dict[str, str] = field(default_factory=dict)  # request id -> "recompute" | "swap"
+    recomputed_tokens: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+    num_used_blocks: int = 0
