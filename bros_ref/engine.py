@@ -50,6 +50,7 @@ class LLMEngine:
     Attributes:
         trace: every step's decision with its reason; None if not wanted.
         streams: request id -> text so far, of requests that were added with a tokenizer at hand.
+        callback_errors: request id -> what its `on_text` raised; such a request has failed, the others go on.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock | None = None,
@@ -60,9 +61,9 @@ class LLMEngine:
         self.tokenizer = tokenizer
         self.trace = trace
         self.streams: dict[str, TextStream] = {}
+        self.callback_errors: dict[str, Exception] = {}
         self._on_text: dict[str, OnText] = {}
         self._known_ids: set[str] = set()
-        self._ended_outside_step: list[Request] = []
         self._idle_steps = 0
 
     def add_request(self, request: Request, on_text: OnText | None = None) -> None:
@@ -116,9 +117,9 @@ class LLMEngine:
             StepFailed: the runner raised; see there.
             EngineStalled: see there.
         """
-        start_s, cpu_s = self.clock.now_s(), time.process_time()
+        start_s, cpu_s = self.clock.now_s(), time.thread_time()
         output = self.scheduler.schedule(start_s)
-        schedule_s = time.process_time() - cpu_s
+        schedule_s = time.thread_time() - cpu_s
         if not output.requests:
             return self._idle(output)
         execute_s = self.clock.now_s()
@@ -126,9 +127,9 @@ class LLMEngine:
             token_ids = self.runner.execute(output)
         except Exception as error:
             raise self._fail(output, error) from error
-        end_s, cpu_s = self.clock.now_s(), time.process_time()
+        end_s, cpu_s = self.clock.now_s(), time.thread_time()
         ended = self.scheduler.update_from_output(output, token_ids, end_s, end_s - execute_s)
-        schedule_s += time.process_time() - cpu_s
+        schedule_s += time.thread_time() - cpu_s
         ended += self._stream_text(output, token_ids)
         self._record(output, token_ids, ended, execute_s, end_s, schedule_s)
         return ended
@@ -137,26 +138,36 @@ class LLMEngine:
 
     def _stream_text(self, output: SchedulerOutput, token_ids: Sequence[int | None]) -> list[Request]:
         """Hands out the new text. Returns the requests that met a stop string, or whose callback raised."""
-        ended = []
+        ended: list[Request] = []
         if self.tokenizer is None:
             return ended
         for request, token_id in zip(output.requests, token_ids, strict=True):
+            if token_id is None or request.status in (RequestStatus.ABORTED, RequestStatus.FAILED):
+                continue  # the prompt is not done yet, or another request's callback ended this one
+            was_ended = request.status.is_end
             stream = self.streams[request.request_id]
-            if token_id is None:
-                continue
-            is_eos = request.status is RequestStatus.FINISHED_STOP
-            text = "" if is_eos else stream.push(token_id)
-            if request.status.is_end:
-                text += stream.close()
-            if stream.stopped and not request.status.is_end:
+            text = "" if request.status is RequestStatus.FINISHED_STOP else stream.push(token_id)  # EOS has no text
+            if stream.stopped and not was_ended:
                 self.scheduler.finish(request, RequestStatus.FINISHED_STOP)
-                ended.append(request)
-            on_text = self._on_text.get(request.request_id)
-            if text and on_text is not None:
-                on_text(request, text)
+            elif was_ended:
+                text += stream.close()
+            self._call_back(request, text)
             if request.status.is_end:
-                self._on_text.pop(request.request_id, None)
+                self._forget(request.request_id)
+                if not was_ended and request.status is not RequestStatus.ABORTED:
+                    ended.append(request)
         return ended
+
+    def _call_back(self, request: Request, text: str) -> None:
+        on_text = self._on_text.get(request.request_id)
+        if not text or on_text is None:
+            return
+        try:
+            on_text(request, text)
+        except Exception as error:  # a user's code: it must not take the other requests down
+            self.callback_errors[request.request_id] = error
+            if not request.status.is_end:
+                self.scheduler.finish(request, RequestStatus.FAILED)
 
     def _idle(self, output: SchedulerOutput) -> list[Request]:
         """Nothing could run. Between arrivals that is normal; with requests at hand it must not last."""

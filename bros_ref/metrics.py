@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Timing:
 
     @property
     def itl_s(self) -> list[float]:
-        return [after - before for before, after in zip(self.token_times_s, self.token_times_s[1:], strict=False)]
+        return [after - before for before, after in pairwise(self.token_times_s)]
 
     @property
     def met_ttft(self) -> bool:
@@ -97,6 +98,7 @@ def request_timings(trace: Trace) -> dict[str, Timing]:
     """Every arrived request's times, by id, in the order of `trace.requests`."""
     timings = {request_id: Timing(record) for request_id, record in trace.requests.items()}
     idle_since_s = {request_id: record.arrival_s for request_id, record in trace.requests.items()}
+    ends_s: dict[str, float] = {}
     for step in trace.steps:
         for request_id in step.scheduled:
             timing = timings[request_id]
@@ -105,17 +107,15 @@ def request_timings(trace: Trace) -> dict[str, Timing]:
         for request_id in step.emitted:
             timings[request_id].token_times_s.append(step.end_s)
         for request_id, why in step.finished.items():
-            timings[request_id].ended = why
-    ends_s = {request_id: float(end[0]) for request_id, end in trace.ended_outside.items()}
-    for request_id, (_, why) in trace.ended_outside.items():
-        timings[request_id].ended = why
-    for request_id in trace.rejected:
-        if request_id in timings:
-            timings[request_id].ended = "rejected"
+            timings[request_id].ended, ends_s[request_id] = why, step.end_s
+    for request_id, (time_s, why) in trace.ended_outside.items():
+        timings[request_id].ended, ends_s[request_id] = why, float(time_s)
     for request_id, timing in timings.items():
-        if request_id in ends_s or timing.ended is None:
-            end_s = ends_s.get(request_id, trace.end_s)
-            timing.max_wait_s = max(timing.max_wait_s, end_s - idle_since_s[request_id])
+        if request_id in trace.rejected:
+            timing.ended = "rejected"
+            continue
+        waited_s = ends_s.get(request_id, trace.end_s) - idle_since_s[request_id]
+        timing.max_wait_s = max(timing.max_wait_s, waited_s)
     return timings
 
 

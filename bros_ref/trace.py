@@ -212,9 +212,9 @@ class Trace:
         if not (isinstance(trace.requests, dict) and isinstance(trace.steps, list)):
             raise ValueError(f"{path}: expected `requests` to be an object and `steps` a list")
         trace.requests = {request_id: _record(RequestRecord, values, f"{path}: request {request_id!r}")
-                          for request_id, values in content["requests"].items()}
+                          for request_id, values in trace.requests.items()}
         trace.steps = [_record(StepRecord, values, f"{path}: step {index}")
-                       for index, values in enumerate(content["steps"])]
+                       for index, values in enumerate(trace.steps)]
         return trace
 
     def to_perfetto(self, path: Path | str) -> None:

@@ -141,12 +141,12 @@ def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Row]]:
 
 def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Row]]:
     reader = csv.DictReader(stream)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for row in reader:
         if None in row:
             raise WorkloadError(f"{path}:{reader.line_num}: {len(row[None])} cells more than the header has columns; "
                                 "expected text with a comma in it to be quoted")
-        num_breaks = sum(value.count("\n") for value in row.values() if value)  # in a quoted prompt
-        yield reader.line_num - num_breaks, {key.strip(): value for key, value in row.items()}
+        yield reader.line_num - (row.get("prompt") or "").count("\n"), row  # a quoted prompt may span lines
 
 
 # -- from rows to items ---------------------------------------------------------------------------------------------

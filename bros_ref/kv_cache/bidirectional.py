@@ -197,6 +197,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
                 self.pool.detach(sequence, index)
         for host_block in sequence.host_blocks.values():
             self.host.release(host_block)
+        self.lost_tokens.pop(request_id, None)
         self._changes.block_changes.append([request_id, -1, -1])
 
     # -- choosing what to preempt -----------------------------------------------------------------------------
@@ -285,7 +286,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
             copies.checkpoint.append((sequence.slot(index, offset), host_block * self.block_size + offset))
         copies.checkpointed_requests.add(sequence.request_id)
         sequence.lost[index] = sequence.lost.get(index, 0) + count
-        sequence.num_lost += count
+        self.lost_tokens[sequence.request_id] = self.lost_tokens.get(sequence.request_id, 0) + count
         sequence.headroom = 0
         self._log_lost(sequence, index)
 
@@ -306,7 +307,9 @@ class BidirectionalKVCacheManager(KVCacheManager):
         host_block = sequence.host_blocks.pop(index)
         self._changes.copies.restore += [(host_block * self.block_size + offset, sequence.slot(index, offset))
                                          for offset in range(fill - lost, fill)]
-        sequence.num_lost -= lost
+        self.lost_tokens[sequence.request_id] -= lost
+        if not self.lost_tokens[sequence.request_id]:
+            del self.lost_tokens[sequence.request_id]
         self.host.release(host_block)
         self._log_lost(sequence, index)
 
@@ -347,11 +350,10 @@ class BidirectionalKVCacheManager(KVCacheManager):
             raise CacheIntegrityError(f"host store: {len(in_use)} blocks in use ({len(set(in_use))} distinct) + "
                                       f"{self.host.num_unused} unused != {self.host.num_blocks}")
 
-    @staticmethod
-    def _check_lost(sequence: KVSequence) -> None:
-        who = f"request {sequence.request_id!r}"
-        if sequence.num_lost != sum(sequence.lost.values()) or set(sequence.lost) != set(sequence.host_blocks):
-            raise CacheIntegrityError(f"{who}: {sequence.num_lost} lost tokens, by block {sequence.lost}, "
+    def _check_lost(self, sequence: KVSequence) -> None:
+        who, num_lost = f"request {sequence.request_id!r}", self.lost_tokens.get(sequence.request_id, 0)
+        if num_lost != sum(sequence.lost.values()) or set(sequence.lost) != set(sequence.host_blocks):
+            raise CacheIntegrityError(f"{who}: {num_lost} lost tokens, by block {sequence.lost}, "
                                       f"host blocks {sequence.host_blocks}")
         for index, block_id in enumerate(sequence.block_ids):
             lost, fill = sequence.lost.get(index, 0), sequence.fill(index)

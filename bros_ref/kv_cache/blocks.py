@@ -39,7 +39,6 @@ class KVSequence:
     step: int = -1  # the step it was last given slots in: a sequence of the current step is no victim
     lost: dict[int, int] = field(default_factory=dict)  # logical block -> newest tokens that are on the host only
     host_blocks: dict[int, int] = field(default_factory=dict)  # logical block -> block of the host store
-    num_lost: int = 0  # sum of lost
 
     def fill(self, index: int) -> int:
         """Tokens in logical block `index`, wherever they are."""

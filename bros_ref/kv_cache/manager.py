@@ -22,13 +22,19 @@ from bros_ref.trace import BlockView
 
 
 class KVCacheManager:
-    """Paged KV accounting as in PagedAttention (Kwon et al., SOSP 2023), without prefix sharing."""
+    """Paged KV accounting as in PagedAttention (Kwon et al., SOSP 2023), without prefix sharing.
+
+    Attributes:
+        lost_tokens: request id -> tokens to copy back from the host before it can run, its restore debt; only
+            requests that have one are listed, and the baseline has none.
+    """
 
     def __init__(self, config: KVCacheConfig) -> None:
         self.config = config
         self.block_size = config.block_size
         self.pool = BlockPool(config.num_blocks)
         self._sequences: dict[str, KVSequence] = {}
+        self.lost_tokens: dict[str, int] = {}
         self._changes = KVChanges()
         self._step = 0
 
@@ -102,11 +108,6 @@ class KVCacheManager:
     def num_device_blocks(self, request_id: str) -> int:
         """Blocks of the pool in which the request has tokens."""
         return sum(block_id >= 0 for block_id in self.block_table(request_id))
-
-    def num_lost_tokens(self, request_id: str) -> int:
-        """Tokens to copy back from the host before the request can run: its restore debt."""
-        sequence = self._sequences.get(request_id)
-        return 0 if sequence is None else sequence.num_lost
 
     @property
     def num_free_blocks(self) -> int:

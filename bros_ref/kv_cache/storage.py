@@ -19,12 +19,12 @@ from bros_ref.config import KVCacheConfig
 SlotPairs = Sequence[tuple[int, int]]  # (source slot, destination slot)
 
 
-def gather_dense(cache: Tensor, block_table: Sequence[int], num_tokens: int, reversed_: bool) -> Tensor:
+def gather_dense(cache: Tensor, block_table: Sequence[int] | Tensor, num_tokens: int, reversed_: bool) -> Tensor:
     """One sequence's rows of a paged cache in logical order: slow, obvious, the oracle of everything faster.
 
     Args:
         cache: [num_blocks, block_size, num_kv_heads, head_dim], any dtype.
-        block_table: block ids in logical order, at least ceil(num_tokens / block_size) of them.
+        block_table: block ids in logical order, at least ceil(num_tokens / block_size) of them; a list or a [n] tensor.
 
     Returns:
         [num_tokens, num_kv_heads, head_dim], a copy.
@@ -55,10 +55,12 @@ class KVStorage:
         self.slot_bytes = 2 * num_layers * num_kv_heads * head_dim * self.data.element_size()
         self._slots = self.data.flatten(2, 3)  # [num_layers, 2, num_slots, num_kv_heads, head_dim], a view
         # Layer views are made once: a view costs microseconds, and a step asks for 4 * num_layers of them.
-        self._blocks_of = [(layer[0], layer[1]) for layer in self.data]
-        self._slots_of = [(layer[0], layer[1]) for layer in self._slots]
+        self._blocks_of: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.data]
+        self._slots_of: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self._slots]
         self._host: Tensor | None = None  # made when the first checkpoint comes
-        self._side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._side_stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._side_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._restored: list[torch.cuda.Event | None] = [None] * num_layers
 
     @property
@@ -93,7 +95,7 @@ class KVStorage:
         k_slots.index_copy_(0, slot_mapping, k)
         v_slots.index_copy_(0, slot_mapping, v)
 
-    def gather_dense(self, layer: int, block_table: Sequence[int], num_tokens: int,
+    def gather_dense(self, layer: int, block_table: Sequence[int] | Tensor, num_tokens: int,
                      reversed_: bool) -> tuple[Tensor, Tensor]:
         """K and V of one sequence in logical order, each [num_tokens, num_kv_heads, head_dim]: the oracle."""
         return (gather_dense(self.k(layer), block_table, num_tokens, reversed_),

@@ -67,7 +67,8 @@ class Scheduler:
 
     def candidates(self, now_s: float) -> Iterator[Request]:
         """Yields requests in the order in which they may take a place in the batch. After each yield,
-        `self.refusal` says whether it was taken; a WAITING request that was taken is RUNNING by then."""
+        `self.refusal` says whether it was taken; a WAITING request that was taken is RUNNING by then. One that was
+        preempted in this step is refused by the loop."""
         raise NotImplementedError
 
     def make_room(self, request: Request, num_new_tokens: int) -> bool:
@@ -90,13 +91,18 @@ class Scheduler:
         self.bound_s, self.exempt = math.inf, False
         self.begin_step(now_s)
         requests, counts, tables = output.requests, output.num_scheduled_tokens, output.block_tables
-        features, allocate_slots, lost_tokens = output.features, self.kv.allocate_slots, self.kv.num_lost_tokens
+        features, allocate_slots, lost_tokens = output.features, self.kv.allocate_slots, self.kv.lost_tokens
         safety, per_token_s, per_context_s = self.latency.safety, self.latency.c1, self.latency.c3
         max_tokens = self.config.max_num_batched_tokens
+        preempted = output.preempted
         predicted_s, reserves = self.latency.c0, self.reserves_whole_requests
         for request in self.candidates(now_s):
             context = request.num_computed_tokens
             count = request.num_tokens - context
+
+            if preempted and request.request_id in preempted:  # it gave way in this very step
+                self._refuse(request, NO_BLOCKS)
+                continue
 
             # 1. A seat, and tokens: a decode takes one, a prefill is cut to what fits if it may be.
             if len(requests) >= self.seats:
@@ -117,7 +123,7 @@ class Scheduler:
             if (predicted_s + cost_s) * safety > self.bound_s and not self.exempt:
                 self._refuse(request, DEADLINE)
                 continue
-            restored = lost_tokens(request.request_id)
+            restored = lost_tokens.get(request.request_id, 0) if lost_tokens else 0
             if restored and not self._restore_fits(restored):
                 self._refuse(request, DEADLINE)
                 continue
@@ -138,7 +144,8 @@ class Scheduler:
             # 4. It is in.
             predicted_s += cost_s
             features.add(count, context)
-            features.restored_tokens += restored
+            if restored:
+                features.restored_tokens += restored
             requests.append(request)
             counts.append(count)
             tables.append(table)

@@ -85,11 +85,13 @@ class BROSScheduler(Scheduler):
 
     def _sorted_be(self) -> list[Request]:
         """BE that hold KV, by (tokens to restore - aging * steps waited); a due one goes to the very front."""
-        lost, step, aging = self.kv.num_lost_tokens, self.step, self.config.be_aging_tokens_per_step
         order = [request for request in self.running if not request.is_rt]
-        order.sort(key=lambda request: lost(request.request_id) - aging * (step - request.last_step))
+        order.sort(key=attrgetter("last_step"))
+        oldest = order[0] if order else self._be_waiting.head()
+        lost, step, aging = self.kv.lost_tokens, self.step, self.config.be_aging_tokens_per_step
+        if lost:  # else the sort above has said it all
+            order.sort(key=lambda request: lost.get(request.request_id, 0) - aging * (step - request.last_step))
         self._forced = None
-        oldest = min(order, key=attrgetter("last_step")) if order else self._be_waiting.head()
         if oldest is not None and step - oldest.last_step > self.config.be_max_wait_steps:
             self._forced = oldest
             if order:
@@ -110,52 +112,48 @@ class BROSScheduler(Scheduler):
 
         RUNNING and waiting RT are two sorted queues that are merged on the fly.
         """
-        started = iter([request for request in self.running if request.is_rt])
-        waiting, output, iteration_s = self._rt_waiting, self.output, self.iteration_s
+        output, waiting, iteration_s = self.output, self._rt_waiting, self.iteration_s
+        slack_s, safety = output.slack_s, self.latency.safety
+        decode_s = (self.latency.c0 + self.latency.c1) * safety
+        per_context_s = self.latency.c3 * safety
         be_present = bool(self._be_order or self._be_waiting.head())
-        next_started, waiting_open = next(started, None), True
-        while True:
-            # 1. The more urgent of the two heads. A refused newcomer closes its queue: the rest stand behind it.
-            newcomer = self._rt_newcomer() if waiting_open else None
-            if newcomer is not None and (next_started is None or newcomer.due_s < next_started.due_s):
-                request = newcomer
-            elif next_started is not None:
-                request, next_started = next_started, next(started, None)
-            else:
-                return
-            if request.request_id in output.preempted:  # gave way to a more urgent RT in this very step
-                waiting_open = waiting_open and request is not newcomer
+        queue_open = True
+        # Two sorted runs: this sort is a merge, in linear time. More newcomers than seats cannot get in anyway.
+        merged = [request for request in self.running if request.is_rt] + waiting[:self.seats]
+        merged.sort(key=by_due)
+        for request in merged:
+            is_newcomer = request.status is not RequestStatus.RUNNING
+            if is_newcomer and (request.status.is_end or not queue_open):
+                if request.status.is_end:
+                    waiting.remove(request)
                 continue
 
-            # 2. Late already, or else a deadline that bounds the iteration.
+            # 1. Late already, or else a deadline that bounds the iteration.
             residual_s = request.due_s - now_s
-            output.slack_s[request.request_id] = residual_s - iteration_s
-            if residual_s < self._alone_s(request):
-                if request is newcomer:
-                    self._rt_late.push(waiting.pop(0))
+            slack_s[request.request_id] = residual_s - iteration_s
+            context = request.num_computed_tokens
+            is_decode = request.num_tokens - context == 1
+            if residual_s < (decode_s + per_context_s * context if is_decode else self._alone_s(request)):
+                if is_newcomer:
+                    waiting.remove(request)
+                    self._rt_late.push(request)
                 else:
                     late.append(request)
                 continue
             if residual_s < self.bound_s:
                 self.bound_s = residual_s
 
-            # 3. The last seat is the slackest RT's: a BE may have it (paper's step 3), and a due BE must.
+            # 2. The last seat is the slackest RT's: a BE may have it (paper's step 3), and a due BE must.
             if be_present and len(output.requests) == self.seats - 1 > 0 and (
-                    self._forced is not None or residual_s > 2 * iteration_s * self.latency.safety):
+                    self._forced is not None or residual_s > 2 * iteration_s * safety):
                 self._refuse(request, BATCH_CAP)
                 return
             yield request
             if self.refusal:
                 self._deadline_bound = self._deadline_bound or self.refusal == DEADLINE
-                waiting_open = waiting_open and request is not newcomer
-            elif request is newcomer:
-                waiting.pop(0)
-
-    def _rt_newcomer(self) -> Request | None:
-        """The waiting RT with the earliest due time, which stays in its queue."""
-        while self._rt_waiting and self._rt_waiting[0].status.is_end:
-            self._rt_waiting.pop(0)
-        return self._rt_waiting[0] if self._rt_waiting else None
+                queue_open = queue_open and not is_newcomer  # the rest of the queue stands behind it
+            elif is_newcomer:
+                waiting.remove(request)  # at or near the front
 
     def _late_rt(self, late: list[Request]) -> Iterator[Request]:
         longest_wait = self.config.be_max_wait_steps
@@ -197,8 +195,6 @@ class BROSScheduler(Scheduler):
         self.bound_s = min(self.bound_s, self._newcomer_bound_s())
         starved = False
         for request in self._be_order:
-            if request.status is not RequestStatus.RUNNING:
-                continue  # recomputed meanwhile
             self.exempt = request is self._forced or not self.output.requests
             yield request
             starved = starved or self.refusal == NO_BLOCKS
@@ -208,8 +204,6 @@ class BROSScheduler(Scheduler):
                     return
         while not starved and (newcomer := self._be_waiting.head()):
             self.exempt = newcomer is self._forced or not self.output.requests
-            if newcomer.request_id in self.output.preempted:
-                break
             yield newcomer
             if self.refusal:
                 break
@@ -231,17 +225,17 @@ class BROSScheduler(Scheduler):
 
     def make_room(self, request: Request, num_new_tokens: int) -> bool:
         """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
-        last. The last resort for an RT is to swap out (else recompute) the RT with the most slack."""
+        last. The last resort for an RT is to swap out (else recompute) an RT that is less urgent."""
         if not request.is_rt:
             if request.status is RequestStatus.WAITING and request is not self._forced:
                 return False  # a newcomer displaces nobody
             if self.kv.reclaim(request, num_new_tokens):
                 return True
-        victim = self._last_idle(self._be_order, request)
+        victim = self._last_idle_be(request)
         if victim is not None:
             self.recompute(victim)
             return True
-        victim = self._last_idle([other for other in self.running if other.is_rt], request) if request.is_rt else None
+        victim = self._least_urgent_rt(request) if request.is_rt else None
         if victim is None:
             return False
         if self.kv.swap_out(victim.request_id):
@@ -250,12 +244,27 @@ class BROSScheduler(Scheduler):
             self.recompute(victim)
         return True
 
-    def _last_idle(self, order: list[Request], request: Request) -> Request | None:
-        """The last of `order` that sits out this step and has blocks to give; None once `request` itself is reached."""
-        for other in reversed(order):
+    def _last_idle_be(self, request: Request) -> Request | None:
+        """The last BE in order that has blocks to give; None once `request` itself is reached."""
+        for other in reversed(self._be_order):
             if other is request:
                 return None
-            if (other.status is RequestStatus.RUNNING and other.last_step < self.step
-                    and self.kv.num_device_blocks(other.request_id)):
+            if self._can_give(other):
                 return other
         return None
+
+    def _least_urgent_rt(self, request: Request) -> Request | None:
+        """The idle RT to give way to `request`: one that is late already, else the one with the most slack."""
+        now_s = self.output.now_s
+
+        def rank(rt: Request) -> tuple[bool, float, float, str]:  # total: of any two, one must give way
+            return (rt.due_s - now_s < self._alone_s(rt), rt.due_s, rt.arrival_s, rt.request_id)
+
+        idle = [other for other in self.running if other.is_rt and self._can_give(other)]
+        victim = max(idle, key=rank, default=None)
+        return victim if victim is not None and rank(victim) > rank(request) else None
+
+    def _can_give(self, other: Request) -> bool:
+        """Holds blocks, and sits out this step."""
+        return (other.status is RequestStatus.RUNNING and other.last_step < self.step
+                and self.kv.num_device_blocks(other.request_id) > 0)

@@ -54,8 +54,9 @@ class StepLatencyModel:
         self._offline = np.array(coefficients, dtype=float)
         self._gram = np.zeros((4, 4))
         self._target = np.zeros(4)
+        self._peak_weight = np.zeros(4)
         self._ratios: deque[float] = deque(maxlen=256)
-        self._num_observed = 0
+        self._recent: list[tuple[float, float, float, float]] = []  # weighted rows since the last refit
 
     @property
     def coefficients(self) -> tuple[float, float, float, float]:
@@ -105,23 +106,30 @@ class StepLatencyModel:
         return model
 
     def observe(self, features: StepFeatures, actual_s: float) -> None:
-        """Learns from one measured step. O(1); solves a 4 x 4 problem every REFIT_EVERY_STEPS steps."""
+        """Learns from one measured step: notes it, and refits four numbers every REFIT_EVERY_STEPS steps."""
         predicted_s = self.predict(features)
         if actual_s <= 0 or predicted_s <= 0:
             return
         self._ratios.append(actual_s / predicted_s)
-        row = _row(features) / actual_s
-        self._gram = FORGETTING * self._gram + np.outer(row, row)
-        self._target = FORGETTING * self._target + row
-        self._num_observed += 1
-        if self._num_observed % REFIT_EVERY_STEPS == 0:
+        self._recent.append((1.0 / actual_s, features.new_tokens / actual_s, features.prefill_products / actual_s,
+                             features.decode_contexts / actual_s))
+        if len(self._recent) == REFIT_EVERY_STEPS:
             self._refit()
             self._set_safety()
 
     def _refit(self) -> None:
         """Non-negative ridge towards the offline fit: a coefficient that no recent step exercised stays put."""
-        weight = np.diag(self._gram)
-        scale = np.where(weight > 0, 1 / np.sqrt(np.where(weight > 0, weight, 1)), 1.0)
+        # 1. Fold the recent steps into the normal equations, older ones fading.
+        rows = np.array(self._recent)
+        self._recent.clear()
+        weights = FORGETTING ** np.arange(len(rows) - 1, -1, -1)
+        self._gram = FORGETTING ** len(rows) * self._gram + (rows.T * weights) @ rows
+        self._target = FORGETTING ** len(rows) * self._target + weights @ rows
+
+        # 2. Solve in units in which every feature weighs the same; what is almost forgotten must not blow up.
+        self._peak_weight = np.maximum(self._peak_weight, np.diag(self._gram))
+        weight = np.maximum(np.diag(self._gram), 1e-6 * self._peak_weight)
+        scale = 1 / np.sqrt(np.where(weight > 0, weight, 1.0))
         gram = self._gram * np.outer(scale, scale) + PRIOR_WEIGHT * np.eye(4)
         target = self._target * scale + PRIOR_WEIGHT * self._offline / scale
         factor = np.linalg.cholesky(gram)  # |L^T r - L^-1 b|^2 has the same minimum as r^T G r - 2 b^T r

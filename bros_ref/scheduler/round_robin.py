@@ -33,13 +33,9 @@ class RoundRobinScheduler(Scheduler):
             yield from self._class_candidates(self._rt_turn)
 
     def _class_candidates(self, is_rt: bool) -> Iterator[Request]:
-        for started in list(self.running):
-            if started.is_rt is is_rt and started.status is RequestStatus.RUNNING:
-                yield started
+        yield from [started for started in self.running if started.is_rt is is_rt]
         queue = self._waiting[is_rt]
         while request := queue.head():
-            if request.request_id in self.output.preempted:
-                return
             yield request
             if self.refusal:
                 return

@@ -43,12 +43,10 @@ class SGLangPriorityScheduler(Scheduler):
             return
         decay = (INITIAL_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / DECAY_STEPS
         self._new_token_ratio = max(MIN_NEW_TOKEN_RATIO, self._new_token_ratio - decay)
-        for request in started:
-            if request.status is RequestStatus.RUNNING:
-                yield request
+        yield from started
 
     def _admissions(self) -> Iterator[Request]:
-        while (request := self._waiting.head()) and request.request_id not in self.output.preempted:
+        while request := self._waiting.head():
             if len(self.running) >= self.seats and not (request.is_rt and self._retract_for_slot()):
                 self._refuse(request, BATCH_CAP)
                 return

@@ -24,9 +24,7 @@ class VLLMPriorityScheduler(Scheduler):
         self._waiting.push(request)
 
     def candidates(self, now_s: float) -> Iterator[Request]:
-        for started in list(self.running):
-            if started.status is RequestStatus.RUNNING:  # not preempted meanwhile
-                yield started
+        yield from list(self.running)
         while not self.output.preempted and len(self.running) < self.seats and (request := self._waiting.head()):
             yield request
             if self.refusal:

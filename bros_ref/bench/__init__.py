@@ -1,0 +1,1 @@
+"""The project's own measurements. Each module measures one thing and returns plain rows for a table and for JSON."""

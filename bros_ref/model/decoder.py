@@ -1,0 +1,163 @@
+"""One decoder-only transformer in plain PyTorch: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and OPT, told apart by config.
+
+It knows weights, tokens and positions. It does not know requests, blocks or schedules: where K and V go and who may
+see them is all in `AttentionMetadata`. The invariant: `forward` changes nothing but the step's own slots in the KV
+storage, so the same tokens give the same logits however they are cut into steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bros_ref.config import ModelConfig
+from bros_ref.kv_cache.storage import KVStorage
+from bros_ref.model.attention import AttentionFn, AttentionMetadata, paged_attention
+from bros_ref.model.linear import linear
+from bros_ref.model.parameters import Parameters, parameter_shapes
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's weights, by the names of `parameter_shapes`; None where the family has no such tensor."""
+
+    attn_norm: Tensor
+    attn_norm_bias: Tensor | None
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    attn_out: Tensor
+    attn_out_bias: Tensor | None
+    mlp_norm: Tensor
+    mlp_norm_bias: Tensor | None
+    mlp_in: Tensor
+    mlp_in_bias: Tensor | None
+    mlp_out: Tensor
+    mlp_out_bias: Tensor | None
+
+    @classmethod
+    def pick(cls, weights: Parameters, i: int) -> Layer:
+        def get(name: str) -> Tensor:
+            return weights[f"layers.{i}.{name}"]
+
+        def maybe(name: str) -> Tensor | None:
+            return weights.get(f"layers.{i}.{name}")
+
+        return cls(get("attn_norm.weight"), maybe("attn_norm.bias"), get("qkv.weight"), maybe("qkv.bias"),
+                   maybe("q_norm.weight"), maybe("k_norm.weight"), get("attn_out.weight"), maybe("attn_out.bias"),
+                   get("mlp_norm.weight"), maybe("mlp_norm.bias"), get("mlp_in.weight"), maybe("mlp_in.bias"),
+                   get("mlp_out.weight"), maybe("mlp_out.bias"))
+
+
+class Decoder:
+    """The model. Holds the weights it is given (moved and cast only if need be), never a second copy.
+
+    Raises:
+        ValueError: `weights` lacks a tensor of `parameter_shapes(config)`, or one has another shape.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Parameters, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu", attention: AttentionFn = paged_attention) -> None:
+        for name, shape in parameter_shapes(config).items():
+            found = tuple(weights[name].shape) if name in weights else "nothing"
+            if found != shape:
+                raise ValueError(f"{config.family} weights: {name} must have shape {shape}, found {found}")
+        self.config, self.dtype, self.device, self._attention = config, dtype, torch.device(device), attention
+        placed = {name: weights[name].to(self.device, dtype) for name in parameter_shapes(config)}
+        self._layers = [Layer.pick(placed, i) for i in range(config.num_layers)]
+        self._embed = placed["embed.weight"]
+        self._learned_positions = placed.get("positions.weight")
+        self._final_norm, self._final_norm_bias = placed["final_norm.weight"], placed.get("final_norm.bias")
+        self._lm_head = self._embed if config.tied_embeddings else placed["lm_head.weight"]
+        if config.positions == "rope":
+            self._cos, self._sin = rope_tables(config, dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: Tensor, positions: Tensor, kv: KVStorage, meta: AttentionMetadata,
+                logits_rows: Tensor) -> Tensor:
+        """Computes this step's tokens: writes their K and V, returns the logits asked for.
+
+        Args:
+            token_ids, positions: [T] int64; positions are logical, as in `meta.positions`.
+            kv: this model's storage, in this model's dtype.
+            logits_rows: [num_rows] int64, indices into T.
+
+        Returns:
+            [num_rows, V] float32.
+        """
+        x = F.embedding(token_ids, self._embed)  # [T, E]
+        cos_sin = None
+        if self._learned_positions is not None:
+            x += self._learned_positions[positions + self.config.learned_position_offset]
+        else:
+            cos_sin = self._cos[positions], self._sin[positions]  # [T, 1, D / 2] each
+        for i, layer in enumerate(self._layers):
+            h = self._norm(x, layer.attn_norm, layer.attn_norm_bias)
+            x += self._attend(i, layer, h, cos_sin, kv, meta)
+            h = self._norm(x, layer.mlp_norm, layer.mlp_norm_bias)
+            x += self._mlp(layer, h)
+        x = self._norm(x[logits_rows], self._final_norm, self._final_norm_bias)
+        return linear(x, self._lm_head).float()
+
+    def _attend(self, i: int, layer: Layer, h: Tensor, cos_sin: tuple[Tensor, Tensor] | None, kv: KVStorage,
+                meta: AttentionMetadata) -> Tensor:
+        c = self.config
+        heads = linear(h, layer.qkv, layer.qkv_bias).view(len(h), -1, c.head_dim)  # [T, H + 2K, D]
+        q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q.copy_(F.rms_norm(q, (c.head_dim,), layer.q_norm, c.norm_eps))
+            k.copy_(F.rms_norm(k, (c.head_dim,), layer.k_norm, c.norm_eps))
+        if cos_sin is not None:
+            rotate_(heads[:, :c.num_heads + c.num_kv_heads], *cos_sin)
+        kv.write(i, k, v, meta.slot_mapping)
+        attended = self._attention(q, kv.k(i), kv.v(i), meta)
+        return linear(attended.flatten(1), layer.attn_out, layer.attn_out_bias)
+
+    def _mlp(self, layer: Layer, h: Tensor) -> Tensor:
+        inner = linear(h, layer.mlp_in, layer.mlp_in_bias)
+        if self.config.mlp == "gated-silu":
+            gate, up = inner.chunk(2, dim=1)
+            inner = F.silu(gate, inplace=True).mul_(up)
+        else:
+            inner = inner.relu_()
+        return linear(inner, layer.mlp_out, layer.mlp_out_bias)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.config.norm == "rms":
+            return F.rms_norm(x, x.shape[-1:], weight, self.config.norm_eps)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.config.norm_eps)
+
+
+def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding in place: turns dimension pairs (d, d + D/2) by the position's angles.
+
+    heads [T, n, D]; cos, sin [T, 1, D / 2].
+    """
+    left, right = heads.chunk(2, dim=-1)
+    turned = left * sin
+    left.mul_(cos).addcmul_(right, sin, value=-1)
+    right.mul_(cos).add_(turned)
+
+
+def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position up to max_context_tokens, each [positions, 1, D / 2]."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = scale_frequencies(1.0 / config.rope_theta ** exponents, config)
+    angles = torch.outer(torch.arange(config.max_context_tokens, dtype=torch.float32), frequencies)[:, None]
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def scale_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Llama-3's stretching of rotary frequencies [D / 2]: slow ones are divided by the factor, fast ones stay,
+    those between are blended linearly. Unchanged without `rope_scaling`."""
+    s = config.rope_scaling
+    if s is None:
+        return frequencies
+    turns = s.original_max_context_tokens * frequencies / (2 * math.pi)  # over the original context
+    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return frequencies * (blend + (1 - blend) / s.factor)

@@ -1,0 +1,99 @@
+"""One look for all figures: what each thing is called, its colour, and the pattern that tells it apart without colour.
+
+Colours are chosen to differ in lightness too, for readers who see fewer hues and for paper. Invariant: whatever a
+figure tells by colour it also tells by pattern, dash, marker or label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from bros_ref.trace import (
+    BATCH_CAP,
+    BEHIND,
+    DEADLINE,
+    DECODE,
+    NO_BLOCKS,
+    PENDING,
+    PREFILL,
+    RESTORING,
+    TOKEN_BUDGET,
+    WAITING,
+)
+
+INK, MUTED, GRID, PAPER = "#18212f", "#5a6675", "#e4e8ee", "#ffffff"
+RT_COLOUR, BE_COLOUR, SHARED_COLOUR, LOST_COLOUR, EMPTY_COLOUR = "#1f5fbf", "#f0a432", "#7b4bb3", "#c4302b", "#eef1f6"
+LOG_TICKS = [base * 10.0**power for power in range(-4, 5) for base in (1, 2, 5)]  # for logarithmic axes
+FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one thing is drawn. `pattern` is a fill pattern of plotly: "", "/", "\\\\", "x", "-", "|", "+" or "."."""
+
+    label: str
+    colour: str
+    pattern: str = ""
+
+
+CLASS_LOOKS = {"rt": Look("real-time", RT_COLOUR), "be": Look("best-effort", BE_COLOUR, "/")}
+
+PHASE_LOOKS = {
+    WAITING: Look("waiting, holds no KV", "#d5dbe4", "."),
+    PREFILL: Look("prefill or recompute", "#143f86", "/"),
+    DECODE: Look("decode", "#6ea4ee"),
+    PENDING: Look("pending, keeps its KV", "#f7d9a3", "x"),
+    RESTORING: Look("runs and restores KV", LOST_COLOUR, "\\"),
+}
+
+# In stacking order, from the bottom.
+BLOCK_LOOKS = {
+    "be_only": Look("best-effort only", BE_COLOUR, "/"),
+    "shared": Look("shared by both", SHARED_COLOUR, "x"),
+    "rt_only": Look("real-time only", RT_COLOUR, "\\"),
+    "empty": Look("empty", EMPTY_COLOUR),
+}
+
+REASON_LABELS = {
+    DEADLINE: "a deadline would break",
+    NO_BLOCKS: "no KV blocks",
+    BATCH_CAP: "batch full",
+    TOKEN_BUDGET: "token budget used up",
+    BEHIND: "behind one of these",
+}
+
+# One for each policy of a comparison, by its place in it.
+POLICY_COLOURS = ("#5a6675", "#1f5fbf", "#d9822b", "#2c8c6b", "#9c3fa3", "#c4302b", "#8a6d1d", "#23a2b5", "#444c9c")
+POLICY_DASHES = ("dot", "solid", "dash", "dashdot", "longdash", "longdashdot", "6px,3px", "2px,4px", "12px,3px")
+POLICY_MARKERS = ("circle", "diamond", "square", "triangle-up", "x", "star", "triangle-down", "pentagon", "cross")
+POLICY_PATTERNS = ("", "/", "x", "\\", ".", "-", "+", "|", "")
+
+
+@dataclass(frozen=True)
+class PolicyLook:
+    colour: str
+    dash: str
+    marker: str
+    pattern: str
+
+
+def policy_look(place: int) -> PolicyLook:
+    """The look of the policy at `place` in a comparison; they repeat after nine."""
+    i = place % len(POLICY_COLOURS)
+    return PolicyLook(POLICY_COLOURS[i], POLICY_DASHES[i], POLICY_MARKERS[i], POLICY_PATTERNS[i])
+
+
+def dress(figure: go.Figure, height_px: int) -> go.Figure:
+    """Gives a figure the common fonts, grid, margins and a legend above it. Returns the same figure."""
+    figure.update_layout(
+        height=height_px, autosize=True, paper_bgcolor=PAPER, plot_bgcolor=PAPER, template="none",
+        font={"family": FONT, "size": 13, "color": INK}, margin={"l": 64, "r": 20, "t": 56, "b": 52},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "top", "yref": "container",
+                "font": {"size": 12.5}, "itemsizing": "trace"},
+        hoverlabel={"font": {"family": FONT, "size": 12}}, barcornerradius=2)
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor="#b8c0cc", ticks="outside", tickcolor="#b8c0cc",
+                        ticklen=4, title_standoff=10, automargin=True)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, linecolor="#b8c0cc", title_standoff=10, automargin=True)
+    return figure

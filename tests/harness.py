@@ -1,0 +1,94 @@
+"""What several tests need: an engine over the ChecksumModel in virtual time, random workloads, and a driver that adds
+requests as they arrive, aborts some, and checks the accounts after every step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from bros_ref.clock import VirtualClock
+from bros_ref.config import KVCacheConfig, SchedulerConfig
+from bros_ref.engine import LLMEngine
+from bros_ref.model.checksum import VOCAB_SIZE, ChecksumModel, next_token
+from bros_ref.model_runner import ModelRunner
+from bros_ref.request import SLO, Request, RequestClass, SamplingParams
+from bros_ref.scheduler import make_scheduler
+from bros_ref.scheduler.latency_model import StepLatencyModel
+from bros_ref.scheduler.output import SchedulerOutput
+from bros_ref.trace import Trace
+
+TOY_LATENCY = (0.010, 0.001, 0.00001, 0.00001)  # seconds: step, token, prefill pair, context token
+
+
+class VirtualTimeRunner:
+    """The real runner, but each step takes exactly the time that the toy latency model says."""
+
+    def __init__(self, runner: ModelRunner, clock: VirtualClock) -> None:
+        self.runner, self.clock = runner, clock
+        self.truth = StepLatencyModel(TOY_LATENCY, restore_s_per_token=0.0005)
+
+    def execute(self, output: SchedulerOutput) -> list[int | None]:
+        result = self.runner.execute(output)
+        self.clock.advance(self.truth.predict(output.features))
+        return result
+
+
+def checksum_engine(policy: str, num_blocks: int = 12, block_size: int = 4, num_host_blocks: int | None = None,
+                    **limits: object) -> LLMEngine:
+    """An engine in virtual time whose tokens are exact checksums of the K/V it sees."""
+    kv_config = KVCacheConfig(num_blocks, block_size, num_host_blocks)
+    config = SchedulerConfig(**{"max_num_seqs": 6, "max_num_batched_tokens": 64, **limits})  # type: ignore[arg-type]
+    clock = VirtualClock()
+    scheduler = make_scheduler(policy, config, kv_config, StepLatencyModel(TOY_LATENCY, 0.0005))
+    runner = VirtualTimeRunner(ModelRunner(ChecksumModel(), kv_config, dtype=__import__("torch").int64), clock)
+    trace = Trace(policy, "checksum", "cpu", num_blocks, block_size, 16, 0)
+    return LLMEngine(scheduler, runner, clock, trace=trace)
+
+
+def make_request(name: str, is_rt: bool, prompt: Sequence[int], max_tokens: int, arrival_s: float = 0.0,
+                 slo: SLO | None = None) -> Request:
+    return Request(name, RequestClass.REAL_TIME if is_rt else RequestClass.BEST_EFFORT, list(prompt),
+                   SamplingParams(max_tokens=max_tokens), arrival_s, (slo or SLO(0.2, 0.05)) if is_rt else None)
+
+
+def random_requests(rng: random.Random, count: int, longest: int, block_size: int, spread_s: float) -> list[Request]:
+    """Lengths favour block borders; arrivals are spread over `spread_s` seconds."""
+    requests = []
+    for i in range(count):
+        border = rng.choice([1, block_size - 1, block_size, block_size + 1, 2 * block_size, longest // 2])
+        prompt_tokens = max(1, min(border, longest - 1))
+        max_tokens = rng.randint(1, max(1, min(longest - prompt_tokens, 3 * block_size)))
+        is_rt = rng.random() < 0.5
+        slo = SLO(rng.choice([0.02, 0.1, 0.5]), rng.choice([0.012, 0.05, 0.2]))
+        requests.append(make_request(f"{'rt' if is_rt else 'be'}{i}", is_rt, rng.choices(range(VOCAB_SIZE), k=prompt_tokens),
+                                     max_tokens, rng.uniform(0, spread_s) if rng.random() < 0.7 else 0.0, slo))
+    return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def run(engine: LLMEngine, requests: list[Request], rng: random.Random | None = None, abort_rate: float = 0.0,
+        max_steps: int = 20_000) -> None:
+    """Serves to the end, checking the accounts after every step. With `rng`, aborts at random moments."""
+    clock = engine.clock
+    pending = list(requests)
+    for _ in range(max_steps):
+        while pending and pending[0].arrival_s <= clock.now_s():
+            engine.add_request(pending.pop(0))
+        if rng is not None and engine.has_unfinished and rng.random() < abort_rate:
+            assert engine.abort(rng.choice(sorted(engine.scheduler.requests)))
+            engine.scheduler.kv.check_integrity()
+        if not engine.has_unfinished:
+            if not pending:
+                return
+            clock.sleep_until(pending[0].arrival_s)
+            continue
+        engine.step()
+        engine.scheduler.kv.check_integrity()
+    raise AssertionError(f"not done after {max_steps} steps: {sorted(engine.scheduler.requests)}")
+
+
+def alone(request: Request) -> list[int]:
+    """The tokens that the request gets when it is the only one, computed without an engine or a cache."""
+    token_ids = list(request.prompt_token_ids)
+    for _ in range(request.sampling.max_tokens):
+        token_ids.append(next_token(token_ids))
+    return token_ids[request.num_prompt_tokens:]
