@@ -50,6 +50,7 @@ class LLMEngine:
     Attributes:
         trace: every step's decision with its reason; None if not wanted.
         streams: request id -> text so far, of requests that were added with a tokenizer at hand.
+        aborted: ids of the requests that `abort` ended.
         callback_errors: request id -> what its `on_text` raised; such a request has failed, the others go on.
     """
 
@@ -62,6 +63,7 @@ class LLMEngine:
         self.trace = trace
         self.streams: dict[str, TextStream] = {}
         self.callback_errors: dict[str, Exception] = {}
+        self.aborted: set[str] = set()
         self._on_text: dict[str, OnText] = {}
         self._known_ids: set[str] = set()
         self._idle_steps = 0
@@ -101,6 +103,7 @@ class LLMEngine:
         if request is None:
             return False
         self.scheduler.finish(request, RequestStatus.ABORTED)
+        self.aborted.add(request_id)
         self._forget(request_id)
         if self.trace is not None:
             self.trace.ended_outside[request_id] = [self.clock.now_s(), RequestStatus.ABORTED.value]
@@ -142,9 +145,9 @@ class LLMEngine:
         if self.tokenizer is None:
             return ended
         for request, token_id in zip(output.requests, token_ids, strict=True):
-            if token_id is None or request.status in (RequestStatus.ABORTED, RequestStatus.FAILED):
+            if token_id is None or request.request_id in self.aborted:
                 continue  # the prompt is not done yet, or another request's callback ended this one
-            was_ended = request.status.is_end
+            was_ended = request.status.is_end  # by length or EOS
             stream = self.streams[request.request_id]
             text = "" if request.status is RequestStatus.FINISHED_STOP else stream.push(token_id)  # EOS has no text
             if stream.stopped and not was_ended:
@@ -152,9 +155,9 @@ class LLMEngine:
             elif was_ended:
                 text += stream.close()
             self._call_back(request, text)
-            if request.status.is_end:
+            if request.request_id not in self.scheduler.requests:
                 self._forget(request.request_id)
-                if not was_ended and request.status is not RequestStatus.ABORTED:
+                if not was_ended and request.request_id not in self.aborted:
                     ended.append(request)
         return ended
 

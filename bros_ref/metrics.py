@@ -110,11 +110,12 @@ def request_timings(trace: Trace) -> dict[str, Timing]:
             timings[request_id].ended, ends_s[request_id] = why, step.end_s
     for request_id, (time_s, why) in trace.ended_outside.items():
         timings[request_id].ended, ends_s[request_id] = why, float(time_s)
+    trace_end_s = trace.end_s
     for request_id, timing in timings.items():
         if request_id in trace.rejected:
             timing.ended = "rejected"
             continue
-        waited_s = ends_s.get(request_id, trace.end_s) - idle_since_s[request_id]
+        waited_s = ends_s.get(request_id, trace_end_s) - idle_since_s[request_id]
         timing.max_wait_s = max(timing.max_wait_s, waited_s)
     return timings
 

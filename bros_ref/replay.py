@@ -138,8 +138,9 @@ def replay_phases(trace: Trace) -> dict[str, list[PhaseSpan]]:
         ran_last = set(step.scheduled)
     for time_s, request_id in outside:
         lives[request_id].end(time_s)
+    end_s = trace.end_s
     for life in lives.values():
-        life.end(trace.end_s)
+        life.end(end_s)
     return {request_id: life.spans for request_id, life in lives.items()}
 
 

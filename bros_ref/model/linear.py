@@ -24,5 +24,6 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return F.linear(x, w, b)
     rows, columns = w.shape
     halves = w.view(2, rows // 2, columns)
-    product = torch.bmm(halves, x.t().expand(2, columns, x.shape[0])).view(rows, x.shape[0]).t()  # [T, out]
-    return product.contiguous() if b is None else product + b
+    product = torch.bmm(halves, x.t().expand(2, columns, x.shape[0])).view(rows, x.shape[0])  # [out, T]
+    out = product.t().contiguous()
+    return out if b is None else out.add_(b)

@@ -91,15 +91,11 @@ class Scheduler:
         self.bound_s, self.exempt = math.inf, False
         self.begin_step(now_s)
         requests, counts, tables = output.requests, output.num_scheduled_tokens, output.block_tables
-        features, allocate_slots, lost_tokens = output.features, self.kv.allocate_slots, self.kv.lost_tokens
+        features, preempted, lost_tokens = output.features, output.preempted, self.kv.lost_tokens
+        allocate_slots, reserves, waiting = self.kv.allocate_slots, self.reserves_whole_requests, RequestStatus.WAITING
         safety, per_token_s, per_context_s = self.latency.safety, self.latency.c1, self.latency.c3
-        max_tokens = self.config.max_num_batched_tokens
-        preempted = output.preempted
-        predicted_s, reserves = self.latency.c0, self.reserves_whole_requests
+        predicted_s, max_tokens, step = self.latency.c0, self.config.max_num_batched_tokens, self.step
         for request in self.candidates(now_s):
-            context = request.num_computed_tokens
-            count = request.num_tokens - context
-
             if preempted and request.request_id in preempted:  # it gave way in this very step
                 self._refuse(request, NO_BLOCKS)
                 continue
@@ -108,16 +104,18 @@ class Scheduler:
             if len(requests) >= self.seats:
                 self._refuse(request, BATCH_CAP)
                 break
-            if count > 1:
-                count = self._fit_prefill(request, count, predicted_s)
-                if count == 0:
-                    continue
-                cost_s = self.latency.cost_s(count, context)
-            else:
+            context = request.num_computed_tokens
+            count = request.num_tokens - context
+            if count == 1:
                 if features.new_tokens >= max_tokens and not self.exempt:
                     self._refuse(request, TOKEN_BUDGET)
                     continue
                 cost_s = per_token_s + per_context_s * context
+            else:
+                count = self._fit_prefill(request, count, predicted_s)
+                if count == 0:
+                    continue
+                cost_s = self.latency.cost_s(count, context)
 
             # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host.
             if (predicted_s + cost_s) * safety > self.bound_s and not self.exempt:
@@ -129,10 +127,8 @@ class Scheduler:
                 continue
 
             # 3. Blocks, if need be after the policy has made room.
-            if reserves and request.status is RequestStatus.WAITING:
-                table = allocate_slots(request, count, request.max_total_tokens - count)
-            else:
-                table = allocate_slots(request, count)
+            lookahead = request.max_total_tokens - count if reserves and request.status is waiting else 0
+            table = allocate_slots(request, count, lookahead)
             if table is None:
                 table = self._allocate_after_making_room(request, count)
                 features = output.features  # a victim may have left the batch
@@ -143,16 +139,20 @@ class Scheduler:
 
             # 4. It is in.
             predicted_s += cost_s
-            features.add(count, context)
+            features.new_tokens += count
+            if count == 1:
+                features.decode_contexts += context
+            else:
+                features.prefill_products += count * (context + count / 2)
             if restored:
                 features.restored_tokens += restored
             requests.append(request)
             counts.append(count)
             tables.append(table)
-            if request.status is RequestStatus.WAITING:
+            if request.status is waiting:
                 request.status = RequestStatus.RUNNING
                 self.running.append(request)
-            request.last_step = self.step
+            request.last_step = step
             self.refusal = None
         return self._complete(output)
 

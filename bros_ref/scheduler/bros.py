@@ -117,12 +117,12 @@ class BROSScheduler(Scheduler):
         decode_s = (self.latency.c0 + self.latency.c1) * safety
         per_context_s = self.latency.c3 * safety
         be_present = bool(self._be_order or self._be_waiting.head())
-        queue_open = True
+        queue_open, running = True, RequestStatus.RUNNING
         # Two sorted runs: this sort is a merge, in linear time. More newcomers than seats cannot get in anyway.
         merged = [request for request in self.running if request.is_rt] + waiting[:self.seats]
         merged.sort(key=by_due)
         for request in merged:
-            is_newcomer = request.status is not RequestStatus.RUNNING
+            is_newcomer = request.status is not running
             if is_newcomer and (request.status.is_end or not queue_open):
                 if request.status.is_end:
                     waiting.remove(request)

@@ -20,6 +20,7 @@ from bros_ref.viz.style import CLASS_LOOKS, INK, LOG_TICKS, LOST_COLOUR, MUTED, 
 
 MAX_CURVE_POINTS = 600  # an ECDF of more samples is drawn through this many of them
 MAX_SCATTER_POINTS = 1500
+MAX_LABELLED = 3  # points with their name beside them; more would overlap, and get a legend
 CELLS = (("rt", "ttft_s"), ("rt", "tpot_s"), ("be", "ttft_s"), ("be", "tpot_s"))  # row by row
 METRIC_TITLES = {"ttft_s": "time to first token", "tpot_s": "time per output token"}
 
@@ -69,46 +70,47 @@ def _add_ecdf(figure: go.Figure, policy: str, place: int, samples: list[float], 
 def trade_off(summaries: Sequence[dict[str, Any]]) -> go.Figure:
     """One point a policy: best-effort tokens a second against the share of real-time requests that met both SLOs."""
     figure = go.Figure()
-    points: list[tuple[float, float]] = []
+    labelled = len(summaries) <= MAX_LABELLED
+    highest = 0.0
     for place, run in enumerate(summaries):
-        rt, be = run["classes"]["rt"], run["classes"]["be"]
-        point = (be["output_throughput"] or 0.0, rt["slo_attainment"] or 0.0)
-        crowding = sum(abs(point[1] - y) < 0.06 for _, y in points)  # labels of close points step aside
-        points.append(point)
+        throughput = run["classes"]["be"]["output_throughput"] or 0.0
+        attainment = run["classes"]["rt"]["slo_attainment"] or 0.0
+        highest = max(highest, throughput)
         look = policy_look(place)
         figure.add_scatter(
-            x=[point[0]], y=[point[1]], mode="markers+text", name=run["policy"], text=[f"  {run['policy']}  "],
-            textposition=("top center", "bottom center", "middle right")[crowding % 3], showlegend=False,
-            textfont={"size": 14, "color": look.colour}, cliponaxis=False,
+            x=[throughput], y=[attainment], mode="markers+text" if labelled else "markers", name=run["policy"],
+            text=[f"  {run['policy']}  "], textposition=("top center", "bottom center", "middle right")[place % 3],
+            showlegend=not labelled, textfont={"size": 14, "color": look.colour}, cliponaxis=False,
             marker={"size": 17, "symbol": look.marker, "color": look.colour, "line": {"color": INK, "width": 1}},
             hovertemplate=f"{run['policy']}: %{{y:.1%}} of real-time on time, %{{x:.1f}} best-effort tokens/s"
                           "<extra></extra>")
     figure.add_annotation(text="better on both ↗", x=1, y=1, xref="paper", yref="paper", xanchor="right",
                           yanchor="bottom", showarrow=False, font={"color": MUTED, "size": 12})
-    highest = max((x for x, _ in points), default=0.0)
     figure.update_xaxes(title_text="best-effort output, tokens/s", range=[0, 1.2 * highest or 1.0])
-    figure.update_yaxes(title_text="real-time requests that met both SLOs", range=[-0.06, 1.1], tickformat=".0%",
+    figure.update_yaxes(title_text="real-time on time", range=[-0.06, 1.1], tickformat=".0%",
                         tickvals=[0, 0.25, 0.5, 0.75, 1])
-    dress(figure, 370)
-    return figure.update_layout(margin_t=28)
+    dress(figure, 370 if labelled else 440)
+    return figure.update_layout(margin_t=28 if labelled else 96)
 
 
 def reasons(traces: Sequence[Trace]) -> go.Figure:
-    """How often a runnable request sat out a step, by the reason given; one bar for each policy and reason."""
+    """How often a runnable request sat out a step, by the reason given; one bar for each policy and reason that
+    occurs under any of them."""
     figure = go.Figure()
-    for place, trace in enumerate(traces):
-        counts = count_reasons(trace)
+    all_counts = [count_reasons(trace) for trace in traces]
+    given = [reason for reason in REASONS if any(counts[reason] for counts in all_counts)]
+    for place, (trace, counts) in enumerate(zip(traces, all_counts, strict=True)):
         look = policy_look(place)
         figure.add_bar(
-            y=[REASON_LABELS[reason] for reason in REASONS], x=[counts[reason] for reason in REASONS],
+            y=[REASON_LABELS[reason] for reason in given], x=[counts[reason] for reason in given],
             orientation="h", name=trace.policy, textposition="outside", cliponaxis=False,
-            text=[f"{counts[reason]:,}" for reason in REASONS],
+            text=[f"{counts[reason]:,}" for reason in given],
             marker={"color": look.colour, "pattern": {"shape": look.pattern, "bgcolor": look.colour,
                                                       "fgcolor": "#ffffff", "size": 6}},
             hovertemplate=f"{trace.policy}: %{{x:,}} times %{{y}}<extra></extra>")
     figure.update_xaxes(title_text="times a request was left out of a step", rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
-    dress(figure, 150 + len(REASONS) * (22 + 20 * len(traces)))
+    dress(figure, 150 + max(1, len(given)) * (22 + 20 * len(traces)))
     return figure.update_layout(bargap=0.3, margin_l=150, margin_r=60)
 
 

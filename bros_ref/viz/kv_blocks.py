@@ -7,7 +7,7 @@ it needs no script, prints well, and says owner, request and token positions in 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
@@ -31,10 +31,10 @@ BLOCK_W, BLOCK_H, LABEL_W, GAP_X, GAP_Y, LEGEND_H = 112, 14, 30, 10, 6, 52  # SV
 
 
 def pool_over_time(trace: Trace, end_s: float | None = None) -> go.Figure:
-    """Above: blocks by state, stacked to the size of the pool. Below, if there ever are any: best-effort slots whose
-    tokens live on the host only."""
-    times, counts, overwritten = pool_series(trace)
-    rows = 2 if any(overwritten) else 1
+    """Above: blocks by state, stacked to the size of the pool. Below, if there ever are any: tokens whose slots were
+    overwritten or given away, so that they live on the host only."""
+    times, counts, on_host = pool_series(trace)
+    rows = 2 if any(on_host) else 1
     figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, row_heights=[0.72, 0.28][:rows], vertical_spacing=0.08)
     for state, look in BLOCK_LOOKS.items():
         fill = {"fillcolor": look.colour} if not look.pattern else {"fillpattern": {
@@ -44,10 +44,10 @@ def pool_over_time(trace: Trace, end_s: float | None = None) -> go.Figure:
             line={"width": 0.5, "color": look.colour, "shape": "hv"}, row=1, col=1, **fill,
             hovertemplate=f"{look.label}: %{{y}} blocks at %{{x:.2f}} s<extra></extra>")
     if rows == 2:
-        figure.add_scatter(x=times, y=overwritten, name="overwritten slots", fill="tozeroy", mode="lines", row=2, col=1,
-                           line={"width": 1.5, "color": LOST_COLOUR, "shape": "hv"},
-                           hovertemplate="%{y} slots overwritten at %{x:.2f} s<extra></extra>")
-        figure.update_yaxes(title_text="slots", rangemode="tozero", row=2, col=1)
+        figure.add_scatter(x=times, y=on_host, name="overwritten: on the host only", fill="tozeroy", mode="lines",
+                           line={"width": 1.5, "color": LOST_COLOUR, "shape": "hv"}, row=2, col=1,
+                           hovertemplate="%{y} tokens on the host only at %{x:.2f} s<extra></extra>")
+        figure.update_yaxes(title_text="tokens", rangemode="tozero", row=2, col=1)
     figure.update_yaxes(title_text="blocks", range=[0, trace.num_blocks], row=1, col=1)
     figure.update_xaxes(range=[trace.start_s, end_s if end_s is not None else trace.end_s])
     figure.update_xaxes(title_text="seconds", row=rows, col=1)
@@ -56,15 +56,31 @@ def pool_over_time(trace: Trace, end_s: float | None = None) -> go.Figure:
 
 
 def pool_series(trace: Trace) -> tuple[list[float], list[Counter[str]], list[int]]:
-    """Step starts, blocks by state, and overwritten slots, of at most MAX_POINTS evenly chosen steps."""
+    """Step starts, blocks by state, and tokens on the host only, of at most MAX_POINTS evenly chosen steps."""
+    on_host = tokens_on_host(trace)
     times: list[float] = []
     counts: list[Counter[str]] = []
-    overwritten: list[int] = []
+    chosen: list[int] = []
     for index, pool in _sampled_pools(trace):
         times.append(trace.steps[index].start_s)
         counts.append(Counter(view.state for view in pool))
-        overwritten.append(sum(view.overwritten for view in pool))
-    return times, counts, overwritten
+        chosen.append(on_host[index])
+    return times, counts, chosen
+
+
+def tokens_on_host(trace: Trace) -> list[int]:
+    """Tokens that live on the host only, after the decision of each step, [steps]."""
+    lost: defaultdict[str, dict[int, int]] = defaultdict(dict)
+    total, totals = 0, []
+    for step in trace.steps:
+        for request_id, index, _ in step.block_changes:
+            if index < 0:
+                total -= sum(lost.pop(request_id, {}).values())
+        for request_id, index, num_lost in step.lost:
+            total += num_lost - lost[request_id].get(index, 0)
+            lost[request_id][index] = num_lost
+        totals.append(total)
+    return totals
 
 
 def _sampled_pools(trace: Trace) -> Iterator[tuple[int, list[BlockView]]]:

@@ -34,10 +34,9 @@ nav a:hover, nav a:focus-visible {{ color:var(--rt); text-decoration:underline; 
 .cards {{ display:grid; grid-template-columns:repeat(auto-fit,minmax(232px,1fr)); gap:16px; margin:34px 0 6px; }}
 .card {{ border:1px solid var(--line); border-top:4px solid var(--rt); border-radius:8px; padding:16px 18px 14px; }}
 .card.be {{ border-top-color:#f0a432; }} .card.kv {{ border-top-color:#7b4bb3; }}
-.card h3 {{ margin:0; font-size:13.5px; font-weight:600; color:var(--muted); }}
 .card .value {{ font-size:33px; font-weight:700; letter-spacing:-.02em; line-height:1.25; }}
 .card .unit {{ font-size:16px; font-weight:600; letter-spacing:0; }}
-.card p {{ margin:2px 0 0; font-size:13.5px; color:var(--muted); }}
+.card p {{ margin:0; font-size:13.5px; color:var(--muted); }} .card .what {{ font-weight:600; }}
 section {{ padding-top:14px; scroll-margin-top:44px; }}
 h2 {{ font-size:25px; letter-spacing:-.015em; line-height:1.25; margin:44px 0 6px; }}
 section > p {{ max-width:800px; margin:4px 0 12px; }}
@@ -128,5 +127,5 @@ def _cell(cell: Cell) -> str:
 
 def card(kind: str, heading: str, value: str, unit: str, note: str) -> str:
     """One headline number. `kind`: rt | be | kv, its colour."""
-    return (f'<div class="card {kind}"><h3>{escape(heading)}</h3><div class="value">{escape(value)} '
+    return (f'<div class="card {kind}"><p class="what">{escape(heading)}</p><div class="value">{escape(value)} '
             f'<span class="unit">{escape(unit)}</span></div><p>{escape(note)}</p></div>')

@@ -134,12 +134,13 @@ def _header(title: str, traces: Sequence[Trace]) -> str:
     trace = traces[0]
     num_rt = sum(record.request_class == "rt" for record in trace.requests.values())
     num_slots = trace.num_blocks * trace.block_size
+    lengths = [f"{length:,.1f}" for length in sorted(trace.end_s - trace.start_s for trace in traces)]
     facts = {
         "Model": trace.model, "Device": trace.device,
         "KV pool": f"{trace.num_blocks:,} blocks × {trace.block_size} = {num_slots:,} tokens, "
                    f"{num_slots * trace.slot_bytes / 1e6:,.0f} MB",
         "Requests": f"{num_rt:,} real-time, {len(trace.requests) - num_rt:,} best-effort",
-        "Run": " / ".join(f"{trace.end_s - trace.start_s:,.1f} s" for trace in traces[:3]),
+        "Run": f"{lengths[0]} s" if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]} s",
         "Seed": str(trace.seed)}
     count = "One policy" if len(traces) == 1 else f"{_COUNTS.get(len(traces), len(traces))} policies on one workload"
     lead = (f"{count}: {', '.join(trace.policy for trace in traces)}. Real-time requests need their tokens in time; "
@@ -184,8 +185,8 @@ def _comparison(traces: Sequence[Trace], summaries: Sequence[Run]) -> str:
         "trade-off", "The trade-off, and the latencies behind it",
         "A policy is only better if what it gives to the waiting users is not taken from the batch work.",
         page.chart("chart-trade-off", charts.trade_off(summaries), "Attainment against throughput",
-                   "Look for the point that is highest without being far to the left: on time for users, little taken "
-                   "from the batch work."),
+                   "Look for the point that is high without being far to the left: most users served within both SLOs, "
+                   "little taken from the batch work."),
         page.chart("chart-latency", charts.latency_ecdf(traces), "Latency distributions",
                    "Look at where each curve crosses the dashed SLO line: that height is the share of all arrived "
                    "requests served within it; a curve that ends below 100 % left the rest unserved."))
@@ -210,7 +211,7 @@ def _memory(traces: Sequence[Trace], featured: Trace) -> str:
     figures = [page.chart(
         f"chart-pool-{place}", kv_blocks.pool_over_time(trace, end_s), f"KV pool under {trace.policy}",
         "Look at how full the pool is when real-time requests arrive, and at who makes room" + (
-            "." if trace.policy not in sharing else "; below, best-effort slots whose content waits in host memory."))
+            "." if trace.policy not in sharing else "; below, tokens that gave up their slots and wait in host memory."))
         for place, trace in enumerate(traces)]
     if featured.steps:
         index = kv_blocks.busiest_step(featured)

@@ -1,0 +1,154 @@
+"""Puts a live system together: model, pool, latency model, policy, engine; and serves a workload with it.
+
+Only assembly and the serving loop live here; each part can be had without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from bros_ref.clock import Clock, WallClock
+from bros_ref.config import KVCacheConfig, ModelConfig, SchedulerConfig
+from bros_ref.engine import LLMEngine, OnText, RequestRefused, StepFailed
+from bros_ref.environment import environment_stamp
+from bros_ref.model.checksum import ChecksumModel
+from bros_ref.model.decoder import Decoder
+from bros_ref.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from bros_ref.model.weights import load_model_config, load_weights
+from bros_ref.model_runner import Model, ModelRunner
+from bros_ref.request import Request, SamplingParams
+from bros_ref.scheduler import BOUNDS, make_scheduler
+from bros_ref.scheduler.latency_model import StepLatencyModel
+from bros_ref.trace import Trace
+from bros_ref.workload import Workload, WorkloadItem
+
+CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the systems that they stand for
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, its tokenizer and the name it was asked for by."""
+
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """Sizes of a live run. `chunked_prefill` None: as the policy's original does, off for BROS."""
+
+    kv_blocks: int = 256
+    block_size: int = 16
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 256
+    chunked_prefill: bool | None = None
+    seed: int = 0
+
+
+def load_model(name: str, device: str = "auto", seed: int = 0) -> LoadedModel:
+    """Loads a model by the names of `bros-ref --model`.
+
+    Raises:
+        WeightsError: see `bros_ref.model.weights`.
+        ValueError: device "cuda" without a CUDA device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+    if name == "checksum":
+        return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64)
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    model = Decoder(load_model_config(name), load_weights(name, dtype, device, seed), dtype, device)
+    return LoadedModel(name, model, load_tokenizer(name), torch.device(device), dtype)
+
+
+def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
+    """A runner with a KV pool of its own."""
+    return ModelRunner(loaded.model, KVCacheConfig(settings.kv_blocks, settings.block_size), loaded.device,
+                       loaded.dtype)
+
+
+def make_engine(policy: str, loaded: LoadedModel, runner: ModelRunner, settings: LiveSettings,
+                latency: StepLatencyModel | None = None, clock: Clock | None = None) -> LLMEngine:
+    """An engine for one run of one policy, with a trace. Runs may share a runner, one after the other.
+
+    Raises:
+        ValueError: unknown policy.
+    """
+    chunked = settings.chunked_prefill
+    if chunked is None:
+        chunked = policy in CHUNKED_POLICIES
+    config = SchedulerConfig(
+        max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens,
+        chunked_prefill=chunked, max_context_tokens=loaded.config.max_context_tokens)
+    scheduler = make_scheduler(policy, config, runner.kv.config, latency, loaded.config.eos_token_ids)
+    trace = Trace(policy, loaded.name, str(loaded.device), settings.kv_blocks, settings.block_size,
+                  runner.kv.slot_bytes, settings.seed,
+                  {**environment_stamp(), "threads": torch.get_num_threads(), "settings": asdict(settings),
+                   "chunked_prefill": chunked})
+    return LLMEngine(scheduler, runner, clock or WallClock(), loaded.tokenizer, trace)
+
+
+def request_from_item(item: WorkloadItem, loaded: LoadedModel, seed: int = 0, *, to_length: bool = True) -> Request:
+    """A request for a workload item: its text through the chat template, or random tokens of its length.
+
+    `to_length` ignores EOS, so that the output has the item's length, as the traces want it.
+    """
+    if item.prompt is not None:
+        prompt = loaded.tokenizer.chat(item.prompt)
+    else:
+        rng = np.random.default_rng([seed, *item.request_id.encode()])
+        prompt = rng.integers(3, loaded.config.vocab_size, item.prompt_tokens).tolist()
+    return Request(item.request_id, item.request_class, prompt,
+                   SamplingParams(max_tokens=item.output_tokens, ignore_eos=to_length), item.arrival_s, item.slo)
+
+
+def keep_class(items: list[WorkloadItem], policy: str) -> list[WorkloadItem]:
+    """The items that a policy is to serve: all, or one class for the bounds `rt-only` and `be-only`."""
+    wanted = BOUNDS.get(policy)
+    return items if wanted is None else [item for item in items if item.request_class.value == wanted]
+
+
+def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadItem], Request],
+          until_s: float = float("inf"), on_step: Callable[[list[Request]], None] | None = None,
+          on_text: OnText | None = None) -> None:
+    """Serves a workload: adds requests as they come due, steps while there is work, sleeps in between.
+
+    A refused request and a failed step are recorded in the trace and end nobody else. `on_step` is called after each
+    step with the requests that ended in it.
+    """
+    clock = engine.clock
+    while clock.now_s() < until_s:
+        for item in workload.due(clock.now_s()):
+            try:
+                engine.add_request(to_request(item), on_text)
+            except RequestRefused:
+                workload.on_finished(item.request_id, clock.now_s())
+        ended: list[str] = []
+        if engine.has_unfinished:
+            try:
+                finished = engine.step()
+                ended = [request.request_id for request in finished]
+                if on_step is not None:
+                    on_step(finished)
+            except StepFailed as failure:
+                ended = failure.failed
+        elif (next_s := workload.next_arrival_s()) is not None:
+            clock.sleep_until(min(next_s, until_s))
+        elif workload.exhausted:
+            return
+        for request_id in ended:
+            workload.on_finished(request_id, clock.now_s())
+

