@@ -179,13 +179,13 @@ def _overwritten_slots(steps: Sequence[StepRecord]) -> int:
     lost: defaultdict[str, dict[int, int]] = defaultdict(dict)
     total = 0
     for step in steps:
-        for request_id, index, _ in step.block_changes:
-            if index < 0:
-                lost.pop(request_id, None)
         for request_id, index, num_lost in step.lost:
             if request_id not in step.preempted:
                 total += max(0, num_lost - lost[request_id].get(index, 0))
             lost[request_id][index] = num_lost
+        for request_id, index, _ in step.block_changes:
+            if index < 0:
+                lost.pop(request_id, None)
     return total
 
 

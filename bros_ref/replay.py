@@ -2,8 +2,9 @@
 
 It knows the records of `trace.py` and nothing else: no scheduler, no cache. The rules it replays are those of
 `StepRecord`: table changes come in the order they happened, a request's length is the sum of its scheduled tokens
-since its table was last dropped, and block i of a table holds tokens i*B to i*B + B - 1. Invariant: the work is
-proportional to what changed, never to steps x blocks or steps x requests.
+since its table was last dropped, block i of a table holds tokens i*B to i*B + B - 1, and where a step both moves
+tokens of a request to the host and drops its table, it moved them first. Invariant: the work is proportional to what
+changed, never to steps x blocks or steps x requests.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class _Pool:
     def apply(self, step: StepRecord) -> None:
         """One step forward; only the blocks it touched get a new view."""
         touched: set[int] = set()
+        for request_id, index, num_lost in step.lost:
+            self._lost[request_id][index] = num_lost
         for request_id, index, block_id in step.block_changes:
             if index < 0:
                 touched.update(self._drop(request_id))
@@ -67,8 +70,7 @@ class _Pool:
             self._num_slots[request_id] = first + num_tokens
             indices = range(first // self.block_size, (first + num_tokens - 1) // self.block_size + 1)
             touched.update(self._blocks(request_id, indices))
-        for request_id, index, num_lost in step.lost:
-            self._lost[request_id][index] = num_lost
+        for request_id, index, _ in step.lost:
             touched.update(self._blocks(request_id, (index,)))
         for block_id in touched:
             self.views[block_id] = self._view(block_id)
@@ -119,7 +121,9 @@ def replay_phases(trace: Trace) -> dict[str, list[PhaseSpan]]:
         while outside and outside[0][0] <= step.start_s:
             time_s, request_id = outside.pop(0)
             lives[request_id].end(time_s)
-        # 1. Lost tables first: they make "pending" into "waiting", and a length into zero.
+        # 1. What moved between device and host; then dropped tables, which make "pending" into "waiting".
+        restoring = {request_id for request_id, index, num_lost in step.lost
+                     if lives[request_id].set_lost(index, num_lost)}
         dropped = {request_id for request_id, index, _ in step.block_changes if index < 0}
         for request_id in dropped:
             lives[request_id].drop()
@@ -127,8 +131,6 @@ def replay_phases(trace: Trace) -> dict[str, list[PhaseSpan]]:
         for request_id in (ran_last | dropped) - step.scheduled.keys():
             lives[request_id].sit_out(step.start_s)
         # 3. Who runs.
-        restoring = {request_id for request_id, index, num_lost in step.lost
-                     if lives[request_id].set_lost(index, num_lost)}
         for request_id, num_tokens in step.scheduled.items():
             lives[request_id].run(step.start_s, num_tokens, request_id in restoring)
         for request_id in step.emitted:

@@ -74,7 +74,8 @@ class StepRecord:
         num_behind: how many those are.
         block_changes: [request id, logical index, block id] in order; block -1: that part is on the host or gone;
             index -1: the request's whole table is gone.
-        lost: [request id, logical index, tokens of that block that live on the host only], whenever it changes.
+        lost: [request id, logical index, tokens of that block that live on the host only], whenever it changes; a
+            table that is dropped in the same step was dropped after that.
         copied: slots copied by this step: "checkpoint" device -> host, "restore" host -> device, "relocate" within
             the device.
         recomputed_tokens: computed tokens that preemptions of this step threw away.

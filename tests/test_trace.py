@@ -172,6 +172,15 @@ def test_a_preempted_request_starts_over() -> None:
     assert trace.pool_at(2) == [BlockView()] * 3 + [BlockView(be_owner="b", be_fill=3)]
 
 
+def test_what_moved_to_the_host_before_a_drop_is_forgotten_with_it() -> None:
+    """Found on an engine run (swap by blocks, seed 2): evicted and dropped in one step, then started over."""
+    trace = small_trace(
+        step(0, scheduled={"b": 6}, block_changes=[["b", 0, 0], ["b", 1, 1]]),
+        step(1, block_changes=[["b", 1, -1], ["b", -1, -1]], lost=[["b", 1, 2]]),
+        step(2, scheduled={"b": 7}, block_changes=[["b", 0, 2], ["b", 1, 3]]))
+    assert trace.pool_at(2)[3] == BlockView(be_owner="b", be_fill=3, overwritten=0)
+
+
 def test_lists_handed_out_do_not_change_later() -> None:
     pools = make_trace().pools()
     first = next(pools)

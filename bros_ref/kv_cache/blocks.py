@@ -178,6 +178,3 @@ class KVChanges:
     copies: CopyPlan = field(default_factory=CopyPlan)
     block_changes: list[list[object]] = field(default_factory=list)
     lost: list[list[object]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.block_changes or self.lost or self.copies)

@@ -89,9 +89,7 @@ class KVCacheManager:
 
     def take_changes(self) -> KVChanges:
         """What has changed since the last call. The caller runs the copies before the next forward pass."""
-        changes = self._changes
-        if changes:
-            self._changes = KVChanges()
+        changes, self._changes = self._changes, KVChanges()
         return changes
 
     # -- questions --------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 It knows vocabularies and chat templates, and nothing about models or requests. The invariant: what `IncrementalDecoder`
 hands out piece by piece is, put together, exactly what decoding everything at once gives, and no piece ever ends in
-the middle of a character.
+the middle of a character. (One exception: a byte-fallback vocabulary turns a whole run of byte tokens to U+FFFD once
+one of them is no UTF-8, so there a character already shown can be missing from the text decoded at once.)
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class ByteTokenizer:
     eos_token_ids: tuple[int, ...] = (257,)
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        return list(text.encode("utf-8", errors="replace"))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace")
@@ -82,7 +83,7 @@ class CheckpointTokenizer:
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text).ids
+        ids: list[int] = self._tokenizer.encode(_whole(text)).ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -97,8 +98,8 @@ class CheckpointTokenizer:
             raise TokenizerError(f"{self._origin} has no chat template; give the prompt as one plain text")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self.render(messages)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids  # the template wrote its own
+        text = self.render(messages)  # which has its special tokens already
+        ids: list[int] = self._tokenizer.encode(_whole(text), add_special_tokens=False).ids
         return ids
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -216,6 +217,11 @@ _PRE_TOKENIZERS: dict[str, Any] = {
     "qwen2": _split_then_bytes(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
 }
+
+
+def _whole(text: str) -> str:
+    """Half a surrogate pair, which JSON can smuggle into a string, becomes a question mark."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _token_text(token: Any) -> str | None:

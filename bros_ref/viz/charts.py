@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from bros_ref.metrics import request_timings
 from bros_ref.trace import BEHIND, REASONS, Trace
-from bros_ref.viz.style import CLASS_LOOKS, INK, LOG_TICKS, LOST_COLOUR, MUTED, REASON_LABELS, dress, policy_look
+from bros_ref.viz.style import CLASS_LABELS, INK, LOG_TICKS, LOST_COLOUR, MUTED, REASON_LABELS, dress, policy_look
 
 MAX_CURVE_POINTS = 600  # an ECDF of more samples is drawn through this many of them
 MAX_SCATTER_POINTS = 1500
@@ -31,7 +31,7 @@ def latency_ecdf(traces: Sequence[Trace]) -> go.Figure:
     A curve that ends below 100 % never served, or never gave a second token to, the rest. Dashed verticals are SLOs.
     """
     figure = make_subplots(rows=2, cols=2, horizontal_spacing=0.1, vertical_spacing=0.2, subplot_titles=[
-        f"{CLASS_LOOKS[name].label}: {METRIC_TITLES[metric]}" for name, metric in CELLS])
+        f"{CLASS_LABELS[name]}: {METRIC_TITLES[metric]}" for name, metric in CELLS])
     for place, trace in enumerate(traces):
         timings = request_timings(trace).values()
         for cell, (name, metric) in enumerate(CELLS):

@@ -73,12 +73,12 @@ def tokens_on_host(trace: Trace) -> list[int]:
     lost: defaultdict[str, dict[int, int]] = defaultdict(dict)
     total, totals = 0, []
     for step in trace.steps:
-        for request_id, index, _ in step.block_changes:
-            if index < 0:
-                total -= sum(lost.pop(request_id, {}).values())
         for request_id, index, num_lost in step.lost:
             total += num_lost - lost[request_id].get(index, 0)
             lost[request_id][index] = num_lost
+        for request_id, index, _ in step.block_changes:
+            if index < 0:
+                total -= sum(lost.pop(request_id, {}).values())
         totals.append(total)
     return totals
 

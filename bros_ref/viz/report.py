@@ -211,7 +211,7 @@ def _memory(traces: Sequence[Trace], featured: Trace) -> str:
     figures = [page.chart(
         f"chart-pool-{place}", kv_blocks.pool_over_time(trace, end_s), f"KV pool under {trace.policy}",
         "Look at how full the pool is when real-time requests arrive, and at who makes room" + (
-            "." if trace.policy not in sharing else "; below, tokens that gave up their slots and wait in host memory."))
+            "; below, tokens that gave up their slots and wait in host memory." if trace.policy in sharing else "."))
         for place, trace in enumerate(traces)]
     if featured.steps:
         index = kv_blocks.busiest_step(featured)

@@ -38,7 +38,7 @@ class Look:
     pattern: str = ""
 
 
-CLASS_LOOKS = {"rt": Look("real-time", RT_COLOUR), "be": Look("best-effort", BE_COLOUR, "/")}
+CLASS_LABELS = {"rt": "real-time", "be": "best-effort"}
 
 PHASE_LOOKS = {
     WAITING: Look("waiting, holds no KV", "#d5dbe4", "."),

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from bros_ref.metrics import request_timings
-from bros_ref.trace import PHASES, Trace
-from bros_ref.viz.style import CLASS_LOOKS, INK, LOST_COLOUR, PHASE_LOOKS, dress
+from bros_ref.trace import PENDING, PHASES, WAITING, Trace
+from bros_ref.viz.style import CLASS_LABELS, INK, LOST_COLOUR, PHASE_LOOKS, dress
 
 ROW_PX = 17
 
@@ -70,7 +70,7 @@ def _mark_classes(figure: go.Figure, num_rt: int, num_rows: int) -> None:
         figure.add_hline(num_rt - 0.5, line={"color": INK, "width": 1.5})
     for name, first, count in (("rt", 0, num_rt), ("be", num_rt, num_rows - num_rt)):
         if count:
-            figure.add_annotation(text=f"<b>{CLASS_LOOKS[name].label}</b>", x=1.0, xref="paper", xanchor="left",
+            figure.add_annotation(text=f"<b>{CLASS_LABELS[name]}</b>", x=1.0, xref="paper", xanchor="left",
                                   y=first + (count - 1) / 2, textangle=90, showarrow=False, xshift=6,
                                   font={"size": 13})
 
@@ -92,4 +92,4 @@ def _add_first_tokens(figure: go.Figure, trace: Trace, rows: Sequence[str]) -> N
 
 def _contrast(phase: str) -> str:
     """Pattern lines that can be seen on the phase's fill."""
-    return {"waiting": "#7b8796", "pending": "#a8701a"}.get(phase, "#ffffff")
+    return {WAITING: "#7b8796", PENDING: "#a8701a"}.get(phase, "#ffffff")

@@ -25,8 +25,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-windowed": ("Mistral", {**_LLAMA, "sliding_window": 64}),
     "qwen2": ("Qwen2", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 16}),
-    "opt": ("OPT", {"vocab_size": 97, "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 3,
-                    "word_embed_proj_dim": 48, "num_attention_heads": 4, "max_position_embeddings": 128, "dropout": 0.0}),
+    "opt": ("OPT", {"vocab_size": 97, "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 80,
+                    "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128, "dropout": 0.0}),
 }
 
 
