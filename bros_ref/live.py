@@ -17,6 +17,7 @@ from bros_ref.engine import LLMEngine, OnText, RequestRefused, StepFailed
 from bros_ref.environment import environment_stamp
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
+from bros_ref.model.parameters import Parameters
 from bros_ref.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from bros_ref.model.weights import load_model_config, load_weights
 from bros_ref.model_runner import Model, ModelRunner
@@ -38,6 +39,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     device: torch.device
     dtype: torch.dtype
+    parameters: Parameters
 
     @property
     def config(self) -> ModelConfig:
@@ -68,10 +70,11 @@ def load_model(name: str, device: str = "auto", seed: int = 0) -> LoadedModel:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
     if name == "checksum":
-        return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64)
+        return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
     dtype = torch.float16 if device == "cuda" else torch.float32
-    model = Decoder(load_model_config(name), load_weights(name, dtype, device, seed), dtype, device)
-    return LoadedModel(name, model, load_tokenizer(name), torch.device(device), dtype)
+    parameters = load_weights(name, dtype, device, seed)
+    model = Decoder(load_model_config(name), parameters, dtype, device)
+    return LoadedModel(name, model, load_tokenizer(name), torch.device(device), dtype, parameters)
 
 
 def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:

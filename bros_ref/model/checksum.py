@@ -66,7 +66,8 @@ class ChecksumModel:
             old = context - new
             keys, values = kv.gather_dense(0, table, old, reversed_)  # [old, 1, 1]
             seen = 0
-            for position, (key, value) in enumerate(zip(keys.flatten().tolist(), values.flatten().tolist(), strict=True)):
+            stored = zip(keys.flatten().tolist(), values.flatten().tolist(), strict=True)
+            for position, (key, value) in enumerate(stored):
                 seen = _advance(seen, position, key, value)
             for offset in range(new):
                 key, value = _key_value(int(token_ids[row]), old + offset, seen)

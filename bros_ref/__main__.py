@@ -1,0 +1,5 @@
+"""`python -m bros_ref` is `bros-ref`."""
+
+from bros_ref.cli import main
+
+main()

@@ -1,0 +1,307 @@
+"""`bros-ref`: the command line. It parses, calls the library, prints a table for people and JSON for programs.
+
+Exit status 0 on success, 2 on bad usage or bad input with one line on standard error, never a traceback for those.
+With `--json -` the result is all that standard output gets; tables and progress go to standard error.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+                  help="Serve real-time and best-effort LLM requests on one model, as BROS does (arXiv 2504.09590).")
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The project's own measurements.")
+app.add_typer(bench_app, name="bench")
+
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON here; - is stdout.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+ModelOption = Annotated[str, typer.Option(help="smollm2, random:<family>, checksum, a HF folder or a .gguf file.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads torch may use; 0: as torch chooses.")]
+RefitOption = Annotated[bool, typer.Option("--refit", help="Measure this machine again for the latency model.")]
+TtftOption = Annotated[float, typer.Option(help="TTFT target of real-time requests that bring none, seconds.")]
+ClassOption = Annotated[str | None, typer.Option("--class", help="rt or be, for files that do not say.")]
+ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
+CountOption = Annotated[int, typer.Option(min=1)]
+OutOption = Annotated[Path, typer.Option(help="Folder for the report, the traces and the summary.")]
+StopOption = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
+TpotOption = Annotated[float, typer.Option(help="TPOT target of real-time requests that bring none, seconds.")]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app(standalone_mode=False)
+    except typer.TyperException as error:
+        _quit(f"bros-ref: {error.format_message()}")
+    except (ValueError, OSError) as error:
+        _quit(f"bros-ref: {' '.join(str(error).split())}")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _quit(message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+@app.command()
+def generate(prompt: str, model: ModelOption = "smollm2",
+             max_tokens: CountOption = 64,
+             temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+             top_p: float = 1.0, stop: StopOption = None,
+             device: DeviceOption = "auto", threads: ThreadsOption = 0, seed: SeedOption = 0,
+             json_path: JsonOption = None) -> None:
+    """One answer, streamed: the quickest sign of life."""
+    from bros_ref.live import LiveSettings, make_engine, make_runner
+    from bros_ref.metrics import summarise
+    from bros_ref.request import Request, RequestClass, SamplingParams
+
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; give some text")
+    sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
+    loaded = _load(model, device, threads, seed)
+    token_ids = loaded.tokenizer.chat(prompt)
+    settings = LiveSettings(kv_blocks=-(-(len(token_ids) + max_tokens) // 16), seed=seed)
+    engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
+    request = Request("prompt", RequestClass.BEST_EFFORT, token_ids, sampling)
+    out = sys.stderr if json_path == "-" else sys.stdout
+    engine.add_request(request, lambda _, piece: print(piece, end="", flush=True, file=out))
+    while engine.has_unfinished:
+        engine.step()
+    print(file=out)
+    assert engine.trace is not None
+    _write_json(json_path, "generate", seed, runs=[summarise(engine.trace)], text=engine.streams["prompt"].text,
+                finish_reason=request.status.value)
+
+
+@app.command()
+def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm-priority,bros",
+         out: OutOption = Path("out/demo"),
+         model: ModelOption = "smollm2", device: DeviceOption = "auto", threads: ThreadsOption = 0,
+         refit: RefitOption = False, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+    """The main job: a real model serves urgent questions and a batch of documents, under KV pressure, per policy."""
+    from bros_ref.demo import demo_items, pool_blocks
+    from bros_ref.live import LiveSettings, keep_class, make_engine, make_runner, request_from_item, serve
+    from bros_ref.metrics import summarise
+    from bros_ref.tables import results_table
+    from bros_ref.viz.report import write_report
+    from bros_ref.workload import Workload
+
+    names, console = _policies(policies), _console(json_path)
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = _load(model, device, threads, seed)
+    items = demo_items(loaded, seed)
+    settings = LiveSettings(kv_blocks=pool_blocks(items, 8, 16), max_num_seqs=8, max_num_batched_tokens=256,
+                            chunked_prefill=True, seed=seed)
+    runner = make_runner(loaded, settings)
+    latency = _fit(runner, settings.max_num_seqs, loaded.name, refit, console)
+    traces, samples = [], dict[str, str]()
+    for policy in names:
+        engine = make_engine(policy, loaded, runner, settings, copy.deepcopy(latency))
+        chosen = keep_class(items, policy)
+        with _progress(console, f"{policy}: {len(chosen)} requests", len(chosen)) as advance:
+            serve(engine, Workload(chosen), lambda item: request_from_item(item, loaded, seed, to_length=False),
+                  on_step=lambda ended: advance(len(ended)))
+        assert engine.trace is not None
+        engine.trace.save(out / f"trace-{policy}.json")
+        traces.append(engine.trace)
+        samples = samples or _sample_answers(engine, items)
+    runs = [summarise(trace) for trace in traces]
+    title = f"{loaded.name} on {loaded.device}, {settings.kv_blocks} blocks of {settings.block_size}, seed {seed}"
+    for question, answer in list(samples.items())[:3]:
+        console.print(f"[bold]{question}[/bold] {answer}", highlight=False)
+    console.print(results_table(runs, title))
+    write_report(out / "report.html", traces, runs, "Real-time and best-effort on one model", samples)
+    result = _write_json(str(out / "summary.json"), "demo", seed, runs=runs)
+    _write_json(json_path, "demo", seed, runs=runs, environment=result["environment"])
+    console.print(f"report: {out / 'report.html'}")
+
+
+@app.command("serve-trace")
+def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file; repeat to merge several.")],
+                policy: Annotated[str, typer.Option()] = "bros", model: ModelOption = "smollm2",
+                device: DeviceOption = "auto",
+                request_class: ClassOption = None,
+                ttft_slo_s: TtftOption = 1.0, tpot_slo_s: TpotOption = 0.25,
+                kv_blocks: CountOption = 256, block_size: CountOption = 16,
+                max_num_seqs: CountOption = 8,
+                max_num_batched_tokens: CountOption = 256,
+                chunked_prefill: ChunkedOption = None,
+                until_s: Annotated[float, typer.Option(help="Stop after this many seconds.")] = float("inf"),
+                trace_path: Annotated[Path | None, typer.Option("--trace", help="Save the trace here.")] = None,
+                threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
+                json_path: JsonOption = None) -> None:
+    """The live engine on a workload file, wall clock."""
+    from bros_ref.live import LiveSettings, keep_class, make_engine, make_runner, request_from_item, serve
+    from bros_ref.metrics import summarise
+    from bros_ref.request import SLO, RequestClass
+    from bros_ref.tables import results_table
+    from bros_ref.workload import Workload, merge
+    from bros_ref.workload_files import read_workload
+
+    [name], console, slo = _policies(policy), _console(json_path), SLO(ttft_slo_s, tpot_slo_s)
+    if request_class not in (None, "rt", "be"):
+        raise ValueError(f"--class must be rt or be, got {request_class!r}")
+    chosen_class = None if request_class is None else RequestClass(request_class)
+    items = keep_class(merge(*(read_workload(path, chosen_class, slo) for path in workload)), name)
+    if not items:
+        raise ValueError(f"policy {name} serves one class only, and the workload has no request of it")
+    settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
+    loaded = _load(model, device, threads, seed)
+    runner = make_runner(loaded, settings)
+    latency = _fit(runner, max_num_seqs, loaded.name, refit, console)
+    engine = make_engine(name, loaded, runner, settings, latency)
+    with _progress(console, f"{name}: {len(items)} requests", len(items)) as advance:
+        serve(engine, Workload(items), lambda item: request_from_item(item, loaded, seed), until_s,
+              on_step=lambda ended: advance(len(ended)))
+    assert engine.trace is not None
+    for request_id, reason in engine.trace.rejected.items():
+        console.print(f"refused {request_id}: {reason}", style="yellow", highlight=False)
+    if trace_path is not None:
+        engine.trace.save(trace_path)
+    runs = [summarise(engine.trace)]
+    title = f"{loaded.name} on {loaded.device}, {kv_blocks} blocks of {block_size}, seed {seed}"
+    console.print(results_table(runs, title))
+    _write_json(json_path, "serve-trace", seed, runs=runs)
+
+
+@bench_app.command("scheduler")
+def bench_scheduler_command(policies: Annotated[str, typer.Option()] = "bros,vllm-priority,vllm-fcfs",
+                            running: Annotated[str, typer.Option(help="Sizes of the batch.")] = "64,256,1024",
+                            waiting: Annotated[int, typer.Option(min=0)] = 10_000,
+                            rounds: CountOption = 9, seed: SeedOption = 0,
+                            json_path: JsonOption = None) -> None:
+    """What deciding costs, per scheduled request."""
+    from bros_ref.bench.scheduler import as_json, bench_scheduler
+    from bros_ref.tables import scheduler_table
+
+    if not all(size.strip().isdigit() and int(size) > 0 for size in running.split(",")):
+        raise ValueError(f"--running needs positive numbers separated by commas, got {running!r}")
+    rows, slopes = bench_scheduler(_policies(policies), [int(size) for size in running.split(",")], waiting, rounds)
+    result = as_json(rows, slopes)
+    _console(json_path).print(scheduler_table([vars(row) for row in rows], slopes))
+    _write_json(json_path, "bench scheduler", seed, **result)
+
+
+@bench_app.command("engine")
+def bench_engine_command(model: ModelOption = "smollm2", rounds: CountOption = 3,
+                         threads: ThreadsOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+    """The engine against transformers.generate, alternated, and against the machine."""
+    from bros_ref.bench.engine import CASES, bench_engine
+    from bros_ref.tables import engine_table
+
+    console = _console(json_path)
+    loaded = _load(model, "cpu", threads, seed)
+    with _progress(console, "engine", rounds * len(CASES)) as advance:
+        result = bench_engine(loaded, rounds, seed, on_case=lambda _: advance(1))
+    console.print(engine_table(result))
+    _write_json(json_path, "bench engine", seed, **result)
+
+
+@bench_app.command("hybrid")
+def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Default: all, and both bounds.")] = None,
+                         model: ModelOption = "smollm2", rounds: CountOption = 1,
+                         ttft_slo_s: TtftOption = 1.0, tpot_slo_s: TpotOption = 0.25, device: DeviceOption = "auto",
+                         threads: ThreadsOption = 0, seed: SeedOption = 0,
+                         report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+                         json_path: JsonOption = None) -> None:
+    """Every policy serves the same hybrid workload live, under KV pressure."""
+    from bros_ref.bench.hybrid import ALL, bench_hybrid
+    from bros_ref.request import SLO
+    from bros_ref.tables import results_table
+    from bros_ref.viz.report import write_report
+
+    names = list(ALL) if policies is None else _policies(policies)
+    slo, console = SLO(ttft_slo_s, tpot_slo_s), _console(json_path)
+    loaded = _load(model, device, threads, seed)
+    with _progress(console, "hybrid", rounds * len(names)) as advance:
+        runs, traces = bench_hybrid(loaded, names, slo, rounds, seed, on_run=lambda *_: advance(1))
+    title = f"{loaded.name} on {loaded.device}, SLO {ttft_slo_s} s / {tpot_slo_s} s, seed {seed}"
+    console.print(results_table(runs, title))
+    if report is not None:
+        write_report(report, traces, runs, "Hybrid serving under KV pressure", {})
+    _write_json(json_path, "bench hybrid", seed, runs=runs)
+
+
+# -- what the commands share ------------------------------------------------------------------------------------------
+
+
+def _policies(names: str) -> list[str]:
+    from bros_ref.scheduler import BOUNDS, POLICIES
+
+    chosen = [name.strip() for name in names.split(",")]
+    for name in chosen:
+        if name not in POLICIES and name not in BOUNDS:
+            raise ValueError(f"unknown policy {name!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
+    return chosen
+
+
+def _load(model: str, device: str, threads: int, seed: int) -> Any:
+    import torch
+
+    from bros_ref.live import load_model
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
+    if threads:
+        torch.set_num_threads(threads)
+    return load_model(model, device, seed)
+
+
+def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Console) -> Any:
+    from bros_ref.profiling import fit_latency_model
+
+    with _progress(console, "latency model", 1.0) as advance:
+        last = 0.0
+
+        def on_progress(done: float) -> None:
+            nonlocal last
+            advance(done - last)
+            last = done
+
+        return fit_latency_model(runner, max_num_seqs, name, refit=refit, on_progress=on_progress)
+
+
+def _sample_answers(engine: Any, items: list[Any]) -> dict[str, str]:
+    """Prompt -> answer of the first real-time requests."""
+    asked = [item.prompt for item in items if item.slo is not None]
+    return {prompt: engine.streams[f"rt-{index}"].text for index, prompt in enumerate(asked)
+            if f"rt-{index}" in engine.streams}
+
+
+def _console(json_path: str | None) -> Console:
+    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 140)
+
+
+@contextmanager
+def _progress(console: Console, label: str, total: float) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+               TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+def _write_json(path: str | None, command: str, seed: int, **parts: Any) -> dict[str, Any]:
+    """The envelope of every result; strict JSON."""
+    from bros_ref.environment import environment_stamp
+
+    result = {"schema": 1, "command": command, "seed": seed, "environment": environment_stamp(), **parts}
+    if path is not None:
+        text = json.dumps(result, indent=1, allow_nan=False)
+        if path == "-":
+            print(text)
+        else:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+    return result

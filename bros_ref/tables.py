@@ -1,0 +1,66 @@
+"""Results for people at a terminal: rich tables from the same dictionaries that go to JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Run = Mapping[str, Any]
+
+
+def number(value: float | None, digits: int = 0, scale: float = 1.0) -> str:
+    """A figure with thousands separators; an en dash where there is no sample."""
+    return "–" if value is None else f"{value * scale:,.{digits}f}"
+
+
+def results_table(runs: Sequence[Run], title: str) -> Table:
+    """Both classes of every run, absolute values."""
+    table = Table(title=title, title_justify="left", header_style="bold", caption=(
+        "RT on time: share of all arrived real-time requests that met both targets. Preempted: by recomputation or "
+        "whole swap. Slots to/from host: KV checkpointed and restored."), caption_justify="left")
+    table.add_column("policy")
+    for name in ("RT on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "BE tokens/s", "BE longest wait s",
+                 "KV peak", "preempted", "recomputed tokens", "slots to/from host"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        rt, be, kv = run["classes"]["rt"], run["classes"]["be"], run["kv"]
+        table.add_row(
+            run["policy"], number(rt["slo_attainment"], 0, 100) + " %" if rt["slo_attainment"] is not None else "–",
+            number(rt["median_ttft_ms"]), number(rt["p99_ttft_ms"]), number(rt["median_tpot_ms"], 1),
+            number(be["output_throughput"], 1), number(be["max_wait_s"], 1), number(kv["peak_usage"], 0, 100) + " %",
+            number(kv["preempted_requests"]), number(kv["recomputed_tokens"]),
+            f"{number(kv['checkpointed_slots'])} / {number(kv['restored_slots'])}")
+    return table
+
+
+def scheduler_table(rows: Sequence[Mapping[str, Any]], slopes: Mapping[str, float]) -> Table:
+    """What deciding costs."""
+    table = Table(title="CPU time of schedule + update, no model", title_justify="left", header_style="bold",
+                  caption="slope: what one more running request adds to a step", caption_justify="left")
+    for name in ("policy", "running", "waiting", "us per request-step", "us per step", "slope us"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for row in rows:
+        table.add_row(row["policy"], number(row["running"]), number(row["waiting"]),
+                      number(row["us_per_request_step"], 2), number(row["us_per_step"]),
+                      number(slopes.get(row["policy"]), 2))
+    return table
+
+
+def engine_table(result: Mapping[str, Any]) -> Table:
+    """The engine against transformers, and against the machine."""
+    machine = (f"decode of one sequence: {number(result['decode1_s'], 1, 1e3)} ms a token = "
+               f"{number(result['decode1_over_weights_read'], 2)} x reading the weights once "
+               f"({number(result['weights_read_s'], 1, 1e3)} ms); prefill of 512: "
+               f"{number(result['prefill512_share_of_matrix_rate'], 0, 100)} % of the measured fp32 matrix rate "
+               f"({number(result['matrix_flops_per_s'], 0, 1e-9)} GFLOP/s)")
+    table = Table(title="Engine, fp32", title_justify="left", header_style="bold", caption=machine,
+                  caption_justify="left")
+    for name in ("case", "system", "output tokens/s", "ms per step", "x transformers", "peak RSS MB"):
+        table.add_column(name, justify="left" if name in ("case", "system") else "right")
+    for row in result["rows"]:
+        ratio = result["speedup_over_transformers"].get(row["case"]) if row["system"] == "bros_ref" else None
+        table.add_row(row["case"], row["system"], number(row["output_tok_s"], 1), number(row["ms_per_step"], 1),
+                      number(ratio, 2), number(row["peak_rss_bytes"], 0, 1e-6))
+    return table
