@@ -75,6 +75,11 @@ class Scheduler:
         """Called when the pool has no blocks for `request`. Returns True if it freed some and a retry makes sense."""
         return False
 
+    def may_enter(self, request: Request) -> bool:
+        """Whether the pool has room for all known tokens of a WAITING request, though its first chunk may need less:
+        entering on the strength of a chunk ends in preempting one another (vLLM: `scheduler_reserve_full_isl`)."""
+        return self.kv.blocks_for(request.num_tokens) <= self.kv.num_free_blocks
+
     def prefill_advanced(self, request: Request) -> None:
         """Called when a chunk was computed that did not complete the prompt."""
 
@@ -126,7 +131,10 @@ class Scheduler:
                 self._refuse(request, DEADLINE)
                 continue
 
-            # 3. Blocks, if need be after the policy has made room.
+            # 3. Blocks, if need be after the policy has made room. A newcomer's whole prompt must fit.
+            if request.status is waiting and not self.may_enter(request):
+                self._refuse(request, NO_BLOCKS)
+                continue
             lookahead = request.max_total_tokens - count if reserves and request.status is waiting else 0
             table = allocate_slots(request, count, lookahead)
             if table is None:

@@ -223,6 +223,10 @@ class BROSScheduler(Scheduler):
 
     # -- shortage ---------------------------------------------------------------------------------------------
 
+    def may_enter(self, request: Request) -> bool:
+        """An RT takes room from BE, and a due BE from other BE; the rest need empty blocks for the whole prompt."""
+        return request.is_rt or request is self._forced or super().may_enter(request)
+
     def make_room(self, request: Request, num_new_tokens: int) -> bool:
         """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
         last. The last resort for an RT is to swap out (else recompute) an RT that is less urgent."""

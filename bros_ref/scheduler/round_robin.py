@@ -41,6 +41,9 @@ class RoundRobinScheduler(Scheduler):
                 return
             queue.pop()
 
+    def may_enter(self, request: Request) -> bool:
+        return request.is_rt or super().may_enter(request)
+
     def make_room(self, request: Request, num_new_tokens: int) -> bool:
         others = [other for other in self.running if other.is_rt is not request.is_rt]
         if request.status is RequestStatus.WAITING and not (request.is_rt and others):

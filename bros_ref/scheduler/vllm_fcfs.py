@@ -2,7 +2,8 @@
 
 Mirrors `vllm/v1/core/sched/scheduler.py` (policy "fcfs", no prefix cache): decodes and prefill chunks share one token
 budget; when a running request gets no block, the last of RUNNING is preempted by recomputation (perhaps the very one
-that asked) and goes to the front of WAITING; nothing is admitted in a step with a preemption. No deadlines.
+that asked) and goes to the front of WAITING; nothing is admitted in a step with a preemption. A waiting request is
+admitted only if all its known tokens fit (vLLM's default `scheduler_reserve_full_isl`). No deadlines.
 """
 
 from __future__ import annotations
