@@ -1,0 +1,98 @@
+"""The command line as programs use it: exit status, one line of error, JSON with the promised keys and nothing else."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+RT_KEYS = {"completed", "failed", "request_throughput", "output_throughput", "normalized_latency_ms_per_token",
+           "ttft_attainment", "tpot_attainment", "slo_attainment",
+           *(f"{kind}_{name}_ms" for kind in ("mean", "median", "p99") for name in ("ttft", "tpot", "itl", "e2el"))}
+BE_KEYS = {"completed", "failed", "request_throughput", "output_throughput", "total_token_throughput", "max_wait_s"}
+KV_KEYS = {"num_blocks", "block_size", "peak_usage", "preempted_requests", "recomputed_tokens", "overwritten_slots",
+           "checkpointed_slots", "restored_slots", "relocated_slots", "d2h_bytes", "h2d_bytes"}
+SCHEDULER_KEYS = {"steps", "mean_us_per_step", "p99_us_per_step", "us_per_request_step", "share_of_iteration"}
+
+
+def bros_ref(*arguments, cache=None):
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(cache or "/nonexistent")}
+    return subprocess.run([sys.executable, "-m", "bros_ref", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=300, env=environment)
+
+
+@pytest.fixture
+def workload(tmp_path):
+    path = tmp_path / "workload.csv"
+    path.write_text("arrival_s,request_class,prompt_tokens,output_tokens,ttft_slo_s,tpot_slo_s\n"
+                    "0,be,90,20,,\n0,be,70,20,,\n0.01,rt,20,8,1,0.5\n0.05,rt,9999,8,1,0.5\n")
+    return path
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["nonsense"], "nonsense"),
+    (["generate"], "prompt"),
+    (["generate", " "], "empty"),
+    (["generate", "hi", "--model", "no-such-model"], "no-such-model"),
+    (["generate", "hi", "--max-tokens", "0"], "--max-tokens"),
+    (["generate", "hi", "--model", "random:llama", "--device", "tpu"], "--device"),
+    (["demo", "--policies", "bros,fifo"], "vllm-fcfs"),
+    (["serve-trace", "--workload", "missing.csv"], "missing.csv"),
+    (["bench", "scheduler", "--running", "64,x"], "--running"),
+])
+def test_bad_usage_is_one_line_and_status_2(arguments, expected):
+    result = bros_ref(*arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert expected in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_bad_workload_line_is_named(tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text("arrival_s,request_class,prompt_tokens,output_tokens\n0,be,5,5\n1,be,-3,5\n")
+    result = bros_ref("serve-trace", "--workload", path, "--model", "random:llama")
+    assert result.returncode == 2
+    assert "bad.csv" in result.stderr
+    assert "3" in result.stderr
+    assert "prompt_tokens" in result.stderr
+
+
+@pytest.mark.parametrize("policy", ["bros", "vllm-priority", "rt-only"])
+def test_serve_trace_prints_only_json_with_the_promised_keys(workload, tmp_path, policy):
+    trace = tmp_path / "trace.json.gz"
+    result = bros_ref("serve-trace", "--workload", workload, "--model", "random:llama", "--policy", policy,
+                      "--kv-blocks", 12, "--seed", 3, "--json", "-", "--trace", trace, cache=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["schema"], report["command"], report["seed"]) == (1, "serve-trace", 3)
+    [run] = report["runs"]
+    assert run["policy"] == policy
+    assert run["classes"]["rt"].keys() >= RT_KEYS
+    assert run["classes"]["be"].keys() >= BE_KEYS
+    assert run["kv"].keys() >= KV_KEYS
+    assert run["scheduler"].keys() >= SCHEDULER_KEYS
+    assert run["classes"]["rt"]["completed"] == 1
+    assert run["classes"]["rt"]["slo_attainment"] <= 0.5, "the refused request counts as missed"
+    assert run["classes"]["be"]["completed"] == (0 if policy == "rt-only" else 2)
+    assert "9999" in result.stderr, "the refusal is told"
+    assert trace.stat().st_size > 0
+
+
+def test_generate_streams_text_and_reports_it(tmp_path):
+    result = bros_ref("generate", "hello", "--model", "random:qwen3", "--max-tokens", 5, "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["text"] in result.stdout
+    assert report["runs"][0]["classes"]["be"]["completed"] == 1
+
+
+def test_bench_scheduler_has_a_row_per_point_and_a_slope(tmp_path):
+    result = bros_ref("bench", "scheduler", "--policies", "bros,tgi", "--running", "4,16", "--waiting", 50,
+                      "--rounds", 1, "--json", "-")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [(row["policy"], row["running"]) for row in report["rows"]] == [
+        ("bros", 4), ("tgi", 4), ("bros", 16), ("tgi", 16)]
+    assert all(row["us_per_request_step"] > 0 and row["waiting"] == 50 for row in report["rows"])
+    assert report["slope"].keys() == {"bros", "tgi"}
