@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import torch
+
 from bros_ref.clock import VirtualClock
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine
@@ -40,7 +42,7 @@ def checksum_engine(policy: str, num_blocks: int = 12, block_size: int = 4, num_
     config = SchedulerConfig(**{"max_num_seqs": 6, "max_num_batched_tokens": 64, **limits})  # type: ignore[arg-type]
     clock = VirtualClock()
     scheduler = make_scheduler(policy, config, kv_config, StepLatencyModel(TOY_LATENCY, 0.0005))
-    runner = VirtualTimeRunner(ModelRunner(ChecksumModel(), kv_config, dtype=__import__("torch").int64), clock)
+    runner = VirtualTimeRunner(ModelRunner(ChecksumModel(), kv_config, dtype=torch.int64), clock)
     trace = Trace(policy, "checksum", "cpu", num_blocks, block_size, 16, 0)
     return LLMEngine(scheduler, runner, clock, trace=trace)
 
@@ -60,8 +62,9 @@ def random_requests(rng: random.Random, count: int, longest: int, block_size: in
         max_tokens = rng.randint(1, max(1, min(longest - prompt_tokens, 3 * block_size)))
         is_rt = rng.random() < 0.5
         slo = SLO(rng.choice([0.02, 0.1, 0.5]), rng.choice([0.012, 0.05, 0.2]))
-        requests.append(make_request(f"{'rt' if is_rt else 'be'}{i}", is_rt, rng.choices(range(VOCAB_SIZE), k=prompt_tokens),
-                                     max_tokens, rng.uniform(0, spread_s) if rng.random() < 0.7 else 0.0, slo))
+        prompt = rng.choices(range(VOCAB_SIZE), k=prompt_tokens)
+        requests.append(make_request(f"{'rt' if is_rt else 'be'}{i}", is_rt, prompt, max_tokens,
+                                     rng.uniform(0, spread_s) if rng.random() < 0.7 else 0.0, slo))
     return sorted(requests, key=lambda request: request.arrival_s)
 
 

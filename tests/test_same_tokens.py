@@ -5,7 +5,7 @@ import random
 
 import pytest
 from harness import alone, checksum_engine, random_requests, run
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bros_ref.request import RequestStatus
@@ -16,7 +16,8 @@ from bros_ref.scheduler import POLICIES
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(5, 30), block_size=st.sampled_from([1, 2, 4, 16]),
        chunked=st.booleans(), host=st.sampled_from([None, 0, 2]), abort_rate=st.sampled_from([0.0, 0.1]))
-def test_every_request_gets_the_tokens_it_would_get_alone(policy, seed, num_blocks, block_size, chunked, host, abort_rate):
+def test_every_request_gets_the_tokens_it_would_get_alone(policy, seed, num_blocks, block_size, chunked, host,
+                                                          abort_rate):
     rng = random.Random(seed)
     engine = checksum_engine(policy, num_blocks, block_size, host, chunked_prefill=chunked,
                              max_num_batched_tokens=rng.choice([8, 64]), be_max_wait_steps=rng.choice([2, 16]))

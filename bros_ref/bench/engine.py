@@ -46,6 +46,7 @@ class EngineRow:
 
 
 def mixed_lengths(count: int, seed: int) -> Lengths:
+    """Seeded requests of 16-256 prompt and 8-128 output tokens."""
     rng = np.random.default_rng(seed)
     return [(int(rng.integers(16, 257)), int(rng.integers(8, 129))) for _ in range(count)]
 

@@ -42,6 +42,7 @@ class Layer:
 
     @classmethod
     def pick(cls, weights: Parameters, i: int) -> Layer:
+        """The tensors of layer `i`."""
         def get(name: str) -> Tensor:
             return weights[f"layers.{i}.{name}"]
 
@@ -140,7 +141,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
 
 

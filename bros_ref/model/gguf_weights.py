@@ -68,6 +68,7 @@ class GGUFFile:
         return f"{self.path}: tensor {name}"
 
     def read(self, name: str) -> Tensor:
+        """The tensor, dequantised to float32. Raises WeightsError."""
         if name not in self.tensors:
             raise WeightsError(f"{self.describe(name)} is missing")
         shape, type_number, start = self.tensors[name]
@@ -197,6 +198,7 @@ class LlamaRowOrder:
         self._file, self._heads = file, {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
 
     def read(self, name: str) -> Tensor:
+        """The tensor, its q and k rows in the order that Hugging Face uses."""
         tensor = self._file.read(name)
         heads = self._heads.get(name.split(".")[-2])
         if heads is None or tensor.shape[0] % (2 * heads):  # a wrong shape is reported by the caller

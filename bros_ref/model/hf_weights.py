@@ -90,6 +90,7 @@ class SafetensorsFolder:
         return f"{self._file_of.get(name, self._default)}: tensor {name}"
 
     def read(self, name: str) -> Tensor:
+        """The tensor as stored. Raises WeightsError."""
         path = self._file_of.get(name)
         if path is None:
             raise WeightsError(f"{self.describe(name)} is missing")

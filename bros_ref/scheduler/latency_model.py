@@ -22,6 +22,7 @@ FORGETTING = 0.995  # weight of the past after one more step: a memory of about 
 REFIT_EVERY_STEPS = 16
 PRIOR_WEIGHT = 0.05  # how strongly a coefficient that recent steps say nothing about stays where it was
 MAX_SAFETY = 2.0
+UNLIMITED_TOKENS = 1 << 30
 
 
 @dataclass(slots=True)
@@ -80,23 +81,28 @@ class StepLatencyModel:
         return self.c1 * num_new_tokens + self.c2 * num_new_tokens * (context + num_new_tokens / 2)
 
     def max_new_tokens(self, spare_s: float, context: int) -> int:
-        """The longest prefill chunk behind `context` tokens whose cost is at most `spare_s` (a quadratic in it)."""
+        """The longest prefill chunk behind `context` tokens whose cost is at most `spare_s` (a quadratic in it); at
+        most UNLIMITED_TOKENS."""
         if spare_s <= 0:
             return 0
         linear, half_square = self.c1 + self.c2 * context, self.c2 / 2
-        if half_square == 0:
-            return 1 << 30 if linear == 0 else int(spare_s / linear)
-        return int((math.sqrt(linear * linear + 4 * half_square * spare_s) - linear) / (2 * half_square))
+        slope = linear + math.sqrt(linear * linear + 4 * half_square * spare_s)
+        if 2 * spare_s >= UNLIMITED_TOKENS * slope:
+            return UNLIMITED_TOKENS
+        count = int(2 * spare_s / slope)  # the textbook formula with the root below: no digits cancel
+        return count - (self.cost_s(count, context) > spare_s)  # rounding may promise one too many
 
     @classmethod
     def fit(cls, samples: Sequence[tuple[StepFeatures, float]], restore_s_per_token: float = 0.0) -> StepLatencyModel:
         """Non-negative least squares on the relative error of measured (features, seconds).
 
         Raises:
-            ValueError: fewer than four samples, or a duration that is not positive.
+            ValueError: fewer than four samples, or a duration that is not positive and finite.
         """
-        if len(samples) < 4 or any(not seconds > 0 for _, seconds in samples):
-            raise ValueError(f"fitting needs at least 4 samples with positive durations, got {len(samples)}")
+        if len(samples) < 4:
+            raise ValueError(f"fitting needs at least 4 samples, got {len(samples)}")
+        if wrong := [seconds for _, seconds in samples if not 0 < seconds < math.inf]:
+            raise ValueError(f"fitting needs finite positive durations in seconds, got {wrong[0]!r}")
         rows = np.array([_row(features) / seconds for features, seconds in samples])
         scale = np.where(rows.max(axis=0) > 0, rows.max(axis=0), 1.0)
         scaled, _ = nnls(rows / scale, np.ones(len(rows)))
@@ -108,9 +114,11 @@ class StepLatencyModel:
     def observe(self, features: StepFeatures, actual_s: float) -> None:
         """Learns from one measured step: notes it, and refits four numbers every REFIT_EVERY_STEPS steps."""
         predicted_s = self.predict(features)
-        if actual_s <= 0 or predicted_s <= 0:
+        if not 0 < actual_s < math.inf or predicted_s <= 0:
             return
         self._ratios.append(actual_s / predicted_s)
+        if 0 < self.restore_s_per_token * features.restored_tokens >= predicted_s:
+            return  # it waited for the copies: that says nothing about what computing costs
         self._recent.append((1.0 / actual_s, features.new_tokens / actual_s, features.prefill_products / actual_s,
                              features.decode_contexts / actual_s))
         if len(self._recent) == REFIT_EVERY_STEPS:

@@ -73,6 +73,8 @@ POLICY_PATTERNS = ("", "/", "x", "\\", ".", "-", "+", "|", "")
 
 @dataclass(frozen=True)
 class PolicyLook:
+    """How one policy is drawn: told apart by colour, and by dash, marker and pattern without it."""
+
     colour: str
     dash: str
     marker: str

@@ -74,7 +74,7 @@ def pending_be(num_tokens, num_blocks=2, unit="slot"):
 
 
 def test_sharing_free_middle_slots_copies_nothing():
-    manager, memory, be = pending_be(6)  # B0..B3 | B4 B5 _ _
+    manager, memory, _be = pending_be(6)  # B0..B3 | B4 B5 _ _
     rt = make_request("rt", True)
     assert manager.allocate_slots(rt, 2) == [manager.block_table("be")[1]]
     assert not manager._changes.copies
@@ -145,7 +145,7 @@ def test_be_relocates_when_the_rt_still_lives_in_its_block():
 
 
 def test_a_fully_overwritten_block_leaves_its_best_effort_owner():
-    manager, memory, be = pending_be(8)
+    manager, memory, _be = pending_be(8)
     rt = make_request("rt", True)
     manager.allocate_slots(rt, 4)
     assert ON_HOST in manager.block_table("be")
@@ -163,8 +163,9 @@ def test_a_best_effort_request_of_this_step_is_no_victim():
 
 @pytest.mark.parametrize(("unit", "lost"), [("slot", 1), ("block", 4), ("request", 8)])
 def test_the_unit_of_preemption_is_what_an_rt_of_one_token_costs(unit, lost):
-    manager, memory, be = pending_be(8, unit=unit)
-    assert manager.allocate_slots(rt := make_request("rt", True), 1) is not None
+    manager, memory, _be = pending_be(8, unit=unit)
+    rt = make_request("rt", True)
+    assert manager.allocate_slots(rt, 1) is not None
     assert manager.lost_tokens["be"] == lost
     memory.run_step([(rt, 1)])
 

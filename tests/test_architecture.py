@@ -1,0 +1,154 @@
+"""The house rules, read from the source: who may import whom, sizes, docstrings, no clock inside a policy."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "bros_ref"
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 70  # docstring and comments included
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(source, *, top_level_only=True):
+    """Modules that a source imports when it is imported (or anywhere in it), TYPE_CHECKING blocks left out."""
+    found = set()
+
+    def visit(nodes):
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+                found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)) and not (
+                    isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and top_level_only):
+                visit(ast.iter_child_nodes(node))
+
+    visit(ast.parse(source).body)
+    return found
+
+
+def reachable(module, sources):
+    """Everything that importing a module imports, through our own modules."""
+    seen, queue = set(), [module]
+    while queue:
+        for found in imports(sources[queue.pop()]):
+            if found not in seen:
+                seen.add(found)
+                if found in sources:
+                    queue.append(found)
+    return seen
+
+
+def imports_torch(module, sources):
+    return any(found.split(".")[0] == "torch" for found in reachable(module, sources))
+
+
+DECIDE_AND_ACCOUNT = [name for name in SOURCES if name.startswith(("bros_ref.scheduler", "bros_ref.kv_cache"))
+                      and name != "bros_ref.kv_cache.storage"]
+WITHOUT_TORCH = [*DECIDE_AND_ACCOUNT, *(f"bros_ref.{name}" for name in (
+    "config", "request", "clock", "trace", "workload", "workload_files", "metrics"))]
+FOUNDATION = {"config": set(), "clock": set(), "request": set(), "trace": {"replay", "perfetto"}}
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_deciding_and_accounting_never_import_torch(module):
+    assert not imports_torch(module, SOURCES)
+
+
+def test_the_torch_rule_sees_an_import_through_another_module():
+    sources = {"a": "import b", "b": "from torch import nn"}
+    assert imports_torch("a", sources)
+    assert not imports_torch("a", {"a": "def f():\n    import torch"})
+
+
+@pytest.mark.parametrize("module", FOUNDATION)
+def test_the_vocabulary_needs_the_standard_library_only(module):
+    import sys
+
+    own = {f"bros_ref.{name}" for name in FOUNDATION[module]}
+    outside = {found for found in imports(SOURCES[f"bros_ref.{module}"], top_level_only=False)
+               if found.split(".")[0] not in sys.stdlib_module_names and not any(found.startswith(o) for o in own)}
+    assert not outside
+
+
+FORBIDDEN = {  # where -> what it must not name, anywhere
+    "bros_ref.model": ("bros_ref.request", "bros_ref.scheduler", "bros_ref.engine", "bros_ref.trace"),
+    "bros_ref.kv_cache": ("bros_ref.scheduler", "bros_ref.model", "bros_ref.engine"),
+    "bros_ref.scheduler": ("bros_ref.model", "bros_ref.engine", "bros_ref.viz", "bros_ref.kv_cache.storage"),
+    "bros_ref.viz": ("bros_ref.engine", "bros_ref.scheduler", "bros_ref.kv_cache", "bros_ref.model", "torch"),
+    "bros_ref": ("notebooks", "tests"),
+}
+
+
+def broken_edges(sources):
+    return [(module, found) for place, forbidden in FORBIDDEN.items() for module, source in sources.items()
+            if (module + ".").startswith(place + ".")
+            for found in imports(source, top_level_only=False) if found.startswith(forbidden)]
+
+
+def test_no_forbidden_edge():
+    assert broken_edges(SOURCES) == []
+    assert broken_edges({"bros_ref.viz.x": "from bros_ref.engine import LLMEngine"})
+
+
+def test_only_the_benchmark_names_transformers():
+    users = [module for module, source in SOURCES.items() if "transformers" in imports(source, top_level_only=False)]
+    assert users == ["bros_ref.bench.reference"]
+
+
+def clock_reads(source):
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return [ast.unparse(call) for call in calls if ast.unparse(call).split(".")[0] in ("time", "datetime")]
+
+
+def test_no_policy_and_no_account_reads_the_clock():
+    assert {module: clock_reads(SOURCES[module]) for module in DECIDE_AND_ACCOUNT if clock_reads(SOURCES[module])} == {}
+    assert clock_reads("import time\ndef f():\n    return time.monotonic()")
+
+
+def oversized(sources):
+    too_long = [f"{module}: {lines} lines" for module, source in sources.items()
+                if (lines := len(source.splitlines())) > MAX_FILE_LINES]
+    for module, source in sources.items():
+        too_long += [f"{module}.{node.name}: {node.end_lineno - node.lineno + 1} lines"
+                     for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)
+                     and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES]
+    return too_long
+
+
+def test_files_and_functions_stay_short():
+    assert oversized({"x": "pass\n" * 401}) == ["x: 401 lines"]
+    assert len(oversized({"x": "def f():\n" + "    pass\n" * 80})) == 1
+    allowed = {"bros_ref.scheduler.base.schedule"}  # the admission loop: one loop, read top to bottom
+    assert [entry for entry in oversized(SOURCES) if entry.split(":")[0] not in allowed] == []
+
+
+def undocumented(module, source):
+    tree = ast.parse(source)
+    missing = [] if ast.get_docstring(tree) or not tree.body else [module]
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node):
+            missing.append(f"{module}.{node.name}")
+        if isinstance(node, ast.ClassDef) and not node.bases:  # an override is documented where it is declared
+            missing += [f"{module}.{node.name}.{member.name}" for member in node.body
+                        if isinstance(member, ast.FunctionDef) and not member.name.startswith("_")
+                        and not ast.get_docstring(member) and len(member.body) > 8]
+    return missing
+
+
+def test_everything_public_is_documented():
+    assert undocumented("m", "def f(): ...") == ["m", "m.f"]
+    assert [name for module, source in SOURCES.items() for name in undocumented(module, source)] == []
