@@ -195,7 +195,8 @@ def bench_scheduler_command(policies: Annotated[str, typer.Option()] = "bros,vll
 
 
 @bench_app.command("engine")
-def bench_engine_command(model: ModelOption = "smollm2", rounds: CountOption = 3,
+def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
+                         model: ModelOption = "smollm2", rounds: CountOption = 3,
                          threads: ThreadsOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The engine against transformers.generate, alternated, and against the machine."""
     from bros_ref.bench.engine import CASES, bench_engine
@@ -203,8 +204,9 @@ def bench_engine_command(model: ModelOption = "smollm2", rounds: CountOption = 3
 
     console = _console(json_path)
     loaded = _load(model, "cpu", threads, seed)
-    with _progress(console, "engine", rounds * len(CASES)) as advance:
-        result = bench_engine(loaded, rounds, seed, on_case=lambda _: advance(1))
+    chosen = CASES if cases is None else tuple(case.strip() for case in cases.split(","))
+    with _progress(console, "engine", rounds * len(chosen)) as advance:
+        result = bench_engine(loaded, chosen, rounds, seed, on_case=lambda _: advance(1))
     console.print(engine_table(result))
     _write_json(json_path, "bench engine", seed, **result)
 

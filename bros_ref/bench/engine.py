@@ -14,7 +14,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,13 +115,20 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start_s
 
 
-def bench_engine(loaded: LoadedModel, rounds: int = 3, seed: int = 0,
+def bench_engine(loaded: LoadedModel, cases: Sequence[str] = CASES, rounds: int = 3, seed: int = 0,
                  on_case: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """All cases; the shape that `bros-ref bench engine --json` promises, without the stamp."""
+    """The chosen cases; the shape that `bros-ref bench engine --json` promises, without the stamp.
+
+    Raises:
+        ValueError: an unknown case.
+    """
+    if unknown := set(cases) - set(CASES):
+        raise ValueError(f"unknown case {sorted(unknown)[0]!r}; known are {', '.join(CASES)}")
     reference = reference_model(loaded)
-    all_lengths: tuple[Lengths, ...] = ([(128, 64)] * 32, mixed_lengths(64, seed), [(16, 48)], [(512, 1)])
+    all_lengths = dict(zip(CASES, ([(128, 64)] * 32, mixed_lengths(64, seed), [(16, 48)], [(512, 1)]), strict=True))
     rows, ratios = [], {}
-    for case, lengths in zip(CASES, all_lengths, strict=True):
+    for case in cases:
+        lengths = all_lengths[case]
         ours, theirs = [], []
         for _ in range(rounds):
             if on_case is not None:

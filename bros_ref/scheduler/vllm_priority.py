@@ -24,7 +24,11 @@ class VLLMPriorityScheduler(Scheduler):
         self._waiting.push(request)
 
     def candidates(self, now_s: float) -> Iterator[Request]:
-        yield from list(self.running)
+        for started in list(self.running):
+            was_running = started.status is RequestStatus.RUNNING
+            yield started
+            if was_running and started.status is RequestStatus.WAITING:
+                return  # it was the worst itself: vLLM ends the step's list there
         while not self.output.preempted and len(self.running) < self.seats and (request := self._waiting.head()):
             yield request
             if self.refusal:
