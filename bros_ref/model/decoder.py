@@ -123,7 +123,8 @@ class Decoder:
         inner = linear(h, layer.mlp_in, layer.mlp_in_bias)
         if self.config.mlp == "gated-silu":
             gate, up = inner.chunk(2, dim=1)
-            inner = F.silu(gate, inplace=True).mul_(up)
+            # Not in place: gate's rows lie two rows apart, and a product over them runs at a quarter of its speed.
+            inner = F.silu(gate, inplace=True) * up
         else:
             inner = inner.relu_()
         return linear(inner, layer.mlp_out, layer.mlp_out_bias)

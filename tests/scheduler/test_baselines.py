@@ -47,13 +47,13 @@ def test_vllm_fcfs_lets_no_real_time_request_overtake():
     assert [ids_ for _ in range(6) for ids_ in decider.step()] == ["be0"] * 3 + ["be1"] * 2 + ["rt0"]
 
 
-def test_vllm_admits_no_more_than_the_seats_even_if_some_of_them_sit_out():
-    decider = Decider("vllm-fcfs", max_num_seqs=3, max_num_batched_tokens=2, **CHUNKED)
-    for name in ("be0", "be1", "be2", "be3"):
-        decider.add(name)
-    for _ in range(3):
-        decider.step()
-    assert ids(decider.scheduler.running) == ["be0", "be1", "be2"]
+def test_vllm_admits_no_more_than_the_seats():
+    decider = Decider("vllm-fcfs", max_num_seqs=2, max_num_batched_tokens=4, **CHUNKED)
+    decider.add("be0", prompt_tokens=2)
+    decider.add("be1", prompt_tokens=6)
+    decider.add("be2")
+    assert [decider.step() for _ in range(3)] == [{"be0": 2, "be1": 2}, {"be0": 1, "be1": 3}, {"be0": 1, "be1": 1}]
+    assert waiting_ids(decider) == {"be2"}
 
 
 def full_pool(policy, *names):
@@ -69,14 +69,14 @@ def full_pool(policy, *names):
 def test_vllm_preempts_the_last_of_running_which_starts_over_at_the_front_of_waiting():
     decider, (_, _, last) = full_pool("vllm-fcfs", "be0", "be1", "be2")
     decider.add("be3")
-    assert list(decider.decide()) == ["be0"]  # be1 asks, finds itself the last of RUNNING, and preempts itself
+    assert list(decider.decide()) == ["be0"]  # it takes be2's block; then be1 asks, and is the last itself
     assert decider.output.preempted == {"be1": "recompute", "be2": "recompute"}
     assert decider.output.recomputed_tokens == 8
     assert (last.status, last.num_computed_tokens, last.num_preemptions) == (WAITING, 0, 1)
     decider.compute()
-    while len(decider.scheduler.running) < 2:
+    while "be0" in decider.scheduler.requests:
         decider.step()
-    assert ids(decider.scheduler.running)[1] == "be1"
+    assert list(decider.step()) == ["be1"]
 
 
 def test_vllm_admits_nothing_in_a_step_with_a_preemption():
@@ -87,13 +87,12 @@ def test_vllm_admits_nothing_in_a_step_with_a_preemption():
 
 
 def test_vllm_preempts_the_one_that_asks_if_it_is_the_last():
-    decider, _ = full_pool("vllm-fcfs", "be0")
-    other = Decider("vllm-fcfs", num_blocks=2, **CHUNKED)
-    other.add("be0", prompt_tokens=1, max_tokens=7)
-    other.add("be1", prompt_tokens=4, max_tokens=4)
-    other.step()
-    assert list(other.decide()) == ["be0"]
-    assert other.output.preempted == {"be1": "recompute"}
+    decider = Decider("vllm-fcfs", num_blocks=2, **CHUNKED)
+    decider.add("be0", prompt_tokens=1, max_tokens=7)
+    decider.add("be1", prompt_tokens=4, max_tokens=4)
+    decider.step()
+    assert list(decider.decide()) == ["be0"]
+    assert decider.output.preempted == {"be1": "recompute"}
 
 
 @pytest.mark.parametrize("policy", ["vllm-fcfs", "vllm-priority"])
@@ -130,21 +129,28 @@ def test_vllm_priority_never_preempts_a_running_request_for_a_waiting_one():
 
 
 def test_vllm_priority_preempts_the_worst_class_and_arrival_even_if_scheduled_and_returns_its_tokens():
-    decider = Decider("vllm-priority", num_blocks=2, max_num_batched_tokens=2, **CHUNKED)
+    decider = Decider("vllm-priority", num_blocks=3, max_num_batched_tokens=3, **CHUNKED)
+    decider.add("be0", prompt_tokens=1, max_tokens=7)
+    decider.step()
+    decider.add("rt0", prompt_tokens=2, max_tokens=6)
+    for _ in range(3):
+        decider.step()
+    assert [request.num_computed_tokens for request in decider.scheduler.running] == [4, 4], "both need a block now"
+    assert decider.decide() == {"rt0": 1}, "be0 was scheduled first, with the last block; then rt0 needed one"
+    assert decider.output.preempted == {"be0": "recompute"}
+    assert decider.output.features.new_tokens == 1
+    decider.compute()
+
+
+def test_vllm_priority_ends_the_step_when_the_one_that_asks_is_the_worst():
+    decider = Decider("vllm-priority", num_blocks=2, max_num_batched_tokens=3, **CHUNKED)
     decider.add("be0", prompt_tokens=1, max_tokens=7)
     decider.step()
     decider.add("rt0", prompt_tokens=1, max_tokens=7)
     for _ in range(3):
         decider.step()
-    for name in ("be0", "rt0"):
-        assert len(decider.kv.block_table(name)) == 1
-    before = decider.scheduler.requests["be0"].num_computed_tokens
-    assert before == 4
-    assert decider.decide() == {"rt0": 1}
-    assert decider.output.features.new_tokens == 1
-    decider.compute()
-    decided = decider.decide()  # be0 was scheduled first, with the last block; then rt0 needed one
-    assert (list(decided), decider.output.preempted) == (["rt0"], {})
+    assert decider.decide() == {}, "be0 asks first, is the worst itself, and vLLM goes no further in this step"
+    assert decider.output.preempted == {"be0": "recompute"}
 
 
 # -- the vLLM oracle ------------------------------------------------------------------------------------------------
@@ -252,7 +258,8 @@ def test_vllm_decides_as_the_oracle_in_every_step(policy, seed, num_blocks, bloc
     for step in range(60):
         if rng.random() < 0.4:
             prompt = rng.randint(1, longest - 1)
-            name, output, arrival_s = f"{rng.choice(['rt', 'be'])}{step}", rng.randint(1, longest - prompt), rng.random()
+            name, output = f"{rng.choice(['rt', 'be'])}{step}", rng.randint(1, longest - prompt)
+            arrival_s = rng.random()
             decider.add(name, prompt, output, arrival_s=arrival_s)
             oracle.add(name, prompt, output, arrival_s)
         decided = decider.step()
@@ -340,20 +347,32 @@ def test_sglang_prefills_before_it_decodes():
     assert [decider.step(), decider.step()] == [{"be1": 4}, {"be0": 1, "be1": 1}]
 
 
-def test_sglang_out_of_blocks_while_decoding_retracts_the_least_output_then_the_longest_prompt():
+def step_until_preempted(decider):
+    for _ in range(50):
+        decider.step()
+        if decider.output.preempted:
+            return list(decider.output.preempted)
+    raise AssertionError("nobody was preempted in 50 steps")
+
+
+@pytest.mark.parametrize(("second_prompt", "num_blocks", "victim"), [(4, 3, "be1"), (1, 2, "be0")])
+def test_sglang_out_of_blocks_while_decoding_retracts_among_equal_outputs_the_longest_prompt(second_prompt, num_blocks,
+                                                                                             victim):
+    decider = Decider("sglang-priority", num_blocks=num_blocks)
+    decider.scheduler._new_token_ratio = 0.0
+    decider.add("be0", prompt_tokens=3, max_tokens=5)
+    decider.add("be1", prompt_tokens=second_prompt, max_tokens=4)
+    assert step_until_preempted(decider) == [victim]
+
+
+def test_sglang_retracts_the_one_with_less_output_whatever_its_prompt():
     decider = Decider("sglang-priority", num_blocks=3)
-    decider.add("be0", prompt_tokens=4, max_tokens=2)
-    decider.step()
-    decider.add("be1", prompt_tokens=3, max_tokens=2)
-    decider.step()
-    decider.add("be2", prompt_tokens=4, max_tokens=2)
-    decider.step()
-    outputs = {name: len(request.output_token_ids) for name, request in decider.scheduler.requests.items()}
-    assert outputs == {"be0": 1, "be1": 1, "be2": 1}
-    assert decider.kv.num_free_blocks == 0
-    decider.decide()
-    assert next(iter(decider.output.preempted)) in ("be0", "be2")
-    assert "be1" not in decider.output.preempted
+    decider.scheduler._new_token_ratio = 0.0
+    decider.add("be0", prompt_tokens=3, max_tokens=5)
+    for _ in range(3):
+        decider.step()
+    decider.add("be1", prompt_tokens=3, max_tokens=5)
+    assert step_until_preempted(decider) == ["be1"]
 
 
 def test_sglang_reserves_less_the_longer_it_decodes_and_starts_over_after_a_retraction():
@@ -369,8 +388,7 @@ def test_sglang_reserves_less_the_longer_it_decodes_and_starts_over_after_a_retr
     short.scheduler._new_token_ratio = MIN_NEW_TOKEN_RATIO
     short.add("be0", prompt_tokens=3, max_tokens=5)
     short.add("be1", prompt_tokens=3, max_tokens=5)
-    while not short.output.preempted:
-        short.step()
+    step_until_preempted(short)
     assert short.scheduler._new_token_ratio == INITIAL_NEW_TOKEN_RATIO
 
 
@@ -411,11 +429,13 @@ def test_round_robin_takes_room_for_real_time_from_the_last_best_effort():
 
 def test_round_robin_newcomers_of_best_effort_preempt_nobody():
     decider = Decider("bros-rr", num_blocks=2)
-    decider.add("rt0", prompt_tokens=8)
+    decider.add("rt0", prompt_tokens=2, max_tokens=2)
+    decider.add("rt1", prompt_tokens=2, max_tokens=2)
     decider.step()
     decider.add("be0", prompt_tokens=1)
     decider.step()
     assert (decider.output.preempted, waiting_ids(decider)) == ({}, {"be0"})
+    assert decider.output.left_out["be0"] == NO_BLOCKS
 
 
 def test_round_robin_best_effort_takes_room_from_best_effort_only():
