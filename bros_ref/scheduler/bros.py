@@ -16,12 +16,13 @@ already is nearly free (the paper polls two sorted queues for the same reason).
 Ours, where the paper is silent:
 - An iteration is also short enough for a typical *new* RT, arriving as it starts, to meet its TTFT.
 - The paper's step 3 (batch full: swap the slackest RT for a BE) happens before the seat is taken: seats fill in slack
-  order, so the last seat is the slackest RT's; it goes to a BE if that RT can afford two iterations.
+  order, so the last seat is the slackest RT's; it is offered to BE if that RT can afford two iterations, and is the
+  RT's again if no BE can take it.
 - **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *due*: one a step, the
-  longest-waiting, gets a seat, goes before all other BE and is exempt from the deadline bound. So with S BE holding KV
-  it runs within N + S steps, unless RT hold so much of the pool that its own KV cannot be put there. If no BE holds
-  KV, the head of the BE queue is due after N steps. Newcomers are admitted in order of arrival.
-  A late RT that has waited N steps is exempt from the bound in the same way.
+  longest-waiting, is offered the last seat, goes before all other BE and is exempt from the deadline bound and the
+  token budget. So with S BE holding KV it runs within N + S steps, unless RT hold so much of the pool that its own KV
+  cannot be put there (then it keeps no seat empty). If no BE holds KV, the head of the BE queue is due after N steps.
+  Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, one a step is exempt likewise.
 - A batch that is still empty takes its first BE whatever the bound: an idle machine helps nobody.
 """
 
@@ -49,7 +50,7 @@ class BROSScheduler(Scheduler):
         self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
-        self._forced: Request | None = None
+        self._forced: Request | None = None  # the BE that is due, until it was offered a place in this step
         self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
         self._deadline_bound = False  # whether a deadline kept somebody out of the last batch
         self._typical_prompt_tokens = 0.0
@@ -103,73 +104,95 @@ class BROSScheduler(Scheduler):
         late: list[Request] = []
         yield from self._urgent_rt(now_s, late)
         yield from self._late_rt(late)
-        yield from self._best_effort(now_s)
+        rt_bound_s = self.bound_s
+        yield from self._best_effort()
+        if self._aside is not None and len(self.output.requests) < self.seats:
+            del self.output.left_out[self._aside.request_id]
+            self.bound_s = rt_bound_s
+            yield from self._take_rt(self._aside)
 
     # -- real-time --------------------------------------------------------------------------------------------
 
     def _urgent_rt(self, now_s: float, late: list[Request]) -> Iterator[Request]:
         """RT that can still be on time, by ascending slack; the first of them sets the bound. Late ones are put aside.
 
-        RUNNING and waiting RT are two sorted queues that are merged on the fly.
+        RUNNING and waiting RT are two sorted queues; sorting one after the other is a merge, in linear time.
         """
-        output, waiting, iteration_s = self.output, self._rt_waiting, self.iteration_s
-        slack_s, safety = output.slack_s, self.latency.safety
-        decode_s = (self.latency.c0 + self.latency.c1) * safety
-        per_context_s = self.latency.c3 * safety
+        output, iteration_s, slack_s, lost = self.output, self.iteration_s, self.output.slack_s, self.kv.lost_tokens
+        safety = self.latency.safety
+        decode_s, per_context_s = (self.latency.c0 + self.latency.c1) * safety, self.latency.c3 * safety
         be_present = bool(self._be_order or self._be_waiting.head())
-        queue_open, running = True, RequestStatus.RUNNING
-        # Two sorted runs: this sort is a merge, in linear time. More newcomers than seats cannot get in anyway.
-        merged = [request for request in self.running if request.is_rt] + waiting[:self.seats]
+        queue_open, running, self._aside = True, RequestStatus.RUNNING, None
+        merged = [request for request in self.running if request.is_rt] + self._newcomers_on_time(now_s)
         merged.sort(key=by_due)
         for request in merged:
             is_newcomer = request.status is not running
-            if is_newcomer and (request.status.is_end or not queue_open):
-                if request.status.is_end:
-                    waiting.remove(request)
+            if is_newcomer and not queue_open:
                 continue
 
             # 1. Late already, or else a deadline that bounds the iteration.
             residual_s = request.due_s - now_s
             slack_s[request.request_id] = residual_s - iteration_s
             context = request.num_computed_tokens
-            is_decode = request.num_tokens - context == 1
-            if residual_s < (decode_s + per_context_s * context if is_decode else self._alone_s(request)):
-                if is_newcomer:
-                    waiting.remove(request)
-                    self._rt_late.push(request)
-                else:
-                    late.append(request)
+            is_plain_decode = request.num_tokens - context == 1 and request.request_id not in lost
+            if residual_s < (decode_s + per_context_s * context if is_plain_decode else self._alone_s(request)):
+                late.append(request)
                 continue
             if residual_s < self.bound_s:
                 self.bound_s = residual_s
 
-            # 2. The last seat is the slackest RT's: a BE may have it (paper's step 3), and a due BE must.
-            if be_present and len(output.requests) == self.seats - 1 > 0 and (
-                    self._forced is not None or residual_s > 2 * iteration_s * safety):
-                self._refuse(request, BATCH_CAP)
-                return
-            yield request
+            # 2. The last seat is the slackest RT's: a due BE goes before it, and any BE if it has time (paper's step 3).
+            if be_present and len(output.requests) == self.seats - 1:
+                yield from self._offer_due_be()
+                if 0 < len(output.requests) < self.seats and residual_s > 2 * iteration_s * safety:
+                    self._refuse(request, BATCH_CAP)
+                    self._aside = request
+                    return
+            yield from self._take_rt(request)
             if self.refusal:
                 self._deadline_bound = self._deadline_bound or self.refusal == DEADLINE
                 queue_open = queue_open and not is_newcomer  # the rest of the queue stands behind it
-            elif is_newcomer:
-                waiting.remove(request)  # at or near the front
+
+    def _newcomers_on_time(self, now_s: float) -> list[Request]:
+        """The first of the RT queue, no more than seats. What is past saving leaves it for the late queue, for good, so
+        that a burst of late ones hides nobody who can still be on time."""
+        waiting, on_time, num_seen = self._rt_waiting, [], 0
+        for request in waiting:
+            if len(on_time) == self.seats:
+                break
+            num_seen += 1
+            if request.status.is_end:
+                continue
+            if request.due_s - now_s < self._alone_s(request):
+                self._rt_late.push(request)
+            else:
+                on_time.append(request)
+        if len(on_time) < num_seen:
+            waiting[:num_seen] = on_time
+        return on_time
+
+    def _take_rt(self, request: Request) -> Iterator[Request]:
+        is_newcomer = request.status is RequestStatus.WAITING
+        yield request
+        if is_newcomer and not self.refusal:
+            self._rt_waiting.remove(request)  # at or near the front
 
     def _late_rt(self, late: list[Request]) -> Iterator[Request]:
-        longest_wait = self.config.be_max_wait_steps
-        last_seat = self.seats - (self._forced is not None)
-        for request in late:
-            if len(self.output.requests) >= last_seat:
-                return
-            self.exempt = self.step - request.last_step > longest_wait
+        may_exempt, longest_wait = True, self.config.be_max_wait_steps
+        waiting = self._rt_late
+        while late or waiting.head():
+            is_newcomer = not late
+            request = waiting.head() if is_newcomer else late.pop(0)
+            if len(self.output.requests) == self.seats - 1:
+                yield from self._offer_due_be()
+            self.exempt = may_exempt and self.step - request.last_step > longest_wait
+            may_exempt = may_exempt and not self.exempt
+            self.output.slack_s[request.request_id] = request.due_s - self.output.now_s - self.iteration_s
             yield request
-        while len(self.output.requests) < last_seat and (newcomer := self._rt_late.head()):
-            self.exempt = self.step - newcomer.last_step > longest_wait
-            self.output.slack_s[newcomer.request_id] = newcomer.due_s - self.output.now_s - self.iteration_s
-            yield newcomer
-            if self.refusal:
-                break
-            self._rt_late.pop()
+            if is_newcomer:
+                if self.refusal:
+                    break
+                waiting.pop()
         self.exempt = False
 
     def _alone_s(self, request: Request) -> float:

@@ -1,9 +1,9 @@
 """BROS-RR, the paper's second baseline: a fixed rotation of the classes, and an ordinary paged KV cache.
 
 Iterations alternate: one for RT, one for BE; a class with nothing to do gives its turn away. Within a class, running
-requests go first, then its queue in order of arrival. When blocks run out, the last admitted request *of the other
-class, else of this one* is recomputed (the paper says only "no bidirectional KV"; the victim is our decision: the rule
-that lets each class run in its own turn).
+requests go first, then its queue in order of arrival. When blocks run out, the last admitted BE is recomputed, and for
+an RT, if there is no BE, the last admitted RT; a newcomer preempts nobody of its own class (the paper says only "no
+bidirectional KV"; the victim is our decision: the rule that keeps RT from waiting for the memory of BE).
 """
 
 from __future__ import annotations

@@ -1,0 +1,278 @@
+"""The engine's promises when things go wrong: refusals, aborts in every state, failing steps, callbacks, stop strings."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from harness import alone, checksum_engine, make_request, random_requests, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
+from bros_ref.model.tokenizer import ByteTokenizer
+from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
+from bros_ref.scheduler import POLICIES
+from bros_ref.streaming import TextStream
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("build", "said"), [
+    (lambda: make_request("r", True, [], 4), "empty"),
+    (lambda: Request("r", RequestClass.BEST_EFFORT, [1], arrival_s=math.nan), "arrival_s"),
+    (lambda: Request("r", RequestClass.REAL_TIME, [1]), "SLO"),
+    (lambda: Request("r", RequestClass.BEST_EFFORT, [1], slo=SLO(1, 1)), "best-effort"),
+    (lambda: SLO(-1.0, 0.1), "ttft_s"),
+    (lambda: SLO(1.0, 0.0), "tpot_s"),
+    (lambda: SLO(math.nan, 0.1), "ttft_s"),
+    (lambda: SamplingParams(max_tokens=0), "max_tokens"),
+    (lambda: SamplingParams(temperature=math.nan), "temperature"),
+    (lambda: SamplingParams(top_p=0.0), "top_p"),
+    (lambda: SamplingParams(stop=("",)), "stop"),
+])
+def test_an_impossible_request_is_refused_where_it_is_written(build, said):
+    with pytest.raises(ValueError, match=said):
+        build()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_could_never_finish_is_refused_and_everything_else_goes_on(policy):
+    engine = checksum_engine(policy, num_blocks=5, block_size=4, max_context_tokens=19)
+    good = make_request("good", False, [5, 6, 7], 4)
+    engine.add_request(good)
+    for request, said in [(make_request("pool", True, [1] * 20, 1), "context of 19"),
+                          (make_request("context", False, [1] * 15, 5), "context of 19"),
+                          (make_request("good", False, [1], 1), "used before")]:
+        with pytest.raises(RequestRefused, match=said):
+            engine.add_request(request)
+    run(engine, [])
+    assert good.output_token_ids == alone(good)
+    assert set(engine.trace.rejected) == {"pool", "context"}
+
+
+def test_a_prompt_larger_than_the_pool_is_refused():
+    engine = checksum_engine("bros", num_blocks=2, block_size=4)
+    with pytest.raises(RequestRefused, match="KV pool of 8 tokens"):
+        engine.add_request(make_request("r", True, [1] * 8, 1))
+
+
+# -- aborts -----------------------------------------------------------------------------------------------------------
+
+
+def state_of(engine, request):
+    kv, computed = engine.scheduler.kv, request.num_computed_tokens
+    if request.status is RequestStatus.WAITING:
+        return "preempted" if request.num_preemptions else "waiting"
+    if kv.lost_tokens.get(request.request_id):
+        return "swapped out" if not kv.num_device_blocks(request.request_id) else "partly overwritten"
+    blocks = [kv.pool.blocks[block_id] for block_id in kv.block_table(request.request_id)]
+    if any(block.rt is not None and block.be is not None for block in blocks):
+        return "shared"
+    if 0 < computed < request.num_prompt_tokens:
+        return "prefilling"
+    return "decoding" if request.last_step == engine.scheduler.step else "pending"
+
+
+def abort_one_in(state, seed):
+    """Runs a random workload until some request is in `state`, aborts it, and checks that nobody else notices."""
+    rng = random.Random(seed)
+    engine = checksum_engine("bros" if seed % 2 else "bros-recompute", rng.randint(5, 14), 4, chunked_prefill=True,
+                             max_num_batched_tokens=6)
+    requests = random_requests(rng, 10, 5 * 4, 4, 0.3)
+    pending, aborted = list(requests), None
+    while pending or engine.has_unfinished:
+        while pending and pending[0].arrival_s <= engine.clock.now_s():
+            engine.add_request(pending.pop(0))
+        if not engine.has_unfinished:
+            engine.clock.sleep_until(pending[0].arrival_s)
+            continue
+        engine.step()
+        found = [r for r in engine.scheduler.requests.values() if state_of(engine, r) == state]
+        if found and aborted is None:
+            aborted = found[0]
+            assert engine.abort(aborted.request_id)
+            assert not engine.abort(aborted.request_id), "a second abort finds nobody"
+            assert engine.scheduler.kv.block_table(aborted.request_id) == []
+        engine.scheduler.kv.check_integrity()
+    for request in requests:
+        assert request.output_token_ids == alone(request)[:len(request.output_token_ids)]
+        assert (request.status is RequestStatus.ABORTED) == (request is aborted)
+    kv = engine.scheduler.kv
+    assert kv.num_used_blocks == 0
+    assert not kv.lost_tokens
+    assert not hasattr(kv, "host") or kv.host.num_unused == kv.host.num_blocks
+    return aborted is not None
+
+
+@pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "pending", "shared", "partly overwritten",
+                                   "swapped out", "preempted"])
+def test_an_abort_in_any_state_frees_everything_and_disturbs_nobody(state):
+    reached = sum(abort_one_in(state, seed) for seed in range(80))
+    assert reached > 0, f"no seed reached the state {state!r}"
+
+
+# -- failing steps ----------------------------------------------------------------------------------------------------
+
+
+class FailingRunner:
+    """Raises in some steps, before anything was copied or after everything was computed."""
+
+    def __init__(self, runner, rng):
+        self.runner, self.rng = runner, rng
+
+    def execute(self, output):
+        luck = self.rng.random()
+        if luck < 0.05:
+            raise RuntimeError("before the copies")
+        result = self.runner.execute(output)
+        if luck < 0.1:
+            raise RuntimeError("after the forward pass")
+        return result
+
+
+@pytest.mark.parametrize("policy", ["bros", "bros-swap-block", "vllm-priority"])
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32))
+def test_a_failing_step_fails_its_batch_by_name_and_nobody_else(policy, seed):
+    rng = random.Random(seed)
+    engine = checksum_engine(policy, rng.randint(5, 20), 4)
+    engine.runner = FailingRunner(engine.runner, rng)
+    requests = random_requests(rng, 12, 20, 4, 0.0)
+    for request in requests:
+        engine.add_request(request)
+    named = []
+    while engine.has_unfinished:
+        try:
+            engine.step()
+        except StepFailed as failure:
+            named += failure.failed
+            assert all(name in str(failure) for name in failure.failed)
+        engine.scheduler.kv.check_integrity()
+    assert Counter(named) == Counter(r.request_id for r in requests if r.status is RequestStatus.FAILED)
+    for request in requests:
+        if request.status is not RequestStatus.FAILED:
+            assert request.output_token_ids == alone(request)
+
+
+def test_a_policy_that_schedules_nobody_is_reported_instead_of_spinning():
+    engine = checksum_engine("bros")
+    engine.scheduler.candidates = lambda now_s: iter(())
+    engine.add_request(make_request("r", False, [1], 1))
+    with pytest.raises(EngineStalled, match="free blocks"):
+        for _ in range(10_000):
+            engine.step()
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(text=st.text(alphabet="abé€ ", max_size=40), stop=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
+def test_streamed_text_ends_exactly_before_the_first_stop_string(text, stop):
+    tokenizer = ByteTokenizer()
+    stream, pieces = TextStream(tokenizer, tuple(stop)), []
+    for token_id in text.encode():
+        if stream.stopped:
+            break
+        pieces.append(stream.push(token_id))
+    pieces.append(stream.close())
+    found = [text.find(s) for s in stop if s in text]
+    # the first to be complete wins; among those, the earliest beginning
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    expected = text if not found else text[:min(text.find(s) for s in stop
+                                                if s in text[:min(ends)])]
+    assert "".join(pieces) == stream.text == expected
+    assert stream.stopped == bool(found)
+
+
+def byte_engine(policy="bros"):
+    """A checksum engine whose tokens are read as bytes, so that text callbacks can be tested."""
+    plain = checksum_engine(policy, num_blocks=20)
+    return LLMEngine(plain.scheduler, plain.runner, plain.clock, ByteTokenizer(), plain.trace)
+
+
+def test_a_callback_that_raises_fails_its_own_request_only():
+    engine = byte_engine()
+    bad, good = make_request("bad", False, [1, 2], 400 // 10), make_request("good", False, [3, 4], 30)
+
+    def raise_at_once(request, piece):
+        raise KeyError("a user's mistake")
+
+    seen = []
+    engine.add_request(bad, raise_at_once)
+    engine.add_request(good, lambda request, piece: seen.append(piece))
+    run(engine, [])
+    assert bad.status is RequestStatus.FAILED
+    assert isinstance(engine.callback_errors["bad"], KeyError)
+    assert good.output_token_ids == alone(good)
+    assert "".join(seen) == engine.streams["good"].text
+
+
+def test_a_callback_may_abort_itself_and_others():
+    engine = byte_engine()
+    requests = [make_request(f"r{i}", False, [i + 1, 2], 40) for i in range(3)]
+
+    def abort_all_but_last(request, piece):
+        engine.abort("r0")
+        engine.abort("r1")
+
+    for request in requests:
+        engine.add_request(request, abort_all_but_last)
+    run(engine, [])
+    assert [r.status for r in requests[:2]] == [RequestStatus.ABORTED] * 2
+    assert requests[2].output_token_ids == alone(requests[2])
+
+
+# -- determinism and the trace ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_trace_replays_to_the_very_pool_and_the_same_seed_gives_the_same_trace(policy):
+    def one_run():
+        rng = random.Random(7)
+        engine = checksum_engine(policy, 9, 4, chunked_prefill=True, max_num_batched_tokens=8)
+        snapshots, step = [], engine.step
+
+        def stepping():
+            before = len(engine.trace.steps)
+            original = engine.runner.execute
+
+            def spy(output):
+                snapshots.append(engine.scheduler.kv.snapshot())
+                return original(output)
+
+            engine.runner.execute = spy
+            try:
+                return step()
+            finally:
+                engine.runner.execute = original
+                assert len(engine.trace.steps) - before in (0, 1)
+
+        engine.step = stepping
+        run(engine, random_requests(rng, 12, 36, 4, 0.4))
+        return engine.trace, snapshots
+
+    trace, snapshots = one_run()
+    assert list(trace.pools()) == snapshots
+    again, _ = one_run()
+    for record in (*trace.steps, *again.steps):
+        record.schedule_s = 0.0
+    assert trace == again
+
+
+@pytest.mark.parametrize("policy", ["tgi", "bros"])
+def test_sampled_tokens_depend_on_the_request_alone(policy):
+    """One-hot logits at temperature 40 are nearly uniform: only the seed and the position decide."""
+    outputs = []
+    for others in (0, 5):
+        engine = checksum_engine(policy, num_blocks=30)
+        params = SamplingParams(max_tokens=12, temperature=40.0, top_p=0.9, seed=3)
+        request = Request("sampled", RequestClass.BEST_EFFORT, [1, 2, 3], params)
+        engine.add_request(request)
+        for i in range(others):
+            engine.add_request(make_request(f"other{i}", i % 2 == 0, [i + 1], 9))
+        run(engine, [])
+        outputs.append(request.output_token_ids)
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0])) > 6
