@@ -214,7 +214,7 @@ def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-s
 @bench_app.command("hybrid")
 def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Default: all, and both bounds.")] = None,
                          model: ModelOption = "smollm2", rounds: CountOption = 1,
-                         ttft_slo_s: TtftOption = 1.0, tpot_slo_s: TpotOption = 0.25, device: DeviceOption = "auto",
+                         ttft_slo_s: TtftOption = 0.6, tpot_slo_s: TpotOption = 0.4, device: DeviceOption = "auto",
                          threads: ThreadsOption = 0, seed: SeedOption = 0,
                          report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
                          json_path: JsonOption = None) -> None:

@@ -1,4 +1,4 @@
-"""The engine's promises when things go wrong: refusals, aborts in every state, failing steps, callbacks, stop strings."""
+"""The engine's promises when things go wrong: refusals, aborts in any state, failing steps, callbacks, stop strings."""
 
 import math
 import random
@@ -141,14 +141,15 @@ def test_a_failing_step_fails_its_batch_by_name_and_nobody_else(policy, seed):
     requests = random_requests(rng, 12, 20, 4, 0.0)
     for request in requests:
         engine.add_request(request)
-    named = []
+    failures = []
     while engine.has_unfinished:
         try:
             engine.step()
         except StepFailed as failure:
-            named += failure.failed
-            assert all(name in str(failure) for name in failure.failed)
+            failures.append(failure)
         engine.scheduler.kv.check_integrity()
+    named = [name for failure in failures for name in failure.failed]
+    assert all(name in str(failure) for failure in failures for name in failure.failed)
     assert Counter(named) == Counter(r.request_id for r in requests if r.status is RequestStatus.FAILED)
     for request in requests:
         if request.status is not RequestStatus.FAILED:
@@ -159,9 +160,13 @@ def test_a_policy_that_schedules_nobody_is_reported_instead_of_spinning():
     engine = checksum_engine("bros")
     engine.scheduler.candidates = lambda now_s: iter(())
     engine.add_request(make_request("r", False, [1], 1))
-    with pytest.raises(EngineStalled, match="free blocks"):
+
+    def spin():
         for _ in range(10_000):
             engine.step()
+
+    with pytest.raises(EngineStalled, match="free blocks"):
+        spin()
 
 
 # -- text -------------------------------------------------------------------------------------------------------------

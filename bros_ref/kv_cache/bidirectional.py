@@ -52,7 +52,8 @@ class BidirectionalKVCacheManager(KVCacheManager):
 
     def begin_step(self, be_order: Sequence[Request] = ()) -> None:
         super().begin_step()
-        self.host.begin_step()
+        if not self._changes.copies:  # else the last step ran nobody, and its copies are still to be made
+            self.host.begin_step()
         self._be_order = be_order
 
     # -- allocation -------------------------------------------------------------------------------------------
@@ -324,6 +325,11 @@ class BidirectionalKVCacheManager(KVCacheManager):
         self._changes.lost.append([sequence.request_id, index, sequence.lost.get(index, 0)])
 
     # -- questions --------------------------------------------------------------------------------------------
+
+    def makes_room(self, victim_id: str, request_id: str) -> bool:
+        """A victim that only shares blocks empties none; it still helps the one that it shares a block with."""
+        blocks = (self.pool.blocks[block_id] for block_id in self.block_table(victim_id) if block_id != ON_HOST)
+        return any(block.rt is None or block.rt.request_id in (victim_id, request_id) for block in blocks)
 
     def preemption_table(self) -> list[PreemptionRow]:
         """Every BE block that shares a device block or has lost tokens (paper: the preemption table). It is a view:

@@ -107,6 +107,10 @@ class KVCacheManager:
         """Blocks of the pool in which the request has tokens."""
         return sum(block_id >= 0 for block_id in self.block_table(request_id))
 
+    def makes_room(self, victim_id: str, request_id: str) -> bool:
+        """Whether the other request finds more room once the victim, which holds blocks, is gone."""
+        return True
+
     @property
     def num_free_blocks(self) -> int:
         return len(self.pool.free_ids)

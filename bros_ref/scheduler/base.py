@@ -122,8 +122,9 @@ class Scheduler:
                     continue
                 cost_s = self.latency.cost_s(count, context)
 
-            # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host.
-            if (predicted_s + cost_s) * safety > self.bound_s and not self.exempt:
+            # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host. An empty
+            #    batch takes its first whatever the bound: an idle machine helps nobody.
+            if (predicted_s + cost_s) * safety > self.bound_s and not self.exempt and requests:
                 self._refuse(request, DEADLINE)
                 continue
             restored = lost_tokens.get(request.request_id, 0) if lost_tokens else 0
@@ -169,7 +170,8 @@ class Scheduler:
         output, config = self.output, self.config
         tokens_left = config.max_num_batched_tokens - output.features.new_tokens
         if not config.chunked_prefill:
-            if wanted <= tokens_left or not output.requests:  # one longer than the budget runs alone
+            # one longer than the budget is the only prefill of its step; decodes would otherwise keep it out for good
+            if wanted <= tokens_left or not output.features.prefill_products or self.exempt:
                 return wanted
             self._refuse(request, TOKEN_BUDGET)
             return 0
@@ -192,7 +194,7 @@ class Scheduler:
 
     def _restore_fits(self, restored_tokens: int) -> bool:
         copying_s = self.latency.restore_s_per_token * (self.output.features.restored_tokens + restored_tokens)
-        return self.exempt or copying_s * self.latency.safety <= self.bound_s
+        return self.exempt or not self.output.requests or copying_s * self.latency.safety <= self.bound_s
 
     def _allocate_after_making_room(self, request: Request, count: int) -> list[int] | None:
         table = None
@@ -204,7 +206,8 @@ class Scheduler:
         self.refusal = self.output.left_out[request.request_id] = reason
 
     def _complete(self, output: SchedulerOutput) -> SchedulerOutput:
-        output.kv_changes = self.kv.take_changes()
+        if output.requests:  # else nobody would run the copies: they wait for the next step that runs
+            output.kv_changes = self.kv.take_changes()
         output.predicted_s = self.latency.predict(output.features)
         output.bound_s = None if self.bound_s == math.inf else self.bound_s
         output.binding = next(reversed(output.left_out.values()), None)

@@ -23,7 +23,7 @@ Ours, where the paper is silent:
   token budget. So with S BE holding KV it runs within N + S steps, unless RT hold so much of the pool that its own KV
   cannot be put there (then it keeps no seat empty). If no BE holds KV, the head of the BE queue is due after N steps.
   Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, one a step is exempt likewise.
-- A batch that is still empty takes its first BE whatever the bound: an idle machine helps nobody.
+- A batch that is still empty takes its first request whatever the bound: an idle machine helps nobody.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Iterator
+from itertools import chain
 from operator import attrgetter
 
 from bros_ref.request import Request, RequestStatus
@@ -51,6 +52,7 @@ class BROSScheduler(Scheduler):
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
         self._forced: Request | None = None  # the BE that is due, until it was offered a place in this step
+        self._aside: Request | None = None  # the RT that leaves the last seat to BE
         self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
         self._deadline_bound = False  # whether a deadline kept somebody out of the last batch
         self._typical_prompt_tokens = 0.0
@@ -106,10 +108,7 @@ class BROSScheduler(Scheduler):
         yield from self._late_rt(late)
         rt_bound_s = self.bound_s
         yield from self._best_effort()
-        if self._aside is not None and len(self.output.requests) < self.seats:
-            del self.output.left_out[self._aside.request_id]
-            self.bound_s = rt_bound_s
-            yield from self._take_rt(self._aside)
+        yield from self._seat_back(rt_bound_s)
 
     # -- real-time --------------------------------------------------------------------------------------------
 
@@ -141,22 +140,25 @@ class BROSScheduler(Scheduler):
             if residual_s < self.bound_s:
                 self.bound_s = residual_s
 
-            # 2. The last seat is the slackest RT's: a due BE goes before it, and any BE if it has time (paper's step 3).
+            # 2. The last seat is the slackest RT's: a due BE goes first, and any BE if it has time (paper's step 3).
             if be_present and len(output.requests) == self.seats - 1:
                 yield from self._offer_due_be()
                 if 0 < len(output.requests) < self.seats and residual_s > 2 * iteration_s * safety:
                     self._refuse(request, BATCH_CAP)
                     self._aside = request
                     return
-            yield from self._take_rt(request)
+            yield request
             if self.refusal:
                 self._deadline_bound = self._deadline_bound or self.refusal == DEADLINE
                 queue_open = queue_open and not is_newcomer  # the rest of the queue stands behind it
+            elif is_newcomer:
+                self._rt_waiting.remove(request)  # at or near the front
 
     def _newcomers_on_time(self, now_s: float) -> list[Request]:
         """The first of the RT queue, no more than seats. What is past saving leaves it for the late queue, for good, so
         that a burst of late ones hides nobody who can still be on time."""
-        waiting, on_time, num_seen = self._rt_waiting, [], 0
+        waiting, num_seen = self._rt_waiting, 0
+        on_time: list[Request] = []
         for request in waiting:
             if len(on_time) == self.seats:
                 break
@@ -171,34 +173,42 @@ class BROSScheduler(Scheduler):
             waiting[:num_seen] = on_time
         return on_time
 
-    def _take_rt(self, request: Request) -> Iterator[Request]:
-        is_newcomer = request.status is RequestStatus.WAITING
-        yield request
+    def _seat_back(self, rt_bound_s: float) -> Iterator[Request]:
+        """No BE could use the last seat: the RT that stood aside for it takes it after all."""
+        aside = self._aside
+        if aside is None or len(self.output.requests) == self.seats:
+            return
+        is_newcomer = aside.status is RequestStatus.WAITING
+        del self.output.left_out[aside.request_id]
+        self.bound_s = rt_bound_s
+        yield aside
         if is_newcomer and not self.refusal:
-            self._rt_waiting.remove(request)  # at or near the front
+            self._rt_waiting.remove(aside)
 
     def _late_rt(self, late: list[Request]) -> Iterator[Request]:
+        """RT past saving: those that hold KV by deadline, then the queue. One a step may be exempt from the bound."""
         may_exempt, longest_wait = True, self.config.be_max_wait_steps
-        waiting = self._rt_late
-        while late or waiting.head():
-            is_newcomer = not late
-            request = waiting.head() if is_newcomer else late.pop(0)
+        for request in chain(late, self._late_newcomers()):
             if len(self.output.requests) == self.seats - 1:
                 yield from self._offer_due_be()
             self.exempt = may_exempt and self.step - request.last_step > longest_wait
             may_exempt = may_exempt and not self.exempt
             self.output.slack_s[request.request_id] = request.due_s - self.output.now_s - self.iteration_s
             yield request
-            if is_newcomer:
-                if self.refusal:
-                    break
-                waiting.pop()
         self.exempt = False
+
+    def _late_newcomers(self) -> Iterator[Request]:
+        while newcomer := self._rt_late.head():
+            yield newcomer
+            if self.refusal:
+                return
+            self._rt_late.pop()
 
     def _alone_s(self, request: Request) -> float:
         """The shortest iteration that gets this request its next token (or chunk)."""
-        count = self._next_chunk(request)
-        return (self.latency.c0 + self.latency.cost_s(count, request.num_computed_tokens)) * self.latency.safety
+        latency, count = self.latency, self._next_chunk(request)
+        restoring_s = latency.restore_s_per_token * self.kv.lost_tokens.get(request.request_id, 0)
+        return max(latency.c0 + latency.cost_s(count, request.num_computed_tokens), restoring_s) * latency.safety
 
     def _next_chunk(self, request: Request) -> int:
         left = request.num_tokens - request.num_computed_tokens
@@ -214,11 +224,26 @@ class BROSScheduler(Scheduler):
 
     # -- best-effort ------------------------------------------------------------------------------------------
 
-    def _best_effort(self, now_s: float) -> Iterator[Request]:
+    def _offer_due_be(self) -> Iterator[Request]:
+        """The due BE, once a step. If it cannot be placed, nothing is kept from those that come after it."""
+        due = self._forced
+        if due is None:
+            return
+        is_newcomer = due.status is RequestStatus.WAITING
+        self.exempt = True
+        yield due
+        self.exempt, self._forced = False, None
+        if is_newcomer and not self.refusal:
+            self._be_waiting.pop()
+
+    def _best_effort(self) -> Iterator[Request]:
         self.bound_s = min(self.bound_s, self._newcomer_bound_s())
+        yield from self._offer_due_be()
         starved = False
         for request in self._be_order:
-            self.exempt = request is self._forced or not self.output.requests
+            if request.last_step == self.step:
+                continue  # the one that was due
+            self.exempt = not self.output.requests
             yield request
             starved = starved or self.refusal == NO_BLOCKS
             if self.refusal == DEADLINE:
@@ -226,7 +251,7 @@ class BROSScheduler(Scheduler):
                 if not self._a_decode_fits():
                     return
         while not starved and (newcomer := self._be_waiting.head()):
-            self.exempt = newcomer is self._forced or not self.output.requests
+            self.exempt = not self.output.requests
             yield newcomer
             if self.refusal:
                 break
@@ -276,7 +301,7 @@ class BROSScheduler(Scheduler):
         for other in reversed(self._be_order):
             if other is request:
                 return None
-            if self._can_give(other):
+            if self._can_give(other) and self.kv.makes_room(other.request_id, request.request_id):
                 return other
         return None
 

@@ -1,0 +1,103 @@
+"""BROS's rules, one by one and as properties: the constraints of the paper, and the bound on waiting that is ours."""
+
+import random
+
+import pytest
+from decisions import EASY, Decider
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bros_ref.request import SLO
+from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS
+
+
+def test_real_time_goes_first_and_by_slack():
+    decider = Decider("bros", max_num_seqs=2)
+    decider.add("be0")
+    decider.add("rt-late-deadline", slo=SLO(5.0, 1.0))
+    decider.add("rt-urgent", slo=SLO(1.0, 1.0))
+    assert next(iter(decider.step())) == "rt-urgent"
+
+
+def test_the_residual_of_the_most_urgent_keeps_a_long_best_effort_prefill_out():
+    decider = Decider("bros", num_blocks=200, max_num_batched_tokens=1000)
+    decider.add("rt0", slo=SLO(0.1, 0.05))
+    decider.add("be0", prompt_tokens=200)  # 0.2 s and more
+    decided = decider.decide()
+    assert "be0" not in decided
+    assert decider.output.left_out["be0"] == DEADLINE
+    assert decider.output.bound_s <= 0.1
+
+
+def test_a_late_request_sets_no_bound_but_still_goes_before_best_effort():
+    decider = Decider("bros", max_num_seqs=2)
+    decider.add("be0", prompt_tokens=8)
+    decider.add("be1", prompt_tokens=8)
+    late = decider.add("rt0", slo=SLO(1.0, 1.0))
+    late.deadline_s = late.due_s = decider.now_s - 1.0
+    decided = list(decider.decide())
+    assert decided[0] == "rt0"
+    assert len(decided) == 2
+
+
+def test_the_last_seat_goes_to_best_effort_if_the_slackest_can_wait():
+    decider = Decider("bros", max_num_seqs=2)
+    decider.add("be0")
+    for i in range(2):
+        decider.add(f"rt{i}", slo=SLO(100.0, 100.0))
+    assert list(decider.step()) == ["rt0", "be0"]
+    assert decider.output.left_out["rt1"] == BATCH_CAP
+
+
+def test_newcomers_of_best_effort_displace_nobody():
+    decider = Decider("bros", num_blocks=4)
+    decider.add("be0", prompt_tokens=12, max_tokens=4)
+    decider.step()
+    decider.add("be1", prompt_tokens=8, max_tokens=2)
+    decider.step()
+    assert decider.output.left_out == {"be1": NO_BLOCKS}
+    assert not decider.kv.lost_tokens
+
+
+def test_the_last_resort_swaps_out_the_real_time_request_with_the_most_slack():
+    decider = Decider("bros", num_blocks=4)
+    decider.add("rt-easy", prompt_tokens=8, max_tokens=8, slo=EASY)
+    decider.step()
+    decider.add("rt-urgent", prompt_tokens=12, max_tokens=4, slo=SLO(0.5, 0.5))
+    assert "rt-urgent" in decider.step()
+    assert decider.kv.lost_tokens["rt-easy"] > 0
+    decider.kv.check_integrity()
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32), longest_wait=st.sampled_from([3, 8]))
+def test_a_best_effort_request_that_holds_kv_runs_within_n_plus_s_steps(seed, longest_wait):
+    """Real-time requests arrive faster than they can be served on time; the pool is ample."""
+    rng = random.Random(seed)
+    decider = Decider("bros", num_blocks=400, max_num_seqs=rng.choice([2, 4, 8]),
+                      max_num_batched_tokens=rng.choice([8, 64]), chunked_prefill=rng.random() < 0.5,
+                      be_max_wait_steps=longest_wait)
+    for i in range(rng.randint(1, 4)):
+        decider.add(f"be{i}", prompt_tokens=rng.randint(1, 7), max_tokens=300)
+    waited = {}
+    for step in range(120):
+        for i in range(rng.randint(0, 2)):
+            decider.add(f"rt{step}-{i}", prompt_tokens=rng.randint(1, 12), max_tokens=rng.randint(1, 6),
+                        slo=SLO(rng.choice([0.001, 0.03, 0.2]), rng.choice([0.001, 0.02])))
+        ran = decider.step()
+        holding = [r.request_id for r in decider.scheduler.running if not r.is_rt]
+        for name in holding:
+            waited[name] = 0 if name in ran else waited.get(name, 0) + 1
+            assert waited[name] <= longest_wait + len(holding) + 1, f"{name} in step {step}"
+
+
+def test_an_iteration_leaves_room_for_a_real_time_request_that_has_not_arrived_yet():
+    decider = Decider("bros", num_blocks=400, max_num_batched_tokens=1000, chunked_prefill=True)
+    decider.add("rt0", prompt_tokens=20, max_tokens=1, slo=SLO(0.1, 0.1))
+    decider.step()
+    decider.add("be0", prompt_tokens=600)
+    decider.add("be1", prompt_tokens=600)
+    decider.step()
+    own_s = 0.010 + 0.001 * 20 + 0.00001 * 20 * 10
+    assert decider.output.bound_s == pytest.approx(0.1 - own_s)
+    assert decider.output.predicted_s <= 0.1 - own_s
