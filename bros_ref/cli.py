@@ -215,7 +215,7 @@ def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-s
 def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Default: all, and both bounds.")] = None,
                          model: ModelOption = "smollm2", rounds: CountOption = 1,
                          ttft_slo_s: TtftOption = 0.6, tpot_slo_s: TpotOption = 0.4, device: DeviceOption = "auto",
-                         threads: ThreadsOption = 0, seed: SeedOption = 0,
+                         threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
                          report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
                          json_path: JsonOption = None) -> None:
     """Every policy serves the same hybrid workload live, under KV pressure."""
@@ -228,7 +228,7 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
     slo, console = SLO(ttft_slo_s, tpot_slo_s), _console(json_path)
     loaded = _load(model, device, threads, seed)
     with _progress(console, "hybrid", rounds * len(names)) as advance:
-        runs, traces = bench_hybrid(loaded, names, slo, rounds, seed, on_run=lambda *_: advance(1))
+        runs, traces = bench_hybrid(loaded, names, slo, rounds, seed, refit=refit, on_run=lambda *_: advance(1))
     title = f"{loaded.name} on {loaded.device}, SLO {ttft_slo_s} s / {tpot_slo_s} s, seed {seed}"
     console.print(results_table(runs, title))
     if report is not None:

@@ -38,11 +38,12 @@ def hybrid_items(seed: int, slo: SLO, num_be: int = 16, num_rt: int = 12, over_s
 
 def bench_hybrid(loaded: LoadedModel, policies: Sequence[str] = ALL, slo: SLO | None = None, rounds: int = 1,
                  seed: int = 0, settings: LiveSettings = SETTINGS, items: list[WorkloadItem] | None = None,
-                 on_run: Callable[[str, int], None] | None = None) -> tuple[list[dict[str, Any]], list[Trace]]:
+                 refit: bool = False, on_run: Callable[[str, int], None] | None = None,
+                 ) -> tuple[list[dict[str, Any]], list[Trace]]:
     """Serves the workload once a policy and round. Returns the median run (by RT median TTFT, else by duration) of
     each policy as `metrics.summarise` gives it, and its trace."""
     runner = make_runner(loaded, settings)
-    latency = fit_latency_model(runner, settings.max_num_seqs, loaded.name)
+    latency = fit_latency_model(runner, settings.max_num_seqs, loaded.name, refit=refit)
     items = hybrid_items(seed, slo or SLO(0.6, 0.4)) if items is None else items
     runs: dict[str, list[tuple[dict[str, Any], Trace]]] = {policy: [] for policy in policies}
     for round_ in range(rounds):
