@@ -44,7 +44,7 @@ class AttentionFn(Protocol):
 class DecodeGroup:
     """Sequences with one new token each, attended together. Short ones repeat their own newest slot as padding."""
 
-    rows: Tensor  # [n] int64, rows of q
+    rows: slice | Tensor  # rows of q: a slice where they follow one another, which saves two copies; else [n] int64
     slots: Tensor  # [n, longest C] int64
     mask: Tensor | None  # [n, 1, 1, longest C] bool, True = visible; None when nothing is padded
 
@@ -130,7 +130,10 @@ class AttentionMetadata:
         mask = None
         if lengths.min() < lengths.max():
             mask = torch.from_numpy(columns < lengths).to(device)[:, None, None, :]
-        return DecodeGroup(torch.from_numpy(starts[members]).to(device), torch.from_numpy(slots).to(device), mask)
+        rows = starts[members]
+        in_order = bool((np.diff(rows) == 1).all())
+        return DecodeGroup(slice(int(rows[0]), int(rows[-1]) + 1) if in_order else torch.from_numpy(rows).to(device),
+                           torch.from_numpy(slots).to(device), mask)
 
 
 def group_by_length(members: list[int], context_lens: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+    mean_square = torch.addcmul(_constant(eps), length, length, value=1 / x.shape[-1])
+    return (x * mean_square.rsqrt_()).mul_(weight)
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    """A float32 tensor of one value, made once: making one takes longer than adding it to a decode step's rows."""
+    return torch.tensor(value)
 
 
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
