@@ -1,0 +1,80 @@
+// K and V on their way to the tensor cores: sixteen tokens of one KV head, gathered from the paged cache into shared
+// memory by cp.async, and from there into mma operands by ldmatrix.
+//
+// A tile is 16 rows of 2 * HEAD_DIM bytes in pieces of 16. ldmatrix reads the same piece of eight rows at once: were
+// rows stored plainly, all eight would lie in the same banks. So row r keeps piece c at place c ^ f(r), and the eight
+// lie in eight different ones.
+//
+// Direction. Sixteen tokens of a sequence are sixteen neighbouring slots of a block, ascending or descending (16
+// divides BLOCK_SIZE). A tile is always loaded in ascending slots; row r then holds token 16 * tile + (r ^ flip), with
+// flip = 15 for a reversed sequence and 0 for any other. That XOR, where a mask is needed, is all that direction costs.
+#pragma once
+#include "common.cuh"
+#include "mma.cuh"
+
+static_assert(HEAD_DIM % 16 == 0, "an mma takes 16 dimensions at a time");
+static_assert(BLOCK_SIZE % 16 == 0, "a tile of 16 tokens must not cross a block");
+
+constexpr int TOKENS = 16;                   // of a tile
+constexpr int PIECES = HEAD_DIM / 8;         // of a row
+constexpr int TILE = TOKENS * HEAD_DIM;      // values
+constexpr int STEPS = HEAD_DIM / 16;         // mma steps over the head dimension
+constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
+constexpr int ROW_STRIDE = NUM_KV_HEADS * HEAD_DIM;  // values from a token's row to the next slot's
+constexpr unsigned ALL = 0xffffffffu;
+constexpr float LOG2_E = 1.4426950408889634f;
+// Finite, so that no difference of two of them is NaN: the running maximum before any score, and a masked score, whose
+// distance to any maximum is so large that its weight is exactly 0.
+constexpr float NO_SCORE = -1e30f, MASKED = -1e37f;
+
+// Where a tile keeps piece `piece` of row `row`, in values. f(r) uses as many bits as divide the row's pieces evenly.
+__device__ __forceinline__ int place(int row, int piece) {
+    constexpr int SPREAD = PIECES % 8 == 0 ? 8 : PIECES % 4 == 0 ? 4 : 2;
+    return row * HEAD_DIM + ((piece ^ (row / (8 / SPREAD) % SPREAD)) * 8);
+}
+
+// One sequence, as far as loading its tiles needs it.
+struct Sequence {
+    const int* table;  // block ids
+    int length;        // tokens
+    int flip;          // 15 if reversed, else 0
+};
+
+// The offset in the cache, in values, of the first of the 16 slots that hold tokens 16 * tile ... of KV head `head`.
+__device__ __forceinline__ long long tile_offset(const Sequence& s, int tile, int head) {
+    constexpr int TILES = BLOCK_SIZE / TOKENS;  // of a block
+    int inside = tile % TILES;
+    if (s.flip) inside = TILES - 1 - inside;
+    long long slot = (long long)s.table[tile / TILES] * BLOCK_SIZE + inside * TOKENS;
+    return slot * ROW_STRIDE + head * HEAD_DIM;
+}
+
+// Starts the copies of a tile by `THREADS` threads of which this one is `thread`: 16 bytes each, neighbours next to
+// each other. Rows of tokens past the sequence's end are not read, they may be another owner's: they become zero.
+template <int THREADS>
+__device__ __forceinline__ void load_tile(scalar_t* tile, const scalar_t* source, int tokens, int flip, int thread) {
+    if (tokens >= TOKENS) {
+#pragma unroll
+        for (int i = 0; i < TOKENS * PIECES; i += THREADS) {
+            int row = (i + thread) / PIECES, piece = (i + thread) % PIECES;
+            if (TOKENS * PIECES % THREADS == 0 || i + thread < TOKENS * PIECES)
+                copy_async(tile + place(row, piece), source + row * ROW_STRIDE + piece * 8, 16);
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < TOKENS * PIECES; i += THREADS) {
+            int row = (i + thread) / PIECES, piece = (i + thread) % PIECES;
+            if (TOKENS * PIECES % THREADS == 0 || i + thread < TOKENS * PIECES)
+                copy_async(tile + place(row, piece), source + row * ROW_STRIDE + piece * 8,
+                           (row ^ flip) < tokens ? 16 : 0);
+        }
+    }
+}
+
+// The row this lane names to ldmatrix, and the piece of it, for four matrices that cover 16 rows x 16 dimensions:
+// matrix m = lane / 8 lies at rows 8 * (m / 2), dimensions 8 * (m % 2), or with `across` the other way round.
+__device__ __forceinline__ const scalar_t* corner(const scalar_t* tile, int step, int lane, bool across) {
+    int low = lane / 8 % 2, high = lane / 16;
+    int row = lane % 8 + 8 * (across ? low : high);
+    return tile + place(row, 2 * step + (across ? high : low));
+}
