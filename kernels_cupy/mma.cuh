@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row)
 __device__ __forceinline__ void load_matrices_trans(unsigned (&r)[4], const void* row) { emu_ldmatrix_x4_trans(r, row); }
 __device__ __forceinline__ void load_matrices(unsigned (&r)[2], const void* row) { emu_ldmatrix_x2(r, row); }
 __device__ __forceinline__ void load_matrices_trans(unsigned (&r)[2], const void* row) { emu_ldmatrix_x2_trans(r, row); }
-__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned* b) {
+__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned* a, const unsigned* b) {
 #if SCALAR == 1
     emu_mma_m16n8k16_f16(d, a, b);
 #else
@@ -94,22 +94,22 @@ __device__ __forceinline__ void load_matrices_trans(unsigned (&r)[2], const void
                  : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
 }
 
-// d += a * b, with b two registers.
-__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned* b) {
+// d += a * b, of four and two registers.
+__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned* a, const unsigned* b) {
 #if SCALAR == 2
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                  "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
 #pragma unroll
     for (int half = 0; half < 2; half++)  // left and right half of A with upper and lower half of B
-        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
                      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                      : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));

@@ -7,16 +7,13 @@
 // Who does what: a block takes one sequence, one KV head (up to 16 of its query heads) and one split of the tokens. Its warps take
 //   the split's tiles of 16 tokens in turn, each with a ring of its own, so the loop holds no block barrier. At the
 //   end they merge in shared memory.
-//   Scores: S[head, token] = Q K^T, an A operand from registers, K's rows through ldmatrix as they lie.
-//   Output: O[head, dim] = P V, where P is S's accumulator packed in place: the layouts of D and A agree. V through
-//   ldmatrix.trans. The sum of weights is one more mma, against ones.
 // Bytes per output row of D values: 4 * D * context / G of K and V, once; splits add 4 * (D + 1) each.
 // Expected limiter: DRAM bandwidth. Per tile (64 * D bytes) a warp issues D / 4 + 1 mma, D / 8 ldmatrix, D / 8 cp.async.
 // Where it loses: G = 1 uses 1 of 16 rows (the mma count is the same); short or ragged batches leave splits uneven,
 //   which step 5 mends; over 16 heads a KV head, K and V are read once per 16.
 // Launch: grid (num_kv_heads * ceil(G / 16), num_splits, num_seqs), 32 * WARPS threads,
-//   WARPS * STAGES * 64 * HEAD_DIM bytes of shared memory; then merge_splits (merge.cuh) if num_splits > 1.
-#include "tiles.cuh"
+//   WARPS * STAGES * 64 * HEAD_DIM bytes of shared memory (HEAD_DIM > 128: and WARPS * 32 * HEAD_DIM for Q); then merge_splits (merge.cuh) if num_splits > 1.
+#include "query_rows.cuh"
 #include "merge.cuh"
 
 constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;
@@ -25,86 +22,6 @@ constexpr int HALVES = GROUP > 8 ? 2 : 1;          // of the mma's 16 rows that 
 constexpr int HEAD_TILES = (GROUP + 15) / 16;
 constexpr int MERGE_STRIDE = HEAD_DIM + 8;         // floats; the 8 spread a warp's stores over all banks
 static_assert(STAGES * 2 * TILE * 2 >= 8 * HALVES * (MERGE_STRIDE + 2) * 4, "the merge reuses a warp's ring");
-
-struct Rows {  // of this lane: rows lane / 4 and lane / 4 + 8, spread as mma's D
-    float out[2 * STEPS][4];
-    float sum[4];          // every lane of a row holds its sum of weights, in [0] and [2]
-    float max[2];          // of the raw scores
-};
-
-// Q as A operand, from global memory: no other warp layout ever needs it. Rows past the head count stay zero.
-__device__ __forceinline__ void load_queries(unsigned (&q_frag)[STEPS][4], const scalar_t* q, int heads, int lane) {
-    int group = lane / 4, pair = lane % 4 * 2;
-#pragma unroll
-    for (int step = 0; step < STEPS; step++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int row = group + i % 2 * 8, column = step * 16 + i / 2 * 8 + pair;
-            q_frag[step][i] = 0;
-            if (i % 2 < HALVES && row < heads) q_frag[step][i] = *(const unsigned*)(q + row * HEAD_DIM + column);
-        }
-}
-
-// Raw scores to weights 2^((s - max) * scale), in place; earlier output is scaled down if a maximum rose.
-__device__ __forceinline__ void softmax_step(float (&score)[2][4], Rows& rows, float scale) {
-    float correction[2] = {1, 1};
-    bool rose = false;
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        float top = fmaxf(fmaxf(score[0][2 * h], score[0][2 * h + 1]), fmaxf(score[1][2 * h], score[1][2 * h + 1]));
-        top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
-        top = fmaxf(top, rows.max[h]);
-        rose |= top > rows.max[h];
-        correction[h] = exp2f((rows.max[h] - top) * scale);
-        rows.max[h] = top;
-#pragma unroll
-        for (int j = 0; j < 2; j++)
-#pragma unroll
-            for (int e = 2 * h; e < 2 * h + 2; e++) score[j][e] = exp2f(fmaf(score[j][e], scale, -top * scale));
-    }
-    if (!__any_sync(ALL, rose)) return;  // the usual case once a few tiles are through
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        rows.sum[2 * h] *= correction[h];
-#pragma unroll
-        for (int j = 0; j < 2 * STEPS; j++) rows.out[j][2 * h] *= correction[h], rows.out[j][2 * h + 1] *= correction[h];
-    }
-}
-
-// One tile of up to 16 tokens meets the query rows.
-__device__ __forceinline__ void attend(Rows& rows, const unsigned (&q_frag)[STEPS][4], const scalar_t* k_tile,
-                                       const scalar_t* v_tile, int tokens, int flip, float scale, int lane) {
-    float score[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        unsigned k[4];
-        load_matrices(k, corner(k_tile, step, lane, false));
-        multiply_add(score[0], q_frag[step], k);
-        multiply_add(score[1], q_frag[step], k + 2);
-    }
-    if (tokens < TOKENS) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int token = (i / 4 * 8 + lane % 4 * 2 + i % 2) ^ flip;
-            if (token >= tokens) score[i / 4][i % 4] = MASKED;
-        }
-    }
-    softmax_step(score, rows, scale);
-    unsigned weights[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (i % 2 < HALVES) weights[i] = pack(score[i / 2][i % 2 * 2], score[i / 2][i % 2 * 2 + 1]);
-    const unsigned ones[2] = {ONES, ONES};
-    multiply_add(rows.sum, weights, ones);
-#pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        unsigned v[4];
-        load_matrices_trans(v, corner(v_tile, step, lane, true));
-        multiply_add(rows.out[2 * step], weights, v);
-        multiply_add(rows.out[2 * step + 1], weights, v + 2);
-    }
-}
 
 // Leaves this warp's rows in its own ring: outputs not yet divided, then the sum and the maximum of each row.
 __device__ __forceinline__ void store_rows(float* mine, const Rows& rows, int lane) {
@@ -176,8 +93,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
 
     // 2. Fill the ring, then one tile in, one tile out.
     for (int i = 0; i < STAGES - 1; i++) load(begin + warp + i * WARPS, i);
-    unsigned q_frag[STEPS][4];
-    load_queries(q_frag, q + (long long)row * HEAD_DIM, heads, lane);
+    Queries queries;
+    load_queries(queries, (scalar_t*)shared + WARPS * RING + warp * TILE, lane, [&](int i) {
+        return i < heads ? q + (long long)(row + i) * HEAD_DIM : nullptr; });
     scale *= LOG2_E;
     Rows rows = {};
     rows.max[0] = rows.max[1] = NO_SCORE;
@@ -187,7 +105,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
         __syncwarp();  // every lane's copies have landed, and every lane is done with the stage that is loaded next
         load(tile + (STAGES - 1) * WARPS, stage == 0 ? STAGES - 1 : stage - 1);
         const scalar_t* k_tile = ring + stage * 2 * TILE;
-        attend(rows, q_frag, k_tile, k_tile + TILE, s.length - tile * TOKENS, s.flip, scale, lane);
+        int tokens = s.length - tile * TOKENS;
+        attend<HALVES, 1>(rows, queries, k_tile, k_tile + TILE, scale, lane, tokens < TOKENS,
+                          [&](int token, int) { return (token ^ s.flip) >= tokens; });
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 

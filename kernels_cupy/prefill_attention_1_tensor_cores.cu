@@ -1,0 +1,122 @@
+// Prefill 1: chunked prefill over the paged cache on tensor cores; decode sequences may stand in the same batch.
+//
+// Changed from prefill 0: queries become the rows of mma.m16n8k16, so a tile of K and V that lies in shared memory
+//   meets 64 query rows; scores and weights never leave registers.
+// Who does what: a query row is (token, head), the G heads of one KV head following one another, so row i of a
+//   sequence is token i / G and head i % G of its group: K and V are read once for the whole group, and a decode
+//   sequence brings G rows instead of one. A block takes ROWS = 64 rows of one sequence and KV head, 16 a warp. All
+//   warps share the ring of K/V tiles (KEYS tokens each, gathered through the block table).
+// Causal: row i stands at position context_len - query_len + i / G and sees the tokens up to it. Only tiles that reach
+//   past a warp's first row are masked; a block stops at its last row's position.
+// Finding work: blockIdx.x counts tiles of rows over all sequences. Sequence s starts at tile
+//   query_starts[s] * G / ROWS + s, which leaves room for every sequence's own rounding; so no prefix sum is needed,
+//   and at most one block a sequence has nothing to do.
+// Bytes: K and V of the visible tokens once per 64 rows; Q and the output once.
+// Expected limiter: tensor cores (with contexts of many tiles); per warp and tile of 16 tokens 4 * HEAD_DIM / 16 + 1 mma.
+// Where it loses: a long context with few query rows (decode) runs in one block a KV head: split it with step 4 or 5.
+// Launch: grid (T * G / 64 + S, num_kv_heads), 128 threads, STAGES * KEYS * HEAD_DIM * 4 bytes of shared memory, to
+//   which HEAD_DIM > 128 adds 64 * HEAD_DIM * 2 for Q.
+#include "query_rows.cuh"
+
+constexpr int WARPS = 4, ROWS = 16 * WARPS;
+constexpr int KEYS = HEAD_DIM <= 128 ? 64 : 16;    // tokens of a ring stage
+constexpr int PARTS = KEYS / TOKENS;
+constexpr int STAGES = 2;
+
+// Which rows a block takes.
+struct Work {
+    int seq, first_row;
+    int rows;         // of the sequence: query_len * G
+    int first_query;  // the sequence's first row of q
+};
+
+// The last sequence whose first tile is at most blockIdx.x, by bisection.
+__device__ __forceinline__ Work find_work(const int* query_starts, int num_seqs) {
+    int low = 0, high = num_seqs - 1, tile = blockIdx.x;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (query_starts[middle] * GROUP / ROWS + middle <= tile) low = middle;
+        else high = middle - 1;
+    }
+    int start = query_starts[low];
+    return {low, (tile - (start * GROUP / ROWS + low)) * ROWS, (query_starts[low + 1] - start) * GROUP, start};
+}
+
+// All threads start the copies of KEYS tokens from token KEYS * tile on. Parts past the end are filled with zeros: a
+// weight of 0 does not cancel a NaN that an earlier kernel left in shared memory.
+__device__ __forceinline__ void load_keys(scalar_t* stage, const scalar_t* k_cache, const scalar_t* v_cache,
+                                          const Sequence& s, int tile, int kv_head) {
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        int tokens = s.length - tile * KEYS - part * TOKENS;
+        long long offset = tokens > 0 ? tile_offset(s, tile * PARTS + part, kv_head) : 0;
+        load_tile<32 * WARPS>(stage + part * TILE, k_cache + offset, tokens, s.flip, threadIdx.x);
+        load_tile<32 * WARPS>(stage + (PARTS + part) * TILE, v_cache + offset, tokens, s.flip, threadIdx.x);
+    }
+}
+
+// `row(i)`: address of output row i, null if it does not exist.
+template <typename RowAddress>
+__device__ __forceinline__ void store_rows(const Rows& rows, int lane, RowAddress row) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        scalar_t* address = row(lane / 4 + 8 * h);
+        float scale = 1 / rows.sum[2 * h];
+        if (!address) continue;
+#pragma unroll
+        for (int j = 0; j < 2 * STEPS; j++)
+            *(unsigned*)(address + j * 8 + lane % 4 * 2) = pack(rows.out[j][2 * h] * scale, rows.out[j][2 * h + 1] * scale);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
+    const scalar_t* q /*[T,H,D]*/, const scalar_t* k_cache, const scalar_t* v_cache /*[num_blocks,B,K,D]*/,
+    const int* block_tables /*[S,max_blocks]*/, const int* context_lens /*[S]*/, const int* reversed /*[S]*/,
+    const int* query_starts /*[S+1]*/, scalar_t* out /*[T,H,D]*/, float scale, int num_seqs, int max_blocks) {
+    extern __shared__ uint4 shared[];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
+
+    // 1. The rows of this block and the tokens they see.
+    Work work = find_work(query_starts, num_seqs);
+    if (work.first_row >= work.rows) return;
+    int first_position = context_lens[work.seq] - work.rows / GROUP;
+    int last_row = min(work.first_row + ROWS, work.rows) - 1;
+    Sequence s = {block_tables + (long long)work.seq * max_blocks, first_position + last_row / GROUP + 1,
+                  reversed[work.seq] ? 15 : 0};
+    int warp_row = work.first_row + 16 * warp;
+    bool active = warp_row < work.rows;
+    int position[2] = {first_position + (warp_row + lane / 4) / GROUP, first_position + (warp_row + lane / 4 + 8) / GROUP};
+    auto element = [&](int i) {  // of q and out, where this warp's row i starts; -1 if it does not exist
+        int row = warp_row + i;
+        return row < work.rows
+            ? ((long long)(work.first_query + row / GROUP) * NUM_HEADS + kv_head * GROUP + row % GROUP) * HEAD_DIM : -1;
+    };
+
+    // 2. One tile in, one tile out; all warps share them.
+    scalar_t* ring = (scalar_t*)shared;
+    load_keys(ring, k_cache, v_cache, s, 0, kv_head);
+    copy_commit();
+    Queries queries;
+    load_queries(queries, ring + (STAGES * 2 * PARTS + warp) * TILE, lane, [&](int i) {
+        return element(i) < 0 ? nullptr : q + element(i); });
+    scale *= LOG2_E;
+    Rows rows = {};
+    rows.max[0] = rows.max[1] = NO_SCORE;
+    int tiles = (s.length + KEYS - 1) / KEYS;
+    for (int tile = 0; tile < tiles; tile++) {
+        scalar_t* stage = ring + tile % STAGES * 2 * PARTS * TILE;
+        copy_wait<0>();
+        __syncthreads();  // this tile is there for all warps, and all are done with the stage that is loaded next
+        if (tile + 1 < tiles)
+            load_keys(ring + (tile + 1) % STAGES * 2 * PARTS * TILE, k_cache, v_cache, s, tile + 1, kv_head);
+        copy_commit();
+        if (!active) continue;
+        int first_token = tile * KEYS;
+        bool masked = first_token + KEYS - 1 > first_position + warp_row / GROUP;
+        attend<2, PARTS>(rows, queries, stage, stage + PARTS * TILE, scale, lane, masked, [&](int token, int half) {
+            return first_token + (token ^ s.flip) > position[half]; });
+    }
+
+    // 3. Divide and store.
+    if (active) store_rows(rows, lane, [&](int i) { return element(i) < 0 ? nullptr : out + element(i); });
+}

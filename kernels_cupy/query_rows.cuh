@@ -1,0 +1,122 @@
+// Query rows as the M side of mma.m16n8k16: a warp holds 16 rows and meets tiles of keys and values (tiles.cuh).
+// Step 4 puts the heads of one token there, prefill tokens and heads.
+//
+//   S[row, token] = Q K^T: Q is operand A; K's rows, as they lie, are operand B's columns.
+//   O[row, dim]  += P V:   P is S's accumulator, packed in place, because the layouts of D and A agree; V comes
+//                          through ldmatrix.trans. The sum of a row's weights is one more mma, against ones: so it
+//                          sums the rounded weights, the same that multiply V.
+#pragma once
+#include "tiles.cuh"
+
+// D = 256 leaves no registers for Q: it stays in shared memory and is read once a tile.
+constexpr bool Q_IN_REGISTERS = HEAD_DIM <= 128;
+
+struct Rows {  // of this lane: rows lane / 4 and lane / 4 + 8, spread as mma's D
+    float out[2 * STEPS][4];
+    float sum[4];  // every lane of a row holds its sum of weights, in [0] and [2]
+    float max[2];  // of the raw scores
+};
+
+struct Queries {
+    unsigned fragment[Q_IN_REGISTERS ? STEPS : 1][4];
+    const scalar_t* tile;  // 16 swizzled rows in shared memory, if not in registers
+};
+
+// Takes this warp's 16 query rows as operand A. `row(i)` is the address of row i, or null for a row that does not
+// exist, which becomes zeros. `tile` is used by Q_IN_REGISTERS == false only.
+template <typename RowAddress>
+__device__ __forceinline__ void load_queries(Queries& queries, scalar_t* tile, int lane, RowAddress row) {
+    if constexpr (Q_IN_REGISTERS) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const scalar_t* address = row(lane / 4 + 8 * half);
+#pragma unroll
+            for (int i = 0; i < 2 * STEPS; i++)
+                queries.fragment[i / 2][half + i % 2 * 2] =
+                    address ? *(const unsigned*)(address + i * 8 + lane % 4 * 2) : 0;
+        }
+    } else {
+        for (int i = lane; i < TOKENS * PIECES; i += 32) {
+            const scalar_t* address = row(i / PIECES);
+            *(uint4*)(tile + place(i / PIECES, i % PIECES)) =
+                address ? ((const uint4*)address)[i % PIECES] : make_uint4(0, 0, 0, 0);
+        }
+        __syncwarp();
+        queries.tile = tile;
+    }
+}
+
+// Raw scores to weights 2^((s - max) * scale), in place; earlier output is scaled down if a maximum rose.
+template <int HALVES, int PARTS>
+__device__ __forceinline__ void softmax_step(float (&score)[2 * PARTS][4], Rows& rows, float scale) {
+    float correction[2] = {1, 1};
+    bool rose = false;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+        float top = fmaxf(score[0][2 * h], score[0][2 * h + 1]);
+#pragma unroll
+        for (int j = 1; j < 2 * PARTS; j++) top = fmaxf(top, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
+        top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
+        top = fmaxf(top, rows.max[h]);
+        rose |= top > rows.max[h];
+        correction[h] = exp2f((rows.max[h] - top) * scale);
+        rows.max[h] = top;
+#pragma unroll
+        for (int j = 0; j < 2 * PARTS; j++)
+#pragma unroll
+            for (int e = 2 * h; e < 2 * h + 2; e++) score[j][e] = exp2f(fmaf(score[j][e], scale, -top * scale));
+    }
+    if (!__any_sync(ALL, rose)) return;  // the usual case once a few tiles are through
+#pragma unroll
+    for (int h = 0; h < HALVES; h++) {
+        rows.sum[2 * h] *= correction[h];
+#pragma unroll
+        for (int j = 0; j < 2 * STEPS; j++) rows.out[j][2 * h] *= correction[h], rows.out[j][2 * h + 1] *= correction[h];
+    }
+}
+
+// PARTS tiles of 16 tokens meet the rows. HALVES = 1: rows 8 to 15 do not exist. If `masked`, `hides(token, half)`
+// says whether row lane / 4 + 8 * half may not see row `token` of the tiles.
+template <int HALVES, int PARTS, typename Hides>
+__device__ __forceinline__ void attend(Rows& rows, const Queries& queries, const scalar_t* k_tiles,
+                                       const scalar_t* v_tiles, float scale, int lane, bool masked, Hides hides) {
+    float score[2 * PARTS][4] = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        unsigned q[4];
+        if constexpr (!Q_IN_REGISTERS) load_matrices(q, corner(queries.tile, step, lane, true));
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            unsigned k[4];
+            load_matrices(k, corner(k_tiles + part * TILE, step, lane, false));
+            multiply_add(score[2 * part], Q_IN_REGISTERS ? queries.fragment[step] : q, k);
+            multiply_add(score[2 * part + 1], Q_IN_REGISTERS ? queries.fragment[step] : q, k + 2);
+        }
+    }
+    if (masked) {
+#pragma unroll
+        for (int j = 0; j < 2 * PARTS; j++)
+#pragma unroll
+            for (int e = 0; e < 2 * HALVES; e++)
+                if (hides(j * 8 + lane % 4 * 2 + e % 2, e / 2)) score[j][e] = MASKED;
+    }
+    softmax_step<HALVES, PARTS>(score, rows, scale);
+    const unsigned ones[2] = {ONES, ONES};
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        unsigned weights[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (i % 2 < HALVES)
+                weights[i] = pack(score[2 * part + i / 2][i % 2 * 2], score[2 * part + i / 2][i % 2 * 2 + 1]);
+        multiply_add(rows.sum, weights, ones);
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            unsigned v[4];
+            load_matrices_trans(v, corner(v_tiles + part * TILE, step, lane, true));
+            multiply_add(rows.out[2 * step], weights, v);
+            multiply_add(rows.out[2 * step + 1], weights, v + 2);
+        }
+    }
+}
