@@ -155,16 +155,17 @@ EMU_INLINE void __threadfence_block() { emu_threadfence(0); }
 // ---- arithmetic and bits
 template <typename A, typename B> EMU_INLINE auto max(A a, B b) -> decltype(a + b) { return a > b ? a : b; }
 template <typename A, typename B> EMU_INLINE auto min(A a, B b) -> decltype(a + b) { return a < b ? a : b; }
-EMU_INLINE float __expf(float x) { return expf(x); }
-EMU_INLINE float __exp2f(float x) { return exp2f(x); }
-EMU_INLINE float __logf(float x) { return logf(x); }
-EMU_INLINE float __log2f(float x) { return log2f(x); }
+#define __expf expf  // macros, because the C library has private functions of these names
+#define __exp2f exp2f
+#define __logf logf
+#define __log2f log2f
+#define rsqrtf emu_rsqrtf
 EMU_INLINE float __fdividef(float a, float b) { return a / b; }
 EMU_INLINE float __frcp_rn(float x) { return 1.0f / x; }
 EMU_INLINE float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 EMU_INLINE float __fmul_rn(float a, float b) { return a * b; }
 EMU_INLINE float __fadd_rn(float a, float b) { return a + b; }
-EMU_INLINE float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+EMU_INLINE float emu_rsqrtf(float x) { return 1.0f / sqrtf(x); }
 EMU_INLINE int __popc(unsigned x) { return __builtin_popcount(x); }
 EMU_INLINE int __ffs(int x) { return __builtin_ffs(x); }
 EMU_INLINE int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
