@@ -81,9 +81,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
         return;
     }
     scalar_t* ring = (scalar_t*)shared + warp * RING;
+    const int mine = kv_head * HEAD_DIM + thread_offset<32>(lane);
+    k_cache += mine, v_cache += mine;
     auto load = [&](int tile, int stage) {
         if (tile < end) {
-            long long offset = tile_offset(s, tile, kv_head);
+            long long offset = tile_offset(s, tile);
             scalar_t* k_tile = ring + stage * 2 * TILE;
             load_tile<32>(k_tile, k_cache + offset, s.length - tile * TOKENS, s.flip, lane);
             load_tile<32>(k_tile + TILE, v_cache + offset, s.length - tile * TOKENS, s.flip, lane);

@@ -244,9 +244,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
         while (seq < num_seqs && context_lens[seq] == 0) seq++;
         if (seq < num_seqs) enter(c, seq, block_tables, context_lens, reversed, max_blocks);
     };
+    k_cache += thread_offset<32>(lane), v_cache += thread_offset<32>(lane);
     auto load = [&](int i, int stage) {  // unit i, which is where `ahead` stands
         if (i < end) {
-            long long offset = tile_offset(ahead.s, ahead.tile, ahead.pair / HEAD_TILES);
+            long long offset = tile_offset(ahead.s, ahead.tile) + ahead.pair / HEAD_TILES * HEAD_DIM;
             int tokens = ahead.s.length - ahead.tile * TOKENS;
             scalar_t* k_tile = ring + stage * 2 * TILE;
             load_tile<32>(k_tile, k_cache + offset, tokens, ahead.s.flip, lane);

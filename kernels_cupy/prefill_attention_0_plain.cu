@@ -35,13 +35,16 @@ __device__ __forceinline__ int find_sequence(const int* query_starts, int num_se
 }
 
 __device__ __forceinline__ float dot(const float* q, const scalar_t* k) {
-    float sum = 0;
+    float sums[VALUES] = {};  // several short sums round less than one long one
 #pragma unroll
     for (int i = 0; i < HEAD_DIM; i += VALUES) {
         Piece piece = *(const Piece*)(k + i);
 #pragma unroll
-        for (int j = 0; j < VALUES; j++) sum += q[i + j] * to_float(piece.value[j]);
+        for (int j = 0; j < VALUES; j++) sums[j] += q[i + j] * to_float(piece.value[j]);
     }
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < VALUES; j++) sum += sums[j];
     return sum;
 }
 

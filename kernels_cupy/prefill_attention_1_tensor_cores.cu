@@ -45,11 +45,11 @@ __device__ __forceinline__ Work find_work(const int* query_starts, int num_seqs)
 // All threads start the copies of KEYS tokens from token KEYS * tile on. Parts past the end are filled with zeros: a
 // weight of 0 does not cancel a NaN that an earlier kernel left in shared memory.
 __device__ __forceinline__ void load_keys(scalar_t* stage, const scalar_t* k_cache, const scalar_t* v_cache,
-                                          const Sequence& s, int tile, int kv_head) {
+                                          const Sequence& s, int tile) {
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
         int tokens = s.length - tile * KEYS - part * TOKENS;
-        long long offset = tokens > 0 ? tile_offset(s, tile * PARTS + part, kv_head) : 0;
+        long long offset = tokens > 0 ? tile_offset(s, tile * PARTS + part) : 0;
         load_tile<32 * WARPS>(stage + part * TILE, k_cache + offset, tokens, s.flip, threadIdx.x);
         load_tile<32 * WARPS>(stage + (PARTS + part) * TILE, v_cache + offset, tokens, s.flip, threadIdx.x);
     }
@@ -94,7 +94,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
 
     // 2. One tile in, one tile out; all warps share them.
     scalar_t* ring = (scalar_t*)shared;
-    load_keys(ring, k_cache, v_cache, s, 0, kv_head);
+    const int mine = kv_head * HEAD_DIM + thread_offset<32 * WARPS>(threadIdx.x);
+    k_cache += mine, v_cache += mine;
+    load_keys(ring, k_cache, v_cache, s, 0);
     copy_commit();
     Queries queries;
     load_queries(queries, ring + (STAGES * 2 * PARTS + warp) * TILE, lane, [&](int i) {
@@ -108,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
         copy_wait<0>();
         __syncthreads();  // this tile is there for all warps, and all are done with the stage that is loaded next
         if (tile + 1 < tiles)
-            load_keys(ring + (tile + 1) % STAGES * 2 * PARTS * TILE, k_cache, v_cache, s, tile + 1, kv_head);
+            load_keys(ring + (tile + 1) % STAGES * 2 * PARTS * TILE, k_cache, v_cache, s, tile + 1);
         copy_commit();
         if (!active) continue;
         int first_token = tile * KEYS;

@@ -46,33 +46,41 @@ __device__ __forceinline__ void load_queries(Queries& queries, scalar_t* tile, i
     }
 }
 
-// Raw scores to weights 2^((s - max) * scale), in place; earlier output is scaled down if a maximum rose.
+// The highest score this lane holds of row lane / 4 + 8 * h.
+template <int PARTS> __device__ __forceinline__ float highest(const float (&score)[2 * PARTS][4], int h) {
+    float top = fmaxf(score[0][2 * h], score[0][2 * h + 1]);
+#pragma unroll
+    for (int j = 1; j < 2 * PARTS; j++) top = fmaxf(top, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
+    return top;
+}
+
+// The four lanes of a row agree on a new maximum, `top` being what each saw; earlier output is scaled down to it.
+__device__ __forceinline__ void raise_maximum(Rows& rows, int h, float top, float scale) {
+    top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
+    top = fmaxf(top, rows.max[h]);
+    float correction = exp2f((rows.max[h] - top) * scale);
+    rows.max[h] = top;
+    rows.sum[2 * h] *= correction;
+#pragma unroll
+    for (int j = 0; j < 2 * STEPS; j++) rows.out[j][2 * h] *= correction, rows.out[j][2 * h + 1] *= correction;
+}
+
+// Raw scores to weights 2^((s - max) * scale), in place. Once a few tiles are through, scores seldom pass the maximum:
+// one vote then saves the shuffles and the rescaling.
 template <int HALVES, int PARTS>
 __device__ __forceinline__ void softmax_step(float (&score)[2 * PARTS][4], Rows& rows, float scale) {
-    float correction[2] = {1, 1};
-    bool rose = false;
+    float top[2] = {highest<PARTS>(score, 0), HALVES == 2 ? highest<PARTS>(score, 1) : NO_SCORE};
+    if (__any_sync(ALL, top[0] > rows.max[0] || top[1] > rows.max[1]))
+#pragma unroll
+        for (int h = 0; h < HALVES; h++) raise_maximum(rows, h, top[h], scale);
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        float top = fmaxf(score[0][2 * h], score[0][2 * h + 1]);
-#pragma unroll
-        for (int j = 1; j < 2 * PARTS; j++) top = fmaxf(top, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
-        top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
-        top = fmaxf(top, rows.max[h]);
-        rose |= top > rows.max[h];
-        correction[h] = exp2f((rows.max[h] - top) * scale);
-        rows.max[h] = top;
+        float zero = -rows.max[h] * scale;
 #pragma unroll
         for (int j = 0; j < 2 * PARTS; j++)
 #pragma unroll
-            for (int e = 2 * h; e < 2 * h + 2; e++) score[j][e] = exp2f(fmaf(score[j][e], scale, -top * scale));
-    }
-    if (!__any_sync(ALL, rose)) return;  // the usual case once a few tiles are through
-#pragma unroll
-    for (int h = 0; h < HALVES; h++) {
-        rows.sum[2 * h] *= correction[h];
-#pragma unroll
-        for (int j = 0; j < 2 * STEPS; j++) rows.out[j][2 * h] *= correction[h], rows.out[j][2 * h + 1] *= correction[h];
+            for (int e = 2 * h; e < 2 * h + 2; e++) score[j][e] = exp2f(fmaf(score[j][e], scale, zero));
     }
 }
 

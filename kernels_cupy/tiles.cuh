@@ -40,34 +40,34 @@ struct Sequence {
     int flip;          // 15 if reversed, else 0
 };
 
-// The offset in the cache, in values, of the first of the 16 slots that hold tokens 16 * tile ... of KV head `head`.
-__device__ __forceinline__ long long tile_offset(const Sequence& s, int tile, int head) {
+// How far into the cache, in values, the first of the 16 slots lies that hold tokens 16 * tile ...
+__device__ __forceinline__ long long tile_offset(const Sequence& s, int tile) {
     constexpr int TILES = BLOCK_SIZE / TOKENS;  // of a block
     int inside = tile % TILES;
     if (s.flip) inside = TILES - 1 - inside;
-    long long slot = (long long)s.table[tile / TILES] * BLOCK_SIZE + inside * TOKENS;
-    return slot * ROW_STRIDE + head * HEAD_DIM;
+    return (long long)s.table[tile / TILES] * (BLOCK_SIZE * ROW_STRIDE) + inside * (TOKENS * ROW_STRIDE);
 }
 
-// Starts the copies of a tile by `THREADS` threads of which this one is `thread`: 16 bytes each, neighbours next to
-// each other. Rows of tokens past the sequence's end are not read, they may be another owner's: they become zero.
+// A tile is loaded by THREADS threads in pieces of 16 bytes, neighbours next to each other. If they are a whole number
+// of rows, a thread keeps its piece, and its rows are constants apart: then only `thread_offset` depends on the
+// thread, and is added to the cache's address once, outside the loop.
+template <int THREADS> __device__ __forceinline__ int thread_offset(int thread) {
+    return THREADS % PIECES == 0 ? thread / PIECES * ROW_STRIDE + thread % PIECES * 8 : 0;
+}
+
+// Starts this thread's copies of a tile; `source` is the tile's first row at its head, plus thread_offset. Rows of
+// tokens past the sequence's end are not read, they may be another owner's: they become zero.
 template <int THREADS>
 __device__ __forceinline__ void load_tile(scalar_t* tile, const scalar_t* source, int tokens, int flip, int thread) {
-    if (tokens >= TOKENS) {
+    constexpr bool WHOLE_ROWS = THREADS % PIECES == 0;
+    bool full = tokens >= TOKENS;
 #pragma unroll
-        for (int i = 0; i < TOKENS * PIECES; i += THREADS) {
-            int row = (i + thread) / PIECES, piece = (i + thread) % PIECES;
-            if (TOKENS * PIECES % THREADS == 0 || i + thread < TOKENS * PIECES)
-                copy_async(tile + place(row, piece), source + row * ROW_STRIDE + piece * 8, 16);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < TOKENS * PIECES; i += THREADS) {
-            int row = (i + thread) / PIECES, piece = (i + thread) % PIECES;
-            if (TOKENS * PIECES % THREADS == 0 || i + thread < TOKENS * PIECES)
-                copy_async(tile + place(row, piece), source + row * ROW_STRIDE + piece * 8,
-                           (row ^ flip) < tokens ? 16 : 0);
-        }
+    for (int i = 0; i < TOKENS * PIECES; i += THREADS) {
+        if (TOKENS * PIECES % THREADS != 0 && i + thread >= TOKENS * PIECES) break;
+        int row = WHOLE_ROWS ? thread / PIECES + i / PIECES : (i + thread) / PIECES;
+        int piece = WHOLE_ROWS ? thread % PIECES : (i + thread) % PIECES;
+        int offset = WHOLE_ROWS ? i / PIECES * ROW_STRIDE : row * ROW_STRIDE + piece * 8;
+        copy_async(tile + place(row, piece), source + offset, full || (row ^ flip) < tokens ? 16 : 0);
     }
 }
 
@@ -76,5 +76,7 @@ __device__ __forceinline__ void load_tile(scalar_t* tile, const scalar_t* source
 __device__ __forceinline__ const scalar_t* corner(const scalar_t* tile, int step, int lane, bool across) {
     int low = lane / 8 % 2, high = lane / 16;
     int row = lane % 8 + 8 * (across ? low : high);
+    // place(row, 2 * step + p) is place(row, p) with the bits of 16 * step flipped, if rows have a power of two of pieces.
+    if ((PIECES & (PIECES - 1)) == 0) return tile + (place(row, across ? high : low) ^ (16 * step));
     return tile + place(row, 2 * step + (across ? high : low));
 }
