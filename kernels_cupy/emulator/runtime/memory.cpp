@@ -89,7 +89,7 @@ static void touch(Cell& c, Kind kind, uint32_t pc, bool shared) {
         fail("race", me, pc, c.copy_pc, "%s shared memory that a cp.async not waited for still fills",
              kind == READ ? "reads" : "stores to");
     if (shared && kind != WRITE && !stored)
-        fail("uninitialised read", me, pc, 0, "reads shared memory that no thread of the block has stored to");
+        fail("uninitialised read", me, pc, 0, "reads shared memory that no thread of the block has stored to, or none yet: a barrier may be missing");
     if (stored && !(kind == ATOMIC && c.write_atomic) && !ordered(c.write_thread, c.write_time, c.write_clock))
         race(kind, true, c.write_thread, c.write_pc, pc, space);
     bool read_before = c.read_time >= oldest;
