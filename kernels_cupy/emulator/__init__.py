@@ -1,4 +1,4 @@
-"""Runs the very same .cu text on the CPU: a C++ compiler, a thread of the GPU as a fiber, and a check on every access."""
+"""Runs the very same .cu text on the CPU: a C++ compiler, fibers for threads, and a check on every access."""
 
 from kernels_cupy.emulator.build import CompilerMissing
 from kernels_cupy.emulator.emulator import Access, Emulator, LaunchCounters, SiteCounters

@@ -28,23 +28,23 @@ _KINDS = ("load", "store", "atomic")
 
 
 class _Dim3(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_uint32), ("y", ctypes.c_uint32), ("z", ctypes.c_uint32)]  # noqa: RUF012
+    _fields_ = [("x", ctypes.c_uint32), ("y", ctypes.c_uint32), ("z", ctypes.c_uint32)]
 
 
 class _Config(ctypes.Structure):
-    _fields_ = [("grid", _Dim3), ("block", _Dim3), ("shared_bytes", ctypes.c_uint32),  # noqa: RUF012
+    _fields_ = [("grid", _Dim3), ("block", _Dim3), ("shared_bytes", ctypes.c_uint32),
                 ("checks", ctypes.c_uint32), ("counters", ctypes.c_uint32), ("early_copies", ctypes.c_uint32),
                 ("order", ctypes.c_uint32), ("record_limit", ctypes.c_uint32), ("serves", ctypes.c_void_p)]
 
 
 class _Region(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("bytes", ctypes.c_uint64), ("slot_bytes", ctypes.c_uint64),  # noqa: RUF012
+    _fields_ = [("base", ctypes.c_void_p), ("bytes", ctypes.c_uint64), ("slot_bytes", ctypes.c_uint64),
                 ("readable", ctypes.c_void_p), ("writable", ctypes.c_void_p), ("cells", ctypes.c_void_p),
                 ("granule", ctypes.c_uint32), ("written", ctypes.c_uint32), ("argument", ctypes.c_int32)]
 
 
 class _Fault(ctypes.Structure):
-    _fields_ = [("what", ctypes.c_char * 32), ("message", ctypes.c_char * 480),  # noqa: RUF012
+    _fields_ = [("what", ctypes.c_char * 32), ("message", ctypes.c_char * 480),
                 ("pc", ctypes.c_uint64), ("other_pc", ctypes.c_uint64), ("block", _Dim3), ("thread", _Dim3)]
 
 
@@ -269,7 +269,8 @@ class _Memory:
             start, end = group[0][0], max(begin + size for begin, size, _, _ in group)
             base = self._copy(start, end - start) if copied else start
             self.starts.append(start)
-            self.regions.append(_Region(base, end - start, 0, None, None, None, min(g[3] for g in group), 0, group[0][2]))
+            granule = min(element_bytes for _, _, _, element_bytes in group)
+            self.regions.append(_Region(base, end - start, 0, None, None, None, granule, 0, group[0][2]))
             where |= {i: base + begin - start for begin, _, i, _ in group}
         self.pointers = (ctypes.c_void_p * len(arguments))()
         for i, argument in enumerate(arguments):
@@ -298,7 +299,7 @@ class _Memory:
 
 def _check_sizes(grid: Dim3, block: Dim3, shared_bytes: int) -> None:
     if min(*grid, *block) < 1 or int(np.prod(block)) > MAX_THREADS:
-        raise ValueError(f"grid {grid} and block {block}: sizes must be at least 1, a block at most {MAX_THREADS} threads")
+        raise ValueError(f"grid {grid}, block {block}: sizes must be at least 1, a block at most {MAX_THREADS} threads")
     if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
         raise ValueError(f"{shared_bytes} bytes of shared memory: 0 to {MAX_SHARED_BYTES} can be had")
 

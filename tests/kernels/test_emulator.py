@@ -330,7 +330,8 @@ def test_the_last_block_may_read_what_the_others_published() -> None:
     arrived, out = torch.zeros(1, dtype=torch.int32), torch.zeros(32)
     for _ in range(2):
         run(LAST_BLOCK.replace("FENCE", "__threadfence();"), "k", [torch.zeros(128), arrived, out], grid=4)
-        assert out[0] == 6 + 4 and arrived.item() == 0
+        assert out[0] == 6 + 4
+        assert arrived.item() == 0
 
 
 def test_without_a_fence_the_last_block_races() -> None:
