@@ -2,11 +2,16 @@
 // threadIdx, barriers, shuffles, atomics, and the hooks that mma.cuh calls under BROS_EMULATOR.
 // Loads and stores need no word here: -fsanitize=thread reports each one to runtime/hooks.cpp.
 #pragma once
-#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <stdio.h>
-#include <string.h>
+
+extern "C" {  // declared here, because <math.h> takes longer to read than a kernel to compile
+float expf(float), exp2f(float), logf(float), log2f(float), sqrtf(float), fabsf(float), floorf(float), ceilf(float);
+float fmaxf(float, float), fminf(float, float), fmaf(float, float, float), powf(float, float), tanhf(float);
+float sinf(float), cosf(float), rintf(float), roundf(float), truncf(float), fmodf(float, float), ldexpf(float, int);
+int abs(int), printf(const char*, ...);
+void* memcpy(void*, const void*, size_t);
+}
 
 #define BROS_EMULATOR 1
 #ifndef __CUDA_ARCH__
@@ -155,7 +160,7 @@ EMU_INLINE void __threadfence_block() { emu_threadfence(0); }
 // ---- arithmetic and bits
 template <typename A, typename B> EMU_INLINE auto max(A a, B b) -> decltype(a + b) { return a > b ? a : b; }
 template <typename A, typename B> EMU_INLINE auto min(A a, B b) -> decltype(a + b) { return a < b ? a : b; }
-#define __expf expf  // macros, because the C library has private functions of these names
+#define __expf expf  // macros, because the C library has functions of some of these names
 #define __exp2f exp2f
 #define __logf logf
 #define __log2f log2f
