@@ -1,0 +1,152 @@
+"""Decode steps 0 to 5, store_kv and copy_slots through the launcher, on the checked emulator, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernels.test_tensor_cores import Batch, Heads
+
+from kernels_cupy.emulator import Emulator, KernelFault
+from kernels_cupy.gpu import CupyDevice, why_unavailable
+from kernels_cupy.launch import STEPS, Problem, check_batch, choose_splits, copy_slots, paged_attention, store_kv
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+NO_GPU = why_unavailable()
+SMALL = Heads(8, 2, 64, 16, HALF)
+SCALAR_STEPS = (0, 1, 2, 3)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def decode(device, batch, step, num_splits=None):
+    out = torch.full_like(batch.q, torch.nan)
+    if isinstance(device, Emulator):
+        for cache in (batch.k, batch.v):
+            device.guard(cache, batch.owner)
+    paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step, num_splits=num_splits,
+                    num_sms=2)
+    if isinstance(device, Emulator):
+        device.unguard()
+    return out
+
+
+def ragged(rng, heads):
+    size = heads.block_size
+    lengths = [1, size - 1, size, size + 1, 3 * size + 2, int(rng.integers(1, 200))]
+    return Batch.draw(rng, heads, [1] * len(lengths), [max(1, length) for length in lengths])
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT], ids=str)
+def test_every_step_equals_float64_on_ragged_batches(step, dtype, rng):
+    if step >= 4 and dtype is FLOAT:
+        pytest.skip("tensor cores take fp16 and bf16")
+    batch = ragged(rng, Heads(8, 2, 64, 16, dtype))
+    batch.check(decode(Emulator(), batch, step, 1 if step == 3 else None))
+
+
+@pytest.mark.parametrize(("heads", "steps"), [
+    (Heads(4, 4, 80, 16, HALF), (0, 1, 2, 3)), (Heads(4, 2, 128, 32, HALF), (0, 1, 2, 3)),
+    (Heads(9, 3, 64, 16, FLOAT), (0, 1, 2, 3)), (Heads(12, 1, 96, 16, BF16), (1, 3)),
+    (Heads(8, 1, 256, 16, FLOAT), (1, 2, 3)), (Heads(2, 2, 64, 5, FLOAT), (0, 3)), (Heads(4, 2, 64, 1, HALF), (3,)),
+], ids=lambda value: f"{value.num_heads}x{value.num_kv_heads}x{value.head_dim}" if isinstance(value, Heads) else "")
+def test_shapes_beside_the_usual(heads, steps, rng):
+    batch = ragged(rng, heads)
+    for step in steps:
+        batch.check(decode(Emulator(), batch, step))
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 7])
+def test_pieces_merge_to_the_whole_even_if_some_are_empty(num_splits, rng):
+    batch = ragged(rng, SMALL)
+    batch.check(decode(Emulator(), batch, 3, num_splits))
+
+
+def test_direction_costs_step_3_no_sector(rng):
+    sectors = []
+    for direction in (False, True):
+        batch = Batch.draw(np.random.default_rng(3), Heads(8, 2, 128, 16, HALF), [1, 1], [256, 200], [direction] * 2)
+        device = Emulator(counters=True)
+        batch.check(decode(device, batch, 3, 1))
+        sectors.append(device.counters.total("sectors", "global", "load"))
+    assert abs(sectors[1] / sectors[0] - 1) < 0.01
+    cache_bytes = 2 * (256 + 200) * 2 * 128 * 2
+    assert sectors[0] * 32 < 1.12 * cache_bytes, "K and V are read once, and little else"
+
+
+def test_a_foreign_slot_is_never_read_even_if_masked_later(rng):
+    batch = ragged(rng, SMALL)
+    device = Emulator()
+    nobody = torch.full_like(batch.owner, -1)
+    device.guard(batch.k, nobody)
+    with pytest.raises(KernelFault):
+        paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), torch.empty_like(batch.q), step=3)
+
+
+def test_splits_fill_the_gpu_and_no_more():
+    one = Problem(1, 32, 8, 128, 16, 1024, HALF)
+    assert choose_splits(one, 108) >= 12, "one sequence with 8 KV heads needs splits to reach 108 multiprocessors"
+    assert choose_splits(Problem(54, 32, 8, 128, 16, 1024, HALF), 108) == 1
+    assert choose_splits(Problem(1, 32, 8, 128, 16, 4, HALF), 108) == 1, "a short context is not cut"
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17])
+def test_store_kv_writes_its_slots_and_no_other(num_tokens, rng):
+    k, v = (torch.from_numpy(rng.standard_normal((num_tokens, 2, 64))).half() for _ in range(2))
+    caches = [torch.full((3, 16, 2, 64), torch.nan, dtype=HALF) for _ in range(2)]
+    slots = torch.from_numpy(rng.permutation(48)[:num_tokens].astype(np.int32))
+    store_kv(Emulator(), k, v, slots, *caches)
+    for rows, cache in zip((k, v), caches, strict=True):
+        flat = cache.view(48, 2, 64)
+        assert torch.equal(flat[slots.long()], rows)
+        assert int(flat.isnan().all(dim=(1, 2)).sum()) == 48 - num_tokens
+
+
+def test_copy_slots_moves_all_layers_and_nothing_else(rng):
+    source = torch.from_numpy(rng.standard_normal((3, 2, 20, 2, 8))).float()
+    destination = torch.zeros(3, 2, 30, 2, 8)
+    pairs = torch.tensor([[4, 29], [0, 0], [19, 7]], dtype=torch.int32)
+    copy_slots(Emulator(), source, destination, pairs)
+    wanted = torch.zeros_like(destination)
+    for a, b in pairs.tolist():
+        wanted[:, :, b] = source[:, :, a]
+    assert torch.equal(destination, wanted)
+    copy_slots(Emulator(), source, destination, pairs[:0])
+    assert torch.equal(destination, wanted)
+
+
+def test_bad_arguments_are_named(rng):
+    batch = ragged(rng, SMALL)
+    device, tables = Emulator(), batch.integers()
+    good = (batch.q, batch.k, batch.v, *tables, torch.empty_like(batch.q))
+    for index, wrong, message in ((0, batch.q.float(), "k_cache is torch.float16"),
+                                  (3, tables[0].long(), "block_tables must be int32"),
+                                  (4, tables[1][:2], "context_lens must be"), (6, batch.q[:, :, :32], "out must be")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            paged_attention(device, *good[:index], wrong, *good[index + 1:], step=3)
+    with pytest.raises(ValueError, match="step must be one of"):
+        paged_attention(device, *good, step=6)
+    wide = ragged(rng, Heads(2, 2, 256, 16, HALF))
+    with pytest.raises(ValueError, match="head_dim up to 128"):
+        decode(device, wide, 0)
+    with pytest.raises(ValueError, match="block 9 is not one of"):
+        check_batch([[0, 9]], [20], 4, 16)
+    with pytest.raises(ValueError, match="cannot hold 40 tokens"):
+        check_batch([[0, 1]], [40], 4, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU is not None, reason=f"not measured here: {NO_GPU}")
+@pytest.mark.parametrize("step", STEPS)
+def test_the_gpu_agrees(step, rng):
+    batch = ragged(rng, SMALL)
+    on_gpu = Batch(batch.heads, batch.q.cuda(), batch.k.cuda(), batch.v.cuda(), batch.meta, batch.owner)
+    out = torch.full_like(on_gpu.q, torch.nan)
+    paged_attention(CupyDevice(), on_gpu.q, on_gpu.k, on_gpu.v, *(t.cuda() for t in batch.integers()), out, step=step)
+    batch.check(out.cpu())
