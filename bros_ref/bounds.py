@@ -158,7 +158,7 @@ class LinearCost:
 def small_instance(seed: int) -> list[WorkloadItem]:
     """Two RT and three BE requests within a fraction of a second."""
     rng = np.random.default_rng([seed, 7])
-    items = [WorkloadItem(0.0, RequestClass.BEST_EFFORT, int(rng.integers(10, 60)), int(rng.integers(2, 5)))
+    items = [WorkloadItem(0.0, RequestClass.BEST_EFFORT, int(rng.integers(10, 40)), int(rng.integers(3, 7)))
              for _ in range(3)]
     for _ in range(2):
         items.append(WorkloadItem(float(rng.uniform(0, 0.15)), RequestClass.REAL_TIME, int(rng.integers(5, 20)),
@@ -241,8 +241,8 @@ def served_be_tokens(policy: str, items: list[WorkloadItem], horizon_s: float, c
                        if timing.record.request_class == "rt")
 
 
-def small_instance_gaps(seed: int, count: int = 12, policies: tuple[str, ...] = ("vllm-priority", "bros", "bros-plus"),
-                        horizon_s: float = 0.35, seats: int = 4) -> dict[str, Any]:
+def small_instance_gaps(seed: int, count: int = 16, policies: tuple[str, ...] = ("vllm-priority", "bros"),
+                        horizon_s: float = 0.26, seats: int = 4) -> dict[str, Any]:
     """Over `count` seeded instances that the clairvoyant can solve: per policy, how often all RT were on time, and BE
     tokens by the horizon / the clairvoyant's (which alone must have all RT on time)."""
     cost, solved = LinearCost(), 0

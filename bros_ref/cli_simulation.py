@@ -60,7 +60,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
     with progress(console, f"{model} on {tp} x {gpu}", len(jobs)) as advance:
         runs = run_all(jobs, processes, lambda _: advance(1))
     pool = f"{settings.num_blocks * block_size:,} KV tokens"
-    title = f"Simulated: {model}, {tp} x {gpu}, {pool}, SLO {ttft_slo_s} s / {tpot_slo_s} s, seed {seed}"
+    title = f"Simulated: {model}, {tp} x {gpu} ({settings.basis}), {pool}, SLO {ttft_slo_s}/{tpot_slo_s} s, seed {seed}"
     console.print(results_table([run for run in runs if run["seed"] == seed], title))
     intervals = interval_rows(runs)
     if seeds > 1:

@@ -58,6 +58,13 @@ class SimulationSettings:
         return CostModel(gpu_named(self.gpu), model_named(self.model), self.tp)
 
     @property
+    def basis(self) -> str:
+        """Where the step times come from, for every title: figures say what they rest on."""
+        gpu = gpu_named(self.gpu)
+        return ("operator times fitted on this GPU" if gpu.measured else "operator times scaled from the nearest "
+                "measured GPU") + (", tensor parallelism modelled" if self.tp > 1 else "")
+
+    @property
     def num_blocks(self) -> int:
         tokens = self.cost.kv_tokens if self.kv_tokens is None else self.kv_tokens
         if tokens < self.block_size:

@@ -58,8 +58,8 @@ def test_the_clairvoyant_of_a_hand_made_instance():
 @pytest.mark.parametrize("seed", range(3))
 def test_no_policy_that_is_on_time_beats_the_clairvoyant(seed):
     items, cost = small_instance(seed), LinearCost()
-    optimum = clairvoyant_be_tokens(items, 0.35, cost, 4)
+    optimum = clairvoyant_be_tokens(items, 0.26, cost, 4)
     assert optimum is not None
-    for policy in ("vllm-priority", "bros", "bros-plus"):
-        tokens, on_time = served_be_tokens(policy, items, 0.35, cost, 4)
+    for policy in ("vllm-priority", "bros"):  # bros-plus cuts prompts, which the clairvoyant may not
+        tokens, on_time = served_be_tokens(policy, items, 0.26, cost, 4)
         assert tokens <= optimum or not on_time
