@@ -7,35 +7,35 @@ With `--json -` the result is all that standard output gets; tables and progress
 from __future__ import annotations
 
 import copy
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  help="Serve real-time and best-effort LLM requests on one model, as BROS does (arXiv 2504.09590).")
-bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The project's own measurements.")
-app.add_typer(bench_app, name="bench")
-
-JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON here; - is stdout.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-ModelOption = Annotated[str, typer.Option(help="smollm2, random:<family>, checksum, a HF folder or a .gguf file.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads torch may use; 0: as torch chooses.")]
-RefitOption = Annotated[bool, typer.Option("--refit", help="Measure this machine again for the latency model.")]
-TtftOption = Annotated[float, typer.Option(help="TTFT target of real-time requests that bring none, seconds.")]
-ClassOption = Annotated[str | None, typer.Option("--class", help="rt or be, for files that do not say.")]
-ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
-CountOption = Annotated[int, typer.Option(min=1)]
-OutOption = Annotated[Path, typer.Option(help="Folder for the report, the traces and the summary.")]
-StopOption = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
-TpotOption = Annotated[float, typer.Option(help="TPOT target of real-time requests that bring none, seconds.")]
+from bros_ref import cli_simulation as cli_simulation  # adds its commands to `app`
+from bros_ref.cli_common import (
+    ChunkedOption,
+    ClassOption,
+    CountOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    RefitOption,
+    SeedOption,
+    StopOption,
+    ThreadsOption,
+    TpotOption,
+    TtftOption,
+    app,
+    bench_app,
+    make_console,
+    parse_policies,
+    progress,
+    write_json,
+)
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
         engine.step()
     print(file=out)
     assert engine.trace is not None
-    _write_json(json_path, "generate", seed, runs=[summarise(engine.trace)], text=engine.streams["prompt"].text,
+    write_json(json_path, "generate", seed, runs=[summarise(engine.trace)], text=engine.streams["prompt"].text,
                 finish_reason=request.status.value)
 
 
@@ -92,13 +92,14 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
          refit: RefitOption = False, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The main job: a real model serves urgent questions and a batch of documents, under KV pressure, per policy."""
     from bros_ref.demo import demo_items, pool_blocks
-    from bros_ref.live import LiveSettings, keep_class, make_engine, make_runner, request_from_item, serve
+    from bros_ref.live import LiveSettings, make_engine, make_runner, request_from_item
     from bros_ref.metrics import summarise
+    from bros_ref.serving import keep_class, serve
     from bros_ref.tables import results_table
     from bros_ref.viz.report import write_report
     from bros_ref.workload import Workload
 
-    names, console = _policies(policies), _console(json_path)
+    names, console = parse_policies(policies), make_console(json_path)
     out.mkdir(parents=True, exist_ok=True)
     loaded = _load(model, device, threads, seed)
     items = demo_items(loaded, seed)
@@ -110,7 +111,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     for policy in names:
         engine = make_engine(policy, loaded, runner, settings, copy.deepcopy(latency))
         chosen = keep_class(items, policy)
-        with _progress(console, f"{policy}: {len(chosen)} requests", len(chosen)) as advance:
+        with progress(console, f"{policy}: {len(chosen)} requests", len(chosen)) as advance:
             serve(engine, Workload(chosen), lambda item: request_from_item(item, loaded, seed, to_length=False),
                   on_step=lambda ended: advance(len(ended)))
         assert engine.trace is not None
@@ -123,8 +124,8 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
         console.print(f"[bold]{question}[/bold] {answer}", highlight=False)
     console.print(results_table(runs, title))
     write_report(out / "report.html", traces, runs, "Real-time and best-effort on one model", samples)
-    result = _write_json(str(out / "summary.json"), "demo", seed, runs=runs)
-    _write_json(json_path, "demo", seed, runs=runs, environment=result["environment"])
+    result = write_json(str(out / "summary.json"), "demo", seed, runs=runs)
+    write_json(json_path, "demo", seed, runs=runs, environment=result["environment"])
     console.print(f"report: {out / 'report.html'}")
 
 
@@ -143,14 +144,15 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
                 threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
                 json_path: JsonOption = None) -> None:
     """The live engine on a workload file, wall clock."""
-    from bros_ref.live import LiveSettings, keep_class, make_engine, make_runner, request_from_item, serve
+    from bros_ref.live import LiveSettings, make_engine, make_runner, request_from_item
     from bros_ref.metrics import summarise
     from bros_ref.request import SLO, RequestClass
+    from bros_ref.serving import keep_class, serve
     from bros_ref.tables import results_table
     from bros_ref.workload import Workload, merge
     from bros_ref.workload_files import read_workload
 
-    [name], console, slo = _policies(policy), _console(json_path), SLO(ttft_slo_s, tpot_slo_s)
+    [name], console, slo = parse_policies(policy), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     if request_class not in (None, "rt", "be"):
         raise ValueError(f"--class must be rt or be, got {request_class!r}")
     chosen_class = None if request_class is None else RequestClass(request_class)
@@ -162,7 +164,7 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     runner = make_runner(loaded, settings)
     latency = _fit(runner, max_num_seqs, loaded.name, refit, console)
     engine = make_engine(name, loaded, runner, settings, latency)
-    with _progress(console, f"{name}: {len(items)} requests", len(items)) as advance:
+    with progress(console, f"{name}: {len(items)} requests", len(items)) as advance:
         serve(engine, Workload(items), lambda item: request_from_item(item, loaded, seed), until_s,
               on_step=lambda ended: advance(len(ended)))
     assert engine.trace is not None
@@ -173,7 +175,7 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     runs = [summarise(engine.trace)]
     title = f"{loaded.name} on {loaded.device}, {kv_blocks} blocks of {block_size}, seed {seed}"
     console.print(results_table(runs, title))
-    _write_json(json_path, "serve-trace", seed, runs=runs)
+    write_json(json_path, "serve-trace", seed, runs=runs)
 
 
 @bench_app.command("scheduler")
@@ -188,10 +190,11 @@ def bench_scheduler_command(policies: Annotated[str, typer.Option()] = "bros,vll
 
     if not all(size.strip().isdigit() and int(size) > 0 for size in running.split(",")):
         raise ValueError(f"--running needs positive numbers separated by commas, got {running!r}")
-    rows, slopes = bench_scheduler(_policies(policies), [int(size) for size in running.split(",")], waiting, rounds)
+    names, sizes = parse_policies(policies), [int(size) for size in running.split(",")]
+    rows, slopes = bench_scheduler(names, sizes, waiting, rounds)
     result = as_json(rows, slopes)
-    _console(json_path).print(scheduler_table([vars(row) for row in rows], slopes))
-    _write_json(json_path, "bench scheduler", seed, **result)
+    make_console(json_path).print(scheduler_table([vars(row) for row in rows], slopes))
+    write_json(json_path, "bench scheduler", seed, **result)
 
 
 @bench_app.command("engine")
@@ -202,13 +205,13 @@ def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-s
     from bros_ref.bench.engine import CASES, bench_engine
     from bros_ref.tables import engine_table
 
-    console = _console(json_path)
+    console = make_console(json_path)
     loaded = _load(model, "cpu", threads, seed)
     chosen = CASES if cases is None else tuple(case.strip() for case in cases.split(","))
-    with _progress(console, "engine", rounds * len(chosen)) as advance:
+    with progress(console, "engine", rounds * len(chosen)) as advance:
         result = bench_engine(loaded, chosen, rounds, seed, on_case=lambda _: advance(1))
     console.print(engine_table(result))
-    _write_json(json_path, "bench engine", seed, **result)
+    write_json(json_path, "bench engine", seed, **result)
 
 
 @bench_app.command("hybrid")
@@ -224,29 +227,19 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
     from bros_ref.tables import results_table
     from bros_ref.viz.report import write_report
 
-    names = list(ALL) if policies is None else _policies(policies)
-    slo, console = SLO(ttft_slo_s, tpot_slo_s), _console(json_path)
+    names = list(ALL) if policies is None else parse_policies(policies)
+    slo, console = SLO(ttft_slo_s, tpot_slo_s), make_console(json_path)
     loaded = _load(model, device, threads, seed)
-    with _progress(console, "hybrid", rounds * len(names)) as advance:
+    with progress(console, "hybrid", rounds * len(names)) as advance:
         runs, traces = bench_hybrid(loaded, names, slo, rounds, seed, refit=refit, on_run=lambda *_: advance(1))
     title = f"{loaded.name} on {loaded.device}, SLO {ttft_slo_s} s / {tpot_slo_s} s, seed {seed}"
     console.print(results_table(runs, title))
     if report is not None:
         write_report(report, traces, runs, "Hybrid serving under KV pressure", {})
-    _write_json(json_path, "bench hybrid", seed, runs=runs)
+    write_json(json_path, "bench hybrid", seed, runs=runs)
 
 
-# -- what the commands share ------------------------------------------------------------------------------------------
-
-
-def _policies(names: str) -> list[str]:
-    from bros_ref.scheduler import BOUNDS, POLICIES
-
-    chosen = [name.strip() for name in names.split(",")]
-    for name in chosen:
-        if name not in POLICIES and name not in BOUNDS:
-            raise ValueError(f"unknown policy {name!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
-    return chosen
+# -- what these commands share ----------------------------------------------------------------------------------------
 
 
 def _load(model: str, device: str, threads: int, seed: int) -> Any:
@@ -264,7 +257,7 @@ def _load(model: str, device: str, threads: int, seed: int) -> Any:
 def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Console) -> Any:
     from bros_ref.profiling import fit_latency_model
 
-    with _progress(console, "latency model", 1.0) as advance:
+    with progress(console, "latency model", 1.0) as advance:
         last = 0.0
 
         def on_progress(done: float) -> None:
@@ -280,30 +273,3 @@ def _sample_answers(engine: Any, items: list[Any]) -> dict[str, str]:
     asked = [item.prompt for item in items if item.slo is not None]
     return {prompt: engine.streams[f"rt-{index}"].text for index, prompt in enumerate(asked)
             if f"rt-{index}" in engine.streams}
-
-
-def _console(json_path: str | None) -> Console:
-    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 140)
-
-
-@contextmanager
-def _progress(console: Console, label: str, total: float) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-               TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda amount: progress.advance(task, amount)
-
-
-def _write_json(path: str | None, command: str, seed: int, **parts: Any) -> dict[str, Any]:
-    """The envelope of every result; strict JSON."""
-    from bros_ref.environment import environment_stamp
-
-    result = {"schema": 1, "command": command, "seed": seed, "environment": environment_stamp(), **parts}
-    if path is not None:
-        text = json.dumps(result, indent=1, allow_nan=False)
-        if path == "-":
-            print(text)
-        else:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-    return result

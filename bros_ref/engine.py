@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bros_ref.clock import Clock, WallClock
-from bros_ref.model.tokenizer import Tokenizer
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
 from bros_ref.scheduler.output import SchedulerOutput
 from bros_ref.streaming import TextStream
 from bros_ref.trace import RequestRecord, StepRecord, Trace
+
+if TYPE_CHECKING:  # a simulated run has no tokenizer, and needs no torch
+    from bros_ref.model.tokenizer import Tokenizer
 
 OnText = Callable[[Request, str], None]
 
@@ -215,7 +217,7 @@ class LLMEngine:
         if self.trace is None:
             return
         changes = output.kv_changes
-        self.trace.steps.append(StepRecord(
+        self.trace.append(StepRecord(
             step=output.step, start_s=start_s, duration_s=end_s - start_s, schedule_s=schedule_s,
             predicted_s=output.predicted_s if self.scheduler.latency.is_fitted else None, bound_s=output.bound_s,
             binding=output.binding,

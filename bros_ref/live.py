@@ -1,11 +1,7 @@
-"""Puts a live system together: model, pool, latency model, policy, engine; and serves a workload with it.
-
-Only assembly and the serving loop live here; each part can be had without it.
-"""
+"""Puts a live system together: model, pool, latency model, policy, engine. Each part can be had without it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,7 +9,7 @@ import torch
 
 from bros_ref.clock import Clock, WallClock
 from bros_ref.config import KVCacheConfig, ModelConfig, SchedulerConfig
-from bros_ref.engine import LLMEngine, OnText, RequestRefused, StepFailed
+from bros_ref.engine import LLMEngine
 from bros_ref.environment import environment_stamp
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
@@ -22,12 +18,10 @@ from bros_ref.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from bros_ref.model.weights import load_model_config, load_weights
 from bros_ref.model_runner import Model, ModelRunner
 from bros_ref.request import Request, SamplingParams
-from bros_ref.scheduler import BOUNDS, make_scheduler
+from bros_ref.scheduler import CHUNKED_POLICIES, make_scheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
 from bros_ref.trace import Trace
-from bros_ref.workload import Workload, WorkloadItem
-
-CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the systems that they stand for
+from bros_ref.workload import WorkloadItem
 
 
 @dataclass(frozen=True)
@@ -116,42 +110,3 @@ def request_from_item(item: WorkloadItem, loaded: LoadedModel, seed: int = 0, *,
         prompt = rng.integers(3, loaded.config.vocab_size, item.prompt_tokens).tolist()
     return Request(item.request_id, item.request_class, prompt,
                    SamplingParams(max_tokens=item.output_tokens, ignore_eos=to_length), item.arrival_s, item.slo)
-
-
-def keep_class(items: list[WorkloadItem], policy: str) -> list[WorkloadItem]:
-    """The items that a policy is to serve: all, or one class for the bounds `rt-only` and `be-only`."""
-    wanted = BOUNDS.get(policy)
-    return items if wanted is None else [item for item in items if item.request_class.value == wanted]
-
-
-def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadItem], Request],
-          until_s: float = float("inf"), on_step: Callable[[list[Request]], None] | None = None,
-          on_text: OnText | None = None) -> None:
-    """Serves a workload: adds requests as they come due, steps while there is work, sleeps in between.
-
-    A refused request and a failed step are recorded in the trace and end nobody else. `on_step` is called after each
-    step with the requests that ended in it.
-    """
-    clock = engine.clock
-    while clock.now_s() < until_s:
-        for item in workload.due(clock.now_s()):
-            try:
-                engine.add_request(to_request(item), on_text)
-            except RequestRefused:
-                workload.on_finished(item.request_id, clock.now_s())
-        ended: list[str] = []
-        if engine.has_unfinished:
-            try:
-                finished = engine.step()
-                ended = [request.request_id for request in finished]
-                if on_step is not None:
-                    on_step(finished)
-            except StepFailed as failure:
-                ended = failure.failed
-        elif (next_s := workload.next_arrival_s()) is not None:
-            clock.sleep_until(min(next_s, until_s))
-        elif workload.exhausted:
-            return
-        for request_id in ended:
-            workload.on_finished(request_id, clock.now_s())
-

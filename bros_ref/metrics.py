@@ -18,7 +18,9 @@ Invariant: strict JSON. What has no sample is None, never NaN.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -43,9 +45,14 @@ class Timing:
     """
 
     record: RequestRecord
-    token_times_s: list[float] = field(default_factory=list)
+    token_times_s: array[float] = field(default_factory=lambda: array("d"))  # 8 bytes a token: runs have millions
     ended: str | None = None
     max_wait_s: float = 0.0
+    idle_since_s: float = field(init=False)
+    ended_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.idle_since_s = self.record.arrival_s
 
     @property
     def completed(self) -> bool:
@@ -81,43 +88,156 @@ class Timing:
 
 def summarise(trace: Trace) -> dict[str, Any]:
     """One element of "runs" in the result JSON: the header's names, then classes, kv, scheduler and prediction."""
-    duration_s = trace.end_s - trace.start_s
-    timings = list(request_timings(trace).values())
+    meter = trace.meter if isinstance(trace, StreamedTrace) else _metered(trace)
+    duration_s = meter.end_s - trace.start_s
+    timings = list(meter.finished_timings().values())
     return {
         "policy": trace.policy, "model": trace.model, "device": trace.device, "seed": trace.seed,
         "duration_s": duration_s,
         "classes": {name: _class_summary([timing for timing in timings if timing.record.request_class == name],
                                          duration_s) for name in CLASSES},
-        "kv": _kv_summary(trace),
-        "scheduler": _scheduler_summary(trace.steps),
-        "prediction": _prediction_summary(trace.steps),
+        "kv": meter.kv_summary(),
+        "scheduler": meter.scheduler_summary(),
+        "prediction": meter.prediction_summary(),
     }
 
 
 def request_timings(trace: Trace) -> dict[str, Timing]:
     """Every arrived request's times, by id, in the order of `trace.requests`."""
-    timings = {request_id: Timing(record) for request_id, record in trace.requests.items()}
-    idle_since_s = {request_id: record.arrival_s for request_id, record in trace.requests.items()}
-    ends_s: dict[str, float] = {}
+    return _metered(trace).finished_timings()
+
+
+def _metered(trace: Trace) -> Meter:
+    meter = Meter(trace)
     for step in trace.steps:
+        meter.observe(step)
+    return meter
+
+
+class Meter:
+    """Reads a run step by step and keeps what the summary needs: per request its times, and sums. Memory grows with
+    requests and tokens (8 bytes a token), not with steps times requests.
+
+    Attributes:
+        trace: the header; its requests are read as they come, its steps are not.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._timings: dict[str, Timing] = {}
+        self._last_end_s = -math.inf
+        self._totals: Counter[str] = Counter()
+        self._peak_blocks = 0
+        self._decision_us, self._ratios = array("d"), array("d")
+        self._running_s = 0.0
+        self._lost: dict[str, dict[int, int]] = {}
+
+    def observe(self, step: StepRecord) -> None:
+        """Takes in one step; steps come in order."""
+        start_s, end_s, timings = step.start_s, step.end_s, self._timings
         for request_id in step.scheduled:
-            timing = timings[request_id]
-            timing.max_wait_s = max(timing.max_wait_s, step.start_s - idle_since_s[request_id])
-            idle_since_s[request_id] = step.end_s
+            timing = timings.get(request_id)
+            if timing is None:
+                timing = timings[request_id] = Timing(self.trace.requests[request_id])
+            if start_s - timing.idle_since_s > timing.max_wait_s:
+                timing.max_wait_s = start_s - timing.idle_since_s
+            timing.idle_since_s = end_s
         for request_id in step.emitted:
-            timings[request_id].token_times_s.append(step.end_s)
+            timings[request_id].token_times_s.append(end_s)
         for request_id, why in step.finished.items():
-            timings[request_id].ended, ends_s[request_id] = why, step.end_s
-    for request_id, (time_s, why) in trace.ended_outside.items():
-        timings[request_id].ended, ends_s[request_id] = why, float(time_s)
-    trace_end_s = trace.end_s
-    for request_id, timing in timings.items():
-        if request_id in trace.rejected:
-            timing.ended = "rejected"
-            continue
-        waited_s = ends_s.get(request_id, trace_end_s) - idle_since_s[request_id]
-        timing.max_wait_s = max(timing.max_wait_s, waited_s)
-    return timings
+            timings[request_id].ended, timings[request_id].ended_s = why, end_s
+        self._last_end_s = end_s
+        self._decision_us.append(1e6 * step.schedule_s)
+        self._running_s += step.duration_s
+        if step.predicted_s:
+            self._ratios.append(step.duration_s / step.predicted_s)
+        self._observe_kv(step)
+
+    def _observe_kv(self, step: StepRecord) -> None:
+        """Tokens that lost their slot to another request while theirs kept the rest are every rise of `lost`, except
+        those of a request that was swapped out as a whole in that step."""
+        totals = self._totals
+        totals["request_steps"] += len(step.scheduled)
+        totals["preempted"] += len(step.preempted)
+        totals["recomputed"] += step.recomputed_tokens
+        totals.update(step.copied)
+        self._peak_blocks = max(self._peak_blocks, step.used_blocks)
+        for request_id, index, num_lost in step.lost:
+            lost = self._lost.setdefault(request_id, {})
+            if request_id not in step.preempted:
+                totals["overwritten"] += max(0, num_lost - lost.get(index, 0))
+            lost[index] = num_lost
+        for request_id, index, _ in step.block_changes:
+            if index < 0:
+                self._lost.pop(request_id, None)
+
+    @property
+    def end_s(self) -> float:
+        """The last event so far, arrivals included."""
+        return max(self.trace.end_s, self._last_end_s)
+
+    def finished_timings(self) -> dict[str, Timing]:
+        """Every arrived request's times, in order of arrival; ends outside a step and last waits filled in."""
+        timings, end_s = self._timings, self.end_s
+        result = {request_id: timings.get(request_id) or Timing(record)
+                  for request_id, record in self.trace.requests.items()}
+        for request_id, (time_s, why) in self.trace.ended_outside.items():
+            result[request_id].ended, result[request_id].ended_s = why, float(time_s)
+        for request_id, timing in result.items():
+            if request_id in self.trace.rejected:
+                timing.ended = "rejected"
+                continue
+            waited_s = (end_s if timing.ended_s is None else timing.ended_s) - timing.idle_since_s
+            timing.max_wait_s = max(timing.max_wait_s, waited_s)
+        return result
+
+    def kv_summary(self) -> dict[str, Any]:
+        """Slots are tokens. `preempted_requests` counts preemptions, so a request hit twice counts twice."""
+        totals, trace = self._totals, self.trace
+        return {
+            "num_blocks": trace.num_blocks,
+            "block_size": trace.block_size,
+            "peak_usage": self._peak_blocks / trace.num_blocks,
+            "preempted_requests": totals["preempted"],
+            "recomputed_tokens": totals["recomputed"],
+            "overwritten_slots": totals["overwritten"],
+            "checkpointed_slots": totals["checkpoint"],
+            "restored_slots": totals["restore"],
+            "relocated_slots": totals["relocate"],
+            "d2h_bytes": totals["checkpoint"] * trace.slot_bytes,
+            "h2d_bytes": totals["restore"] * trace.slot_bytes,
+        }
+
+    def scheduler_summary(self) -> dict[str, Any]:
+        """What deciding costs. A request-step is one request scheduled in one step; an iteration is decision + run."""
+        decision_us, request_steps = self._decision_us, self._totals["request_steps"]
+        spent_us = sum(decision_us)
+        iteration_us = spent_us + 1e6 * self._running_s
+        return {
+            "steps": len(decision_us),
+            "request_steps": request_steps,
+            "mean_us_per_step": _mean(decision_us),
+            "p99_us_per_step": _percentile(decision_us, 99),
+            "us_per_request_step": spent_us / request_steps if request_steps else None,
+            "share_of_iteration": spent_us / iteration_us if iteration_us > 0 else None,
+        }
+
+    def prediction_summary(self) -> dict[str, Any]:
+        """How the latency model did: actual / predicted duration, over the steps that had a prediction."""
+        return {"steps": len(self._ratios), "median_actual_over_predicted": _percentile(self._ratios, 50),
+                "p95_actual_over_predicted": _percentile(self._ratios, 95)}
+
+
+class StreamedTrace(Trace):
+    """A trace that keeps its header and requests, and measures its steps instead of keeping them: for runs of a
+    hundred thousand requests. `summarise` gives what it would give for the full trace."""
+
+    def __init__(self, *header: Any) -> None:
+        super().__init__(*header)
+        self.meter = Meter(self)
+
+    def append(self, step: StepRecord) -> None:
+        self.meter.observe(step)
 
 
 def _class_summary(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
@@ -154,65 +274,9 @@ def _class_summary(timings: Sequence[Timing], duration_s: float) -> dict[str, An
     }
 
 
-def _kv_summary(trace: Trace) -> dict[str, Any]:
-    """Slots are tokens. `preempted_requests` counts preemptions, so a request hit twice counts twice."""
-    copied = {kind: sum(step.copied.get(kind, 0) for step in trace.steps)
-              for kind in ("checkpoint", "restore", "relocate")}
-    return {
-        "num_blocks": trace.num_blocks,
-        "block_size": trace.block_size,
-        "peak_usage": max((step.used_blocks for step in trace.steps), default=0) / trace.num_blocks,
-        "preempted_requests": sum(len(step.preempted) for step in trace.steps),
-        "recomputed_tokens": sum(step.recomputed_tokens for step in trace.steps),
-        "overwritten_slots": _overwritten_slots(trace.steps),
-        "checkpointed_slots": copied["checkpoint"],
-        "restored_slots": copied["restore"],
-        "relocated_slots": copied["relocate"],
-        "d2h_bytes": copied["checkpoint"] * trace.slot_bytes,
-        "h2d_bytes": copied["restore"] * trace.slot_bytes,
-    }
-
-
-def _overwritten_slots(steps: Sequence[StepRecord]) -> int:
-    """Tokens that lost their slot to another request while theirs kept the rest: every rise of `lost`, except those
-    of a request that was swapped out as a whole in that step."""
-    lost: defaultdict[str, dict[int, int]] = defaultdict(dict)
-    total = 0
-    for step in steps:
-        for request_id, index, num_lost in step.lost:
-            if request_id not in step.preempted:
-                total += max(0, num_lost - lost[request_id].get(index, 0))
-            lost[request_id][index] = num_lost
-        for request_id, index, _ in step.block_changes:
-            if index < 0:
-                lost.pop(request_id, None)
-    return total
-
-
-def _scheduler_summary(steps: Sequence[StepRecord]) -> dict[str, Any]:
-    """What deciding costs. A request-step is one request scheduled in one step; an iteration is decision + run."""
-    decision_us = [1e6 * step.schedule_s for step in steps]
-    num_request_steps = sum(len(step.scheduled) for step in steps)
-    iteration_us = sum(decision_us) + sum(1e6 * step.duration_s for step in steps)
-    return {
-        "steps": len(steps),
-        "mean_us_per_step": _mean(decision_us),
-        "p99_us_per_step": _percentile(decision_us, 99),
-        "us_per_request_step": sum(decision_us) / num_request_steps if num_request_steps else None,
-        "share_of_iteration": sum(decision_us) / iteration_us if iteration_us > 0 else None,
-    }
-
-
-def _prediction_summary(steps: Sequence[StepRecord]) -> dict[str, Any]:
-    """How the latency model did: actual / predicted duration, over the steps that had a prediction."""
-    ratios = [step.duration_s / step.predicted_s for step in steps if step.predicted_s]
-    return {"steps": len(ratios), "median_actual_over_predicted": _percentile(ratios, 50),
-            "p95_actual_over_predicted": _percentile(ratios, 95)}
-
-
 def _statistics(name: str, samples_s: Iterable[float | None]) -> dict[str, float | None]:
     """mean, median, p99 and std of the samples that exist, seconds in, milliseconds out."""
-    samples_ms = [1e3 * sample for sample in samples_s if sample is not None]
+    samples_ms = array("d", (1e3 * sample for sample in samples_s if sample is not None))
     return {f"mean_{name}_ms": _mean(samples_ms), f"median_{name}_ms": _percentile(samples_ms, 50),
             f"p99_{name}_ms": _percentile(samples_ms, 99),
             f"std_{name}_ms": float(np.std(samples_ms)) if samples_ms else None}

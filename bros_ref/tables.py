@@ -64,3 +64,44 @@ def engine_table(result: Mapping[str, Any]) -> Table:
         table.add_row(row["case"], row["system"], number(row["output_tok_s"], 1), number(row["ms_per_step"], 1),
                       number(ratio, 2), number(row["peak_rss_bytes"], 0, 1e-6))
     return table
+
+
+def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Means with their confidence intervals, one row a policy."""
+    columns = (("rt.slo_attainment", "RT on time %", 1, 100), ("rt.median_ttft_ms", "TTFT p50 ms", 0, 1),
+               ("rt.p99_ttft_ms", "TTFT p99 ms", 0, 1), ("be.output_throughput", "BE tokens/s", 1, 1))
+    table = Table("policy", title=title, title_justify="left", header_style="bold")
+    for _, heading, _, _ in columns:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = []
+        for key, _, digits, scale in columns:
+            mean, half = row[key] or (None, None)
+            cells.append(number(mean, digits, scale) + ("" if half is None else f" ± {number(half, digits, scale)}"))
+        table.add_row(row["policy"], *cells)
+    return table
+
+
+def simulator_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What simulating costs."""
+    table = Table(title="Simulator, one core", title_justify="left", header_style="bold")
+    for name in ("policy", "setting", "simulated s", "CPU s", "request-steps", "request-steps per CPU s"):
+        table.add_column(name, justify="left" if name in ("policy", "setting") else "right")
+    for row in rows:
+        table.add_row(row["policy"], f"{row['model']}, {row['gpu']}", number(row["simulated_s"]),
+                      number(row["cpu_s"], 1), number(row["request_steps"]), number(row["request_steps_per_s"]))
+    return table
+
+
+def figures_table(figures: Sequence[Mapping[str, Any]]) -> Table:
+    """The paper's numbers beside ours."""
+    table = Table("comparison", "metric", title="The paper's best cases, and ours (simulated)", title_justify="left",
+                  header_style="bold", caption="absolute: bros / baseline", caption_justify="left")
+    for name in ("paper", "ours", "absolute", "setting", "verdict"):
+        table.add_column(name, justify="right" if name != "setting" else "left")
+    for figure in figures:
+        unit = "x" if figure["kind"] == "ratio" else "%"
+        absolute = " / ".join(number(value, 3) for value in figure["absolute"].values())
+        table.add_row(figure["name"], figure["metric"], f"{number(figure['paper'], 2)} {unit}",
+                      f"{number(figure['ours'], 2)} {unit}", absolute, figure["setting"] or "–", figure["verdict"])
+    return table

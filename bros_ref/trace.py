@@ -169,6 +169,10 @@ class Trace:
     # ends outside a step (an abort between two of them): request id -> [time, "aborted"]
     ended_outside: dict[str, list[Any]] = field(default_factory=dict)
 
+    def append(self, step: StepRecord) -> None:
+        """Adds one step."""
+        self.steps.append(step)
+
     # -- the file -------------------------------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> None:

@@ -57,7 +57,8 @@ def imports_torch(module, sources):
 DECIDE_AND_ACCOUNT = [name for name in SOURCES if name.startswith(("bros_ref.scheduler", "bros_ref.kv_cache"))
                       and name != "bros_ref.kv_cache.storage"]
 WITHOUT_TORCH = [*DECIDE_AND_ACCOUNT, *(f"bros_ref.{name}" for name in (
-    "config", "request", "clock", "trace", "workload", "workload_files", "metrics"))]
+    "config", "request", "clock", "trace", "workload", "workload_files", "metrics", "engine", "serving", "streaming",
+    "cost_model", "simulated_runner", "simulate", "paper", "bounds", "reproduce", "cli_simulation"))]
 FOUNDATION = {"config": set(), "clock": set(), "request": set(), "trace": {"replay", "perfetto"}}
 
 

@@ -39,6 +39,12 @@ def workload(tmp_path):
     (["demo", "--policies", "bros,fifo"], "vllm-fcfs"),
     (["serve-trace", "--workload", "missing.csv"], "missing.csv"),
     (["bench", "scheduler", "--running", "64,x"], "--running"),
+    (["simulate", "--workload", "paper", "--gpu", "v100"], "a100-40gb"),
+    (["simulate", "--workload", "paper", "--model", "gpt-5"], "opt-13b"),
+    (["simulate", "--workload", "paper", "--gpu", "l4", "--tp", "1"], "bytes"),
+    (["simulate", "--workload", "paper", "--rt-rate", "nan"], "rate"),
+    (["simulate", "--workload", "paper", "--ttft-slo-s", "0"], "ttft_s"),
+    (["simulate", "--workload", "paper", "--workload", "x.csv"], "alone"),
 ])
 def test_bad_usage_is_one_line_and_status_2(arguments, expected):
     result = bros_ref(*arguments)
@@ -96,3 +102,39 @@ def test_bench_scheduler_has_a_row_per_point_and_a_slope(tmp_path):
         ("bros", 4), ("tgi", 4), ("bros", 16), ("tgi", 16)]
     assert all(row["us_per_request_step"] > 0 and row["waiting"] == 50 for row in report["rows"])
     assert report["slope"].keys() == {"bros", "tgi"}
+
+
+def test_simulate_gives_a_run_per_policy_and_seed_and_intervals(tmp_path):
+    result = bros_ref("simulate", "--workload", "paper", "--policies", "vllm-priority,bros-plus", "--rt-rate", 3,
+                      "--duration-s", 5, "--seeds", 2, "--seed", 7, "--json", "-", "--report", tmp_path / "report.html")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert [(run["policy"], run["seed"]) for run in report["runs"]] == [
+        (policy, seed) for policy in ("vllm-priority", "bros-plus") for seed in (7, 8)]
+    for run in report["runs"]:
+        assert run["classes"]["rt"].keys() >= RT_KEYS
+        assert run["kv"].keys() >= KV_KEYS
+        assert run["kv"]["num_blocks"] == 3213
+        assert "simulated" in run["device"]
+    assert [row["policy"] for row in report["intervals"]] == ["vllm-priority", "bros-plus"]
+    assert all(len(row["be.output_throughput"]) == 2 for row in report["intervals"])
+    assert (tmp_path / "report.html").stat().st_size > 1_000_000, "plotly is inside"
+
+
+def test_simulate_reads_published_traces(tmp_path):
+    path = tmp_path / "azure.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.680,374,44\n"
+                    "2023-11-16 18:15:47.180,396,109\n")
+    result = bros_ref("simulate", "--workload", path, "--class", "rt", "--policies", "bros", "--json", "-")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["runs"][0]["classes"]["rt"]["completed"] == 2
+    empty = bros_ref("simulate", "--workload", path, "--class", "rt", "--duration-s", 0)
+    assert (empty.returncode, "nothing to simulate" in empty.stderr) == (2, True)
+
+
+def test_bench_simulator_reports_cpu_time():
+    result = bros_ref("bench", "simulator", "--policies", "bros", "--duration-s", 2, "--json", "-")
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(result.stdout)["rows"]
+    assert row["request_steps"] > 0
+    assert row["request_steps_per_s"] == pytest.approx(row["request_steps"] / row["cpu_s"])

@@ -24,7 +24,8 @@ CLASS_KEYS = {
       for name in ("ttft", "tpot", "itl", "e2el"))}
 KV_KEYS = {"num_blocks", "block_size", "peak_usage", "preempted_requests", "recomputed_tokens", "overwritten_slots",
            "checkpointed_slots", "restored_slots", "relocated_slots", "d2h_bytes", "h2d_bytes"}
-SCHEDULER_KEYS = {"steps", "mean_us_per_step", "p99_us_per_step", "us_per_request_step", "share_of_iteration"}
+SCHEDULER_KEYS = {"steps", "request_steps", "mean_us_per_step", "p99_us_per_step", "us_per_request_step",
+                  "share_of_iteration"}
 
 
 def step(index: int, start_s: float, duration_s: float, **changes: Any) -> StepRecord:

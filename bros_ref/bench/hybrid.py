@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from bros_ref.live import LiveSettings, LoadedModel, keep_class, make_engine, make_runner, request_from_item, serve
+from bros_ref.live import LiveSettings, LoadedModel, make_engine, make_runner, request_from_item
 from bros_ref.metrics import summarise
 from bros_ref.profiling import fit_latency_model
 from bros_ref.request import SLO, RequestClass
+from bros_ref.serving import keep_class, serve
 from bros_ref.trace import Trace
 from bros_ref.workload import Workload, WorkloadItem, merge
 

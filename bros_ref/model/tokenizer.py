@@ -1,9 +1,7 @@
 """Text to token ids and back: the checkpoint's own tokenizer, or plain bytes for toys.
 
-It knows vocabularies and chat templates, and nothing about models or requests. The invariant: what `IncrementalDecoder`
-hands out piece by piece is, put together, exactly what decoding everything at once gives, and no piece ever ends in
-the middle of a character. (One exception: a byte-fallback vocabulary turns a whole run of byte tokens to U+FFFD once
-one of them is no UTF-8, so there a character already shown can be missing from the text decoded at once.)
+It knows vocabularies and chat templates, and nothing about models or requests. Text that comes token by token is
+`bros_ref.streaming`'s business.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from bros_ref.model.weights import RANDOM_PREFIX, locate
 
 Messages = str | Sequence[Mapping[str, str]]  # a user's prompt, or [{"role": ..., "content": ...}, ...]
 
-_HALF = "\ufffd"  # what decoders write for bytes that are no whole character (yet)
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never text
 
 
@@ -111,38 +108,6 @@ class CheckpointTokenizer:
                 messages=messages, add_generation_prompt=True, **self._special)
         except jinja2.TemplateError as error:
             raise TokenizerError(f"{self._origin}: the chat template failed: {error}") from None
-
-
-class IncrementalDecoder:
-    """Streams one sequence's text, token by token.
-
-    It decodes only the tokens since the last whole character, after those of the piece before: some tokenizers
-    treat the first token of a text differently, and so the piece before takes that place.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._shown: list[int] = []  # tokens of the last piece handed out
-        self._pending: list[int] = []  # tokens not handed out yet
-
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this token; empty while a character is incomplete."""
-        self._pending.append(token_id)
-        piece = self._new_text()
-        if not piece or piece.endswith(_HALF):
-            return ""
-        self._shown, self._pending = self._pending, []
-        return piece
-
-    def finish(self) -> str:
-        """The rest, in which a character that never got whole shows as U+FFFD. Starts anew."""
-        piece = self._new_text()
-        self._shown, self._pending = [], []
-        return piece
-
-    def _new_text(self) -> str:
-        shown = self._tokenizer.decode(self._shown)
-        return self._tokenizer.decode(self._shown + self._pending)[len(shown):]
 
 
 def load_tokenizer(model: str) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.kv_cache.bidirectional import BidirectionalKVCacheManager
@@ -23,11 +24,14 @@ POLICIES: dict[str, tuple[type[Scheduler], Callable[[KVCacheConfig], KVCacheMana
     "sglang-priority": (SGLangPriorityScheduler, KVCacheManager),
     "bros-rr": (RoundRobinScheduler, KVCacheManager),
     "bros": (BROSScheduler, BidirectionalKVCacheManager),
+    "bros-plus": (BROSScheduler, BidirectionalKVCacheManager),
     # ablations: scheduling as BROS, KV pressure answered otherwise
     "bros-recompute": (BROSScheduler, KVCacheManager),
     "bros-swap-request": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "request")),
     "bros-swap-block": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "block")),
 }
+CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the systems that they stand for
+PLUS_PACE = 4.0  # bros-plus: what BE prompts may add to an iteration that RT share; by a sweep over 1, 2, 3, 4, 8
 BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
 
 
@@ -43,4 +47,6 @@ def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfi
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
     scheduler, manager = POLICIES[policy]
+    if policy == "bros-plus":
+        config = replace(config, chunked_prefill=True, be_prefill_pace=PLUS_PACE)
     return scheduler(config, manager(kv_config), latency, eos_token_ids)

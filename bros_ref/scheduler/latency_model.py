@@ -90,7 +90,8 @@ class StepLatencyModel:
         if 2 * spare_s >= UNLIMITED_TOKENS * slope:
             return UNLIMITED_TOKENS
         count = int(2 * spare_s / slope)  # the textbook formula with the root below: no digits cancel
-        return count - (self.cost_s(count, context) > spare_s)  # rounding may promise one too many
+        count -= self.cost_s(count, context) > spare_s  # rounding may promise one too many
+        return count if count != 1 or self.cost_s(1, context) <= spare_s else 0  # one token costs what a decode costs
 
     @classmethod
     def fit(cls, samples: Sequence[tuple[StepFeatures, float]], restore_s_per_token: float = 0.0) -> StepLatencyModel:
@@ -146,7 +147,8 @@ class StepLatencyModel:
 
     def _set_safety(self) -> None:
         """P95 of actual / predicted over the recent steps, never below 1: we promise deadlines, not averages."""
-        self.safety = float(np.clip(np.quantile(self._ratios, 0.95), 1.0, MAX_SAFETY))
+        ratios = sorted(self._ratios)  # a tenth of the time that np.quantile takes
+        self.safety = min(max(1.0, ratios[math.ceil(0.95 * len(ratios)) - 1]), MAX_SAFETY)
 
 
 def _row(features: StepFeatures) -> np.ndarray:

@@ -15,12 +15,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from bros_ref.model.tokenizer import (
     ByteTokenizer,
     CheckpointTokenizer,
-    IncrementalDecoder,
     Tokenizer,
     TokenizerError,
     load_tokenizer,
 )
 from bros_ref.model.weights import WeightsError, locate
+from bros_ref.streaming import IncrementalDecoder
 
 CORPUS = ["the quick brown fox jumps over the lazy dog 0123456789",
           "größe naïve 日本語 🎉 👩‍🚀", "def f(x):\n  return x"] * 3

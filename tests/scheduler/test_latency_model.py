@@ -102,6 +102,7 @@ def test_the_cost_of_one_more_request_is_what_it_adds_to_the_prediction(model, b
 @given(models, st.floats(0, 100), st.integers(0, 4096))
 @example(StepLatencyModel((0, 1e-3, 2e-20, 0)), 1.00000000000001, 0)  # the textbook quadratic loses its digits here
 @example(StepLatencyModel((0, 5e-324, 0.0, 0)), 1.0, 0)
+@example(StepLatencyModel((0, 0, 6.559422158905107e-260, 1e-30)), 6.559422158905107e-260, 1)  # the same, rounded
 @example(StepLatencyModel((0, 1e-5, 0.0, 1.0)), 0.5, 4096)  # a chunk of one token costs what a decode costs
 def test_the_longest_chunk_is_the_exact_inverse_of_the_cost(model, spare_s, context):
     longest = model.max_new_tokens(spare_s, context)
