@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bros_ref import cli_simulation as cli_simulation  # adds its commands to `app`
 from bros_ref.cli_common import (
+    BackendOption,
     ChunkedOption,
     ClassOption,
     CountOption,
@@ -60,8 +61,8 @@ def generate(prompt: str, model: ModelOption = "smollm2",
              max_tokens: CountOption = 64,
              temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
              top_p: float = 1.0, stop: StopOption = None,
-             device: DeviceOption = "auto", threads: ThreadsOption = 0, seed: SeedOption = 0,
-             json_path: JsonOption = None) -> None:
+             device: DeviceOption = "auto", backend: BackendOption = "auto", threads: ThreadsOption = 0,
+             seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """One answer, streamed: the quickest sign of life."""
     from bros_ref.live import LiveSettings, make_engine, make_runner
     from bros_ref.metrics import summarise
@@ -70,7 +71,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text")
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
-    loaded = _load(model, device, threads, seed)
+    loaded = _load(model, device, threads, seed, backend)
     token_ids = loaded.tokenizer.chat(prompt)
     settings = LiveSettings(kv_blocks=-(-(len(token_ids) + max_tokens) // 16), seed=seed)
     engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
@@ -132,7 +133,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
 @app.command("serve-trace")
 def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file; repeat to merge several.")],
                 policy: Annotated[str, typer.Option()] = "bros", model: ModelOption = "smollm2",
-                device: DeviceOption = "auto",
+                device: DeviceOption = "auto", backend: BackendOption = "auto",
                 request_class: ClassOption = None,
                 ttft_slo_s: TtftOption = 1.0, tpot_slo_s: TpotOption = 0.25,
                 kv_blocks: CountOption = 256, block_size: CountOption = 16,
@@ -160,7 +161,7 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     if not items:
         raise ValueError(f"policy {name} serves one class only, and the workload has no request of it")
     settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
-    loaded = _load(model, device, threads, seed)
+    loaded = _load(model, device, threads, seed, backend)
     runner = make_runner(loaded, settings)
     latency = _fit(runner, max_num_seqs, loaded.name, refit, console)
     engine = make_engine(name, loaded, runner, settings, latency)
@@ -242,7 +243,7 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
 # -- what these commands share ----------------------------------------------------------------------------------------
 
 
-def _load(model: str, device: str, threads: int, seed: int) -> Any:
+def _load(model: str, device: str, threads: int, seed: int, backend: str = "auto") -> Any:
     import torch
 
     from bros_ref.live import load_model
@@ -251,7 +252,7 @@ def _load(model: str, device: str, threads: int, seed: int) -> Any:
         raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
-    return load_model(model, device, seed)
+    return load_model(model, device, seed, backend)
 
 
 def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Console) -> Any:

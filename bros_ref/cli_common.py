@@ -22,6 +22,7 @@ JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 ModelOption = Annotated[str, typer.Option(help="smollm2, random:<family>, checksum, a HF folder or a .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+BackendOption = Annotated[str, typer.Option(help="Attention: auto, torch, cupy or cpu-emulated.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads torch may use; 0: as torch chooses.")]
 RefitOption = Annotated[bool, typer.Option("--refit", help="Measure this machine again for the latency model.")]
 TtftOption = Annotated[float, typer.Option(help="TTFT target of real-time requests that bring none, seconds.")]

@@ -11,6 +11,7 @@ from bros_ref.clock import Clock, WallClock
 from bros_ref.config import KVCacheConfig, ModelConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine
 from bros_ref.environment import environment_stamp
+from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.parameters import Parameters
@@ -52,12 +53,12 @@ class LiveSettings:
     seed: int = 0
 
 
-def load_model(name: str, device: str = "auto", seed: int = 0) -> LoadedModel:
-    """Loads a model by the names of `bros-ref --model`.
+def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto") -> LoadedModel:
+    """Loads a model by the names of `bros-ref --model`, with the attention of a backend (`model/backends.py`).
 
     Raises:
         WeightsError: see `bros_ref.model.weights`.
-        ValueError: device "cuda" without a CUDA device.
+        ValueError: device "cuda" without a CUDA device; an unknown backend, or one that does not fit the device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,7 +68,7 @@ def load_model(name: str, device: str = "auto", seed: int = 0) -> LoadedModel:
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
     dtype = torch.float16 if device == "cuda" else torch.float32
     parameters = load_weights(name, dtype, device, seed)
-    model = Decoder(load_model_config(name), parameters, dtype, device)
+    model = Decoder(load_model_config(name), parameters, dtype, device, attention_backend(backend, device))
     return LoadedModel(name, model, load_tokenizer(name), torch.device(device), dtype, parameters)
 
 

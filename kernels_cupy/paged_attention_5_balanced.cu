@@ -22,7 +22,7 @@
 
 constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;
 constexpr int STAGES = HEAD_DIM <= 80 ? 3 : 2;
-constexpr int MIN_TILES = 4;                                        // of a worker, if there are tiles enough for one
+constexpr int MIN_TILES = 2;                                        // of a worker, if there are tiles enough for one
 constexpr int COLUMNS = GROUP > 8 && HEAD_DIM <= 128 ? 2 : 1;       // mma columns of 8 heads
 constexpr int HEADS = 8 * COLUMNS;                                  // that meet a tile at once
 constexpr int HEAD_TILES = (GROUP + HEADS - 1) / HEADS;

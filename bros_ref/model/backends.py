@@ -1,0 +1,79 @@
+"""Which attention the decoder runs: plain torch, the CUDA kernels on a GPU, or the same kernels emulated on the CPU.
+
+    torch         `paged_attention` of attention.py: any device, the reference
+    cupy          the kernels of kernels_cupy through CuPy: the default where a GPU and CuPy are
+    cpu-emulated  the very same kernels, thread by thread on the CPU with every access checked: slow, for proof and study
+
+The only file of the package that names kernels_cupy, and it does so when asked for. K and V are written by torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from bros_ref.model.attention import AttentionFn, AttentionMetadata, paged_attention
+
+if TYPE_CHECKING:
+    from kernels_cupy.device import Device
+
+BACKENDS = ("auto", "torch", "cupy", "cpu-emulated")
+
+
+class KernelAttention:
+    """Attention by the kernels: one decode launch where every sequence has one new token, else one launch of the
+    prefill kernel, which serves mixed batches."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._meta: AttentionMetadata | None = None  # the step whose integers are at hand
+        self._integers: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> Tensor:
+        from kernels_cupy.launch import paged_attention as decode
+        from kernels_cupy.launch_prefill import prefill_attention
+
+        tables, context_lens, reversed_, query_starts = self._integers_of(meta)
+        q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+        if len(q) == len(context_lens):
+            decode(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, out)
+        else:
+            prefill_attention(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, query_starts, out)
+        return out
+
+    def _integers_of(self, meta: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The step's tables and lengths as the kernels take them; made once a step, used by all layers."""
+        if self._integers is None or meta is not self._meta:
+            place = meta.block_tables.device
+            starts = torch.tensor([0, *meta.query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            self._meta = meta
+            self._integers = (meta.block_tables.int().contiguous(),
+                              torch.tensor(meta.context_lens, dtype=torch.int32).to(place), meta.reversed.int(),
+                              starts.to(place))
+        return self._integers
+
+
+def attention_backend(name: str = "auto", device: torch.device | str = "cpu") -> AttentionFn:
+    """The attention function of a backend.
+
+    Raises:
+        ValueError: an unknown name, or one that does not fit the device.
+        RuntimeError: "cupy" without a GPU or CuPy; "cpu-emulated" without a C++ compiler says so when first used.
+    """
+    kind = torch.device(device).type
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known are {', '.join(BACKENDS)}")
+    if (name == "cupy" and kind != "cuda") or (name == "cpu-emulated" and kind != "cpu"):
+        raise ValueError(f"backend {name} does not run on device {kind}")
+    if name == "cpu-emulated":
+        from kernels_cupy.emulator import Emulator
+
+        return KernelAttention(Emulator())
+    if name == "cupy" or (name == "auto" and kind == "cuda"):
+        from kernels_cupy.gpu import CupyDevice, why_unavailable
+
+        if name == "cupy" or why_unavailable() is None:
+            return KernelAttention(CupyDevice())
+    return paged_attention

@@ -1,0 +1,75 @@
+"""A whole engine on the CUDA kernels, emulated: the tokens of the torch backend, for real text and under KV pressure."""
+
+import pytest
+import torch
+
+from bros_ref.live import LiveSettings, load_model, make_engine, make_runner
+from bros_ref.model.backends import attention_backend
+from bros_ref.request import SLO, Request, RequestClass, SamplingParams
+from kernels_cupy.emulator.build import CompilerMissing, compiler
+
+
+
+def why_not():
+    try:
+        compiler()
+    except CompilerMissing as error:
+        return str(error)
+    return None
+
+
+NO_COMPILER = why_not()
+needs_compiler = pytest.mark.skipif(NO_COMPILER is not None, reason=f"kernels cannot be emulated here: {NO_COMPILER}")
+
+
+def serve(model, backend, requests, policy="bros", kv_blocks=6):
+    loaded = load_model(model, "cpu", 0, backend)
+    settings = LiveSettings(kv_blocks=kv_blocks, max_num_seqs=4, max_num_batched_tokens=24, chunked_prefill=True)
+    runner = make_runner(loaded, settings)
+    runner.kv.data.fill_(torch.nan)  # whatever nobody wrote must not matter
+    engine = make_engine(policy, loaded, runner, settings)
+    made = requests(loaded)
+    for request in made:
+        engine.add_request(request)
+    while engine.has_unfinished:
+        engine.step()
+    return [request.output_token_ids for request in made], engine.trace
+
+
+def question(loaded):
+    prompt = loaded.tokenizer.chat("What is the capital of France?")
+    return [Request("paris", RequestClass.BEST_EFFORT, prompt, SamplingParams(max_tokens=3))]
+
+
+def both_classes(loaded):
+    slo, sampling = SLO(10.0, 10.0), SamplingParams(max_tokens=6, ignore_eos=True)
+    texts = ["a document of some length " * 2, "another one, longer than a block"]
+    be = [Request(f"be{i}", RequestClass.BEST_EFFORT, loaded.tokenizer.encode(text), sampling)
+          for i, text in enumerate(texts)]
+    return be + [Request(f"rt{i}", RequestClass.REAL_TIME, loaded.tokenizer.encode(text), sampling, slo=slo)
+                 for i, text in enumerate(["hello", "seventeen tokens."])]
+
+
+@needs_compiler
+def test_smollm2_says_the_same_through_the_emulated_kernels():
+    kernels, _ = serve("smollm2", "cpu-emulated", question)
+    assert kernels == serve("smollm2", "torch", question)[0]
+    assert len(kernels[0]) == 3
+
+
+@needs_compiler
+def test_a_hybrid_run_under_pressure_gives_the_same_tokens():
+    kernels, trace = serve("random:llama", "cpu-emulated", both_classes)
+    assert kernels == serve("random:llama", "torch", both_classes)[0]
+    assert any(len({name[:2] for name in step.scheduled}) == 2 for step in trace.steps), "both classes in one launch"
+    assert max(step.used_blocks for step in trace.steps) == 6, "the pool was full"
+
+
+def test_a_backend_must_fit_its_device():
+    with pytest.raises(ValueError, match="known are auto, torch, cupy, cpu-emulated"):
+        attention_backend("triton")
+    with pytest.raises(ValueError, match="does not run on device cpu"):
+        attention_backend("cupy", "cpu")
+    with pytest.raises(ValueError, match="does not run on device cuda"):
+        attention_backend("cpu-emulated", "cuda")
+
