@@ -2,7 +2,7 @@
 
     torch         `paged_attention` of attention.py: any device, the reference
     cupy          the kernels of kernels_cupy through CuPy: the default where a GPU and CuPy are
-    cpu-emulated  the very same kernels, thread by thread on the CPU with every access checked: slow, for proof and study
+    cpu-emulated  the very same kernels, thread by thread on the CPU with every access checked: slow, for study
 
 The only file of the package that names kernels_cupy, and it does so when asked for. K and V are written by torch.
 """

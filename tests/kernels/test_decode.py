@@ -5,35 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kernels.test_tensor_cores import Batch, Heads
+from kernels.support import needs_emulator
 
+from kernels_cupy.contract import Batch, Heads, decode
 from kernels_cupy.emulator import Emulator, KernelFault
 from kernels_cupy.gpu import CupyDevice, why_unavailable
 from kernels_cupy.launch import STEPS, Problem, check_batch, choose_splits, copy_slots, paged_attention, store_kv
 
+pytestmark = needs_emulator
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 NO_GPU = why_unavailable()
 SMALL = Heads(8, 2, 64, 16, HALF)
 SCALAR_STEPS = (0, 1, 2, 3)
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-def decode(device, batch, step, num_splits=None):
-    out = torch.full_like(batch.q, torch.nan)
-    if isinstance(device, Emulator):
-        for cache in (batch.k, batch.v):
-            device.guard(cache, batch.owner)
-    paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step, num_splits=num_splits,
-                    num_sms=2)
-    if isinstance(device, Emulator):
-        device.unguard()
-    return out
 
 
 def ragged(rng, heads):

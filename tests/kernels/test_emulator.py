@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from kernels.support import needs_emulator
 
 from kernels_cupy.device import Kernel
 from kernels_cupy.emulator import CompilerMissing, Emulator, KernelFault, build
 
+pytestmark = needs_emulator
 VECTOR_ADD = """
 extern "C" __global__ void add(const float* a, const float* b, float* out, int n) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
