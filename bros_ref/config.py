@@ -102,8 +102,7 @@ class SchedulerConfig:
     The batch cap works like TCP slow start (paper, section on packing): it starts at `base_batch_cap`, doubles while
     no RT deadline binds and falls back when one does; `max_num_seqs` is its ceiling and B_max.
     `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is what one step of
-    waiting is worth when BE requests are ordered by the KV they must restore (our decision). `be_prefill_pace` bounds
-    what BE prompts add to an iteration that RT share, in units of its fixed cost (`bros-plus`; our decision).
+    waiting is worth when BE requests are ordered by the KV they must restore (our decision).
     """
 
     max_num_seqs: int = 256
@@ -114,14 +113,11 @@ class SchedulerConfig:
     be_max_wait_steps: int = 128
     be_aging_tokens_per_step: float = 1.0
     min_chunk_tokens: int = 16
-    be_prefill_pace: float = float("inf")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_context_tokens", "base_batch_cap",
                      "be_max_wait_steps", "min_chunk_tokens"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"SchedulerConfig.{name} must be positive, got {getattr(self, name)}")
-        if not self.be_prefill_pace > 0:
-            raise ValueError(f"be_prefill_pace must be positive, got {self.be_prefill_pace}")
         if not self.be_aging_tokens_per_step >= 0:
             raise ValueError(f"be_aging_tokens_per_step must be at least 0, got {self.be_aging_tokens_per_step}")

@@ -17,7 +17,7 @@ from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model_runner import ModelRunner
 from bros_ref.paper import PaperWorkload, be_batch_for
 from bros_ref.request import SLO, RequestClass
-from bros_ref.scheduler import PLUS_PACE, POLICIES, make_scheduler
+from bros_ref.scheduler import POLICIES, make_scheduler
 from bros_ref.serving import serve
 from bros_ref.simulate import Job, SimulationSettings, interval, request_of_length, run, run_all
 from bros_ref.simulated_runner import SimulatedRunner, fit_to
@@ -126,14 +126,11 @@ def test_intervals_are_students():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bros_plus_paces_best_effort_prompts_beside_real_time(seed):
-    """No more BE prompt tokens than PLUS_PACE times what the fixed cost buys (and one exempt chunk); alone, more."""
-    config = replace(SMALL, seed=seed, kv_tokens=40_000)
-    latency, limit = fit_to(config.cost), SchedulerConfig().min_chunk_tokens
-    _, trace = run("bros-plus", config, PaperWorkload(1.0, 8.0, 40), keep_steps=True)
-    beside, alone = [0], [0]
-    for step in trace.steps:
-        tokens = sum(count for name, count in step.scheduled.items() if name.startswith("be") and count > 1)
-        (beside if any(name.startswith("rt") for name in step.scheduled) else alone).append(tokens)
-    paced = max(PLUS_PACE * latency.c0 / latency.c1 * 1.25, limit)  # 1.25: the model is refitted online
-    assert 0 < max(beside) <= paced + limit < max(alone)
+def test_bros_plus_cuts_prompts_where_whole_ones_miss_deadlines(seed):
+    """At an SLO that no whole BE prompt fits, `bros` keeps them out while RT run; `bros-plus` takes them in chunks."""
+    config = replace(SMALL, seed=seed, kv_tokens=40_000, max_num_seqs=64)
+    workload = PaperWorkload(4.0, 20.0, 40, SLO(0.2, 0.04))
+    whole, cut = (run(policy, config, workload)[0]["classes"] for policy in ("bros", "bros-plus"))
+    assert cut["be"]["output_throughput"] > 2 * whole["be"]["output_throughput"]
+    assert cut["rt"]["slo_attainment"] >= whole["rt"]["slo_attainment"] - 0.02
+

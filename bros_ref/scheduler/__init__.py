@@ -31,7 +31,6 @@ POLICIES: dict[str, tuple[type[Scheduler], Callable[[KVCacheConfig], KVCacheMana
     "bros-swap-block": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "block")),
 }
 CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the systems that they stand for
-PLUS_PACE = 4.0  # bros-plus: what BE prompts may add to an iteration that RT share; by a sweep over 1, 2, 3, 4, 8
 BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
 
 
@@ -48,5 +47,5 @@ def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfi
         raise ValueError(f"unknown policy {policy!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
     scheduler, manager = POLICIES[policy]
     if policy == "bros-plus":
-        config = replace(config, chunked_prefill=True, be_prefill_pace=PLUS_PACE)
+        config = replace(config, chunked_prefill=True)  # prompts are cut to what the deadlines leave
     return scheduler(config, manager(kv_config), latency, eos_token_ids)

@@ -34,7 +34,6 @@ class Scheduler:
         seats, bound_s, exempt: limits of the step, which the policy sets; `bound_s` (with the model's safety factor
             applied to predictions) is the longest iteration the deadlines allow, and `exempt` lifts it for one
             candidate.
-        prefill_tokens_left: prompt tokens that the step's next candidates may still bring in chunks.
         refusal: why the last candidate was not taken; None if it was.
     """
 
@@ -53,7 +52,6 @@ class Scheduler:
         self.seats = config.max_num_seqs
         self.bound_s = math.inf
         self.exempt = False
-        self.prefill_tokens_left = config.max_num_batched_tokens
         self.refusal: str | None = None
         self.output = SchedulerOutput(0, 0.0)
         self.setup()
@@ -95,7 +93,7 @@ class Scheduler:
         """Decides one iteration. Expected scarcity is recorded in the output, never raised."""
         self.step += 1
         self.output = output = SchedulerOutput(self.step, now_s)
-        self.bound_s, self.exempt, self.prefill_tokens_left = math.inf, False, self.config.max_num_batched_tokens
+        self.bound_s, self.exempt = math.inf, False
         self.begin_step(now_s)
         requests, counts, tables = output.requests, output.num_scheduled_tokens, output.block_tables
         features, preempted, lost_tokens = output.features, output.preempted, self.kv.lost_tokens
@@ -155,7 +153,6 @@ class Scheduler:
                 features.decode_contexts += context
             else:
                 features.prefill_products += count * (context + count / 2)
-                self.prefill_tokens_left -= count
             if restored:
                 features.restored_tokens += restored
             requests.append(request)
@@ -178,7 +175,6 @@ class Scheduler:
                 return wanted
             self._refuse(request, TOKEN_BUDGET)
             return 0
-        tokens_left = min(tokens_left, self.prefill_tokens_left)
         if self.exempt:
             tokens_left = max(tokens_left, config.min_chunk_tokens)
         count = min(wanted, tokens_left)

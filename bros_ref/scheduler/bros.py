@@ -238,7 +238,6 @@ class BROSScheduler(Scheduler):
 
     def _best_effort(self) -> Iterator[Request]:
         self.bound_s = min(self.bound_s, self._newcomer_bound_s())
-        self._pace_prefill()
         yield from self._offer_due_be()
         starved = False
         for request in self._be_order:
@@ -258,14 +257,6 @@ class BROSScheduler(Scheduler):
                 break
             self._be_waiting.pop()
         self.exempt = False
-
-    def _pace_prefill(self) -> None:
-        """`bros-plus`: BE prompt tokens cost the same in whatever iteration they are computed, so beside RT they only
-        buy a share of its fixed cost. No more of them than `be_prefill_pace` times that cost."""
-        pace, latency = self.config.be_prefill_pace, self.latency
-        if pace < math.inf and self.output.requests and latency.c1:
-            paced = max(int(pace * latency.c0 / latency.c1), self.config.min_chunk_tokens)
-            self.prefill_tokens_left = min(self.prefill_tokens_left, paced)
 
     def _newcomer_bound_s(self) -> float:
         """The iteration after which a typical RT that arrives right now can still make its TTFT; no bound if even
