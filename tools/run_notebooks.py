@@ -22,6 +22,9 @@ def run(path: Path) -> None:
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                          "language_info": {"name": "python"}}
     for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if output.output_type == "error":  # the last line says it; the rest names folders of this machine
+                output.traceback = [f"{output.ename}: {output.evalue}"]
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
     nbformat.write(notebook, path)
 

@@ -1,11 +1,13 @@
 """Committed notebooks are run, clean, and compare something: a cleared notebook would pass nbval silently."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAX_BYTES = 300_000
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}
 
@@ -18,6 +20,7 @@ def test_a_notebook_is_run_clean_and_compares_something(path):
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "run it: make notebooks"
     assert "widgets" not in notebook["metadata"], "no widget state"
     assert path.stat().st_size < MAX_BYTES
+    assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text()), "no folder of the machine it was run on"
     for cell, tag in zip(code, tags, strict=True):
         failed = any(output["output_type"] == "error" for output in cell["outputs"])
         assert failed == ("nbval-raises-exception" in tag or "raises-exception" in tag), "".join(cell["source"])
