@@ -1,17 +1,26 @@
-# make demo | test | lint | bench     each does its own set-up in .venv; a second call installs nothing
+# make demo | test | lab | lint | bench     each does its own set-up in .venv; a second call installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint bench lock clean
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 -p no:cacheprovider
+
+.PHONY: demo test lint lab notebooks bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(NBVAL) tests notebooks $(PYTEST_ARGS)
+
+lab: $(VENV)/.installed-dev
+	$(BIN)/jupyter lab notebooks/
+
+# Runs every notebook and leaves it as it is to be committed.
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python tools/run_notebooks.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -31,7 +40,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev,notebooks]'
 	@touch $@
 
 # Remakes the pins of every extra; needs the network.

@@ -1,0 +1,63 @@
+"""What every notebook needs: the package's own source on the page, the device in a line, checks that say what is wrong.
+
+Notebooks import and never copy, so `show_source` prints what runs. Nothing here keeps state.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from bros_ref.environment import environment_stamp
+
+
+class Source:
+    """Source text that a notebook shows as highlighted code, and a terminal as it is."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+
+    def __repr__(self) -> str:
+        return f"# {self.name}\n{self.text}"
+
+    def _repr_markdown_(self) -> str:
+        return f"`{self.name}`\n```python\n{self.text}\n```"
+
+
+def show_source(what: Callable[..., Any] | type, *, docstring: bool = False) -> Source:
+    """The source of a function, method or class of the package, without its docstring unless asked for.
+
+    Raises:
+        ValueError: it is not bros_ref's: a notebook shows the package and copies nothing.
+    """
+    if not what.__module__.startswith("bros_ref"):
+        raise ValueError(f"show_source shows bros_ref's own code; {what.__qualname__} is from {what.__module__}")
+    text = textwrap.dedent(inspect.getsource(what)).rstrip()
+    if not docstring and (documented := inspect.getdoc(what)):
+        quoted = text.find('"""')
+        end = text.find('"""', quoted + 3)
+        if 0 <= quoted < end and documented.split("\n", 1)[0][:20] in text[quoted:end]:
+            text = text[:quoted].rstrip() + "\n" + text[end + 3:].lstrip("\n")
+    path = what.__module__.replace(".", "/") + ".py"
+    return Source(f"{path}: {what.__qualname__}", text)
+
+
+def device_line() -> str:
+    """Where the measurements of this notebook are made. `BROS_REF_DEVICE=cuda` asks for a GPU."""
+    stamp = environment_stamp()
+    wanted = os.environ.get("BROS_REF_DEVICE", "cpu")
+    if wanted == "cuda" and stamp["gpu"] is None:
+        return "BROS_REF_DEVICE=cuda, but torch finds no GPU: measured on the CPU instead"
+    return f"measured on {stamp['gpu'] if wanted == 'cuda' else stamp['cpu_model']}, torch {stamp['torch']}"
+
+
+def check(answer: object, expected: object, hint: str) -> None:
+    """Checks an exercise. Says what is wrong and gives the hint; prints "right" if nothing is."""
+    if answer is None or answer is ...:
+        raise AssertionError(f"there is no answer yet: replace the ... above. Hint: {hint}")
+    if answer != expected:
+        raise AssertionError(f"got {answer!r}, which is not what comes out. Hint: {hint}")
+    print("right")
