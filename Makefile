@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,notebooks]'
+	$(PIP) -e '.[dev,notebooks,kernels]'
 	@touch $@
 
 # Remakes the pins of every extra; needs the network.

@@ -25,7 +25,7 @@ def named_in(block):
 
 
 def tracked():
-    """Files under bros_ref and at the top, and their folders; of tests and hidden folders the top only."""
+    """All files and folders, but of tests, hidden folders and the emulator's C++ the folder only."""
     listing = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                              capture_output=True, text=True, check=True).stdout.split("\n")
     wanted = set()
@@ -33,6 +33,8 @@ def tracked():
         parts = name.split("/")
         if parts[0] in ("tests", ".ci"):
             wanted.add(parts[0] + "/")
+        elif parts[2:3] in (["include"], ["runtime"]):
+            wanted.add("/".join(parts[:3]) + "/")
         elif not (parts[-1] in ("__init__.py", "py.typed") and len(parts) > 1) or name.startswith("bros_ref/scheduler"):
             wanted.update("/".join(parts[:depth]) + "/" for depth in range(1, len(parts)))
             wanted.add(name)
