@@ -22,11 +22,24 @@ def run(path: Path) -> None:
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                          "language_info": {"name": "python"}}
     for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = _joined(cell.outputs)
         for output in cell.get("outputs", ()):
             if output.output_type == "error":  # the last line says it; the rest names folders of this machine
                 output.traceback = [f"{output.ename}: {output.evalue}"]
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
     nbformat.write(notebook, path)
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Adjacent pieces of one stream as one: how a stream was cut depends on the clock."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 if __name__ == "__main__":
