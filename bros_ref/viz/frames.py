@@ -66,13 +66,14 @@ class Frames:
         return f"{self.label}: {len(self.frames)} pictures"
 
     def to_html(self) -> str:
-        """A <div> that holds everything: stills, controls, script."""
+        """A <div> that holds everything: stills, controls, script. JupyterLab leaves the controls' keys alone."""
         stills = "".join(
             f'<div data-frame="{i}" data-caption="{html.escape(frame.caption, quote=True)}"{" hidden" if i else ""}>'
             f"{frame.svg}</div>" for i, frame in enumerate(self.frames))
-        return (f'<div data-bros-frames aria-label={json.dumps(self.label)} role="group">'
-                '<button type="button">play</button> '
-                f'<label>step <input type="range" min="0" max="{len(self.frames) - 1}" value="0" step="1" '
+        own_keys = 'data-lm-suppress-shortcuts="true"'
+        return (f'<div data-bros-frames role="group" aria-label={json.dumps(self.label)}>'
+                f'<button type="button" {own_keys}>play</button> '
+                f'<label>step <input type="range" min="0" max="{len(self.frames) - 1}" value="0" step="1" {own_keys} '
                 'style="width:60%;vertical-align:middle"></label>'
                 f'<div role="status" aria-live="polite">{html.escape(self.frames[0].caption)}</div>{stills}'
                 f"<script>{_SCRIPT}</script></div>")

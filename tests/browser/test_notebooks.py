@@ -1,0 +1,83 @@
+"""Every notebook opens in JupyterLab and runs from top to bottom; what plays is played; nothing leaves the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from browser.jupyter import CHROMIUM, FLAGS, OUTPUTS, ROOT, RUN_ALL, jupyter_lab, why_not
+
+NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+WHY_NOT = why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
+FAILS_ON_PURPOSE = {"raises-exception", "nbval-raises-exception"}
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory):
+    from playwright.sync_api import sync_playwright
+
+    with jupyter_lab(tmp_path_factory.mktemp("lab")) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser.new_context(base_url=address, viewport={"width": 1280, "height": 1600})
+        browser.close()
+
+
+@pytest.fixture
+def page(context):
+    """A page that notes console errors and requests to elsewhere, which it aborts."""
+    page = context.new_page()
+    page.away, page.errors = [], []
+
+    def guard(route):
+        if route.request.url.startswith(("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:")):
+            route.continue_()
+        else:
+            page.away.append(route.request.url)
+            route.abort()
+
+    page.route(re.compile(".*"), guard)
+    page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    yield page
+    page.close()
+
+
+def run_all(page, name):
+    page.goto(f"/doc/tree/notebooks/{name}")
+    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.context !== undefined", timeout=120_000)
+    page.evaluate(RUN_ALL)
+    page.wait_for_function(f"() => ({OUTPUTS})().every(cell => cell.count !== null)")
+    return page.evaluate(OUTPUTS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_in_the_lab(page, name):
+    page.set_default_timeout(120_000)
+    cells = run_all(page, name)
+    assert [cell["count"] for cell in cells] == list(range(1, len(cells) + 1)), "every cell ran, in order"
+    for cell in cells:
+        failed = [output["evalue"] for output in cell["outputs"] if output["output_type"] == "error"]
+        assert bool(failed) == bool(FAILS_ON_PURPOSE & set(cell["tags"])), failed
+    for root in page.locator(".jp-OutputArea [data-bros-frames]").all():
+        plays_through(root)
+    if folder := os.environ.get("BROS_REF_SCREENSHOTS"):
+        page.set_viewport_size({"width": 1280, "height": 14_000})  # the notebook scrolls inside the page
+        page.screenshot(path=Path(folder) / f"{name}.png")
+    assert page.away == []
+    assert page.errors == []
+
+
+def plays_through(root):
+    """The slider by keyboard: every press shows the next picture, and says so."""
+    slider, stills = root.locator("input[type=range]"), root.locator("[data-frame]")
+    assert root.get_attribute("aria-label")
+    slider.focus()
+    slider.press("Home")
+    for at in range(min(stills.count(), 3)):
+        assert root.get_attribute("data-at") == str(at)
+        assert root.locator("[role=status]").inner_text().startswith(f"{at + 1} of {stills.count()}")
+        assert [i for i, still in enumerate(stills.all()) if still.is_visible()] == [at]
+        slider.press("ArrowRight")
