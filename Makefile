@@ -1,4 +1,4 @@
-# make demo | test | lab | lint | bench     each does its own set-up in .venv; a second call installs nothing
+# make demo | test | lab | kernels | lint | bench     each does its own set-up in .venv; a second call installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 -p no:cacheprovider
 
-.PHONY: demo test lint lab notebooks bench lock clean
+.PHONY: demo test lint lab notebooks kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -21,6 +21,10 @@ lab: $(VENV)/.installed-dev
 # Runs every notebook and leaves it as it is to be committed.
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/run_notebooks.py
+
+# Compiles every CUDA kernel for every architecture, runs it on the CPU, tries seeded defects; no GPU is needed.
+kernels: $(VENV)/.installed-dev
+	$(BIN)/bros-ref kernels
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bros_ref import cli_simulation as cli_simulation  # adds its commands to `app`
+from bros_ref import cli_kernels as cli_kernels  # adds its command to `app`
+from bros_ref import cli_simulation as cli_simulation
 from bros_ref.cli_common import (
     BackendOption,
     ChunkedOption,

@@ -23,6 +23,7 @@ constexpr int TEAMS = THREADS / LANES;
 constexpr int MAX_HEADS = HEAD_DIM > 128 ? 4 : 8;  // of one thread block; their queries and outputs are in registers
 constexpr int HEADS = GROUP < MAX_HEADS ? GROUP : MAX_HEADS;
 constexpr int HEAD_TILES = (GROUP + HEADS - 1) / HEADS;
+constexpr bool POWER_OF_TWO = (BLOCK_SIZE & (BLOCK_SIZE - 1)) == 0;
 static_assert(HEAD_DIM % VECTOR == 0, "rows are whole 16-byte pieces");
 
 struct Row { float values[PER_LANE * VECTOR]; };  // a lane's share of a row
@@ -51,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
     int kv_head = blockIdx.x / HEAD_TILES, first = blockIdx.x % HEAD_TILES * HEADS;
     int heads = min(HEADS, GROUP - first), split = blockIdx.y, seq = blockIdx.z;
     int length = context_lens[seq], row = seq * NUM_HEADS + kv_head * GROUP + first;
-    int flip = reversed[seq] ? BLOCK_SIZE - 1 : 0;  // offset = slot or flip - slot
+    int flip = reversed[seq] ? BLOCK_SIZE - 1 : 0;  // reversed: offset = flip - slot, an XOR if all its bits are set
     block_tables += (long long)seq * max_blocks;
 
     // 1. This split's blocks, as a range of slots.
@@ -68,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
     }
     scale *= LOG2_E;
     for (int i = begin + team; i - team < end; i += TEAMS) {  // all teams of a warp stay for its shuffles
-        int slot = i % BLOCK_SIZE, offset = flip ? flip - slot : slot;
+        int slot = i % BLOCK_SIZE, offset = POWER_OF_TWO ? slot ^ flip : flip ? flip - slot : slot;
         bool ours = i < end && i - slot + offset < length;
         long long kv = 0;
         if (ours) kv = (((long long)block_tables[i / BLOCK_SIZE] * BLOCK_SIZE + slot) * NUM_KV_HEADS + kv_head) * HEAD_DIM;

@@ -1,0 +1,156 @@
+"""The command `kernels`: compiles every kernel for every architecture, runs it emulated against the contract, prints
+the ladder, tries the seeded defects. It measures no time: no GPU figure comes from here unless a GPU is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from bros_ref.cli_common import JsonOption, SeedOption, app, make_console, progress, write_json
+
+BEGIN, END = "<!-- ladder: written by `bros-ref kernels --write-readme` -->", "<!-- end of the ladder -->"
+QUICK_ARCHITECTURES = (80, 90)
+SHAPES = ("float16/64", "float16/80", "float16/96", "float16/256", "bfloat16/128", "float32/128")  # beside the ladder's
+LADDER_ARCHITECTURE = 90
+
+
+@app.command()
+def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no seeded defects.")] = False,
+            write_readme: Annotated[bool, typer.Option(help="Rewrite the ladder in kernels_cupy/README.md.")] = False,
+            seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+    """Proves the CUDA kernels without a GPU: compiled for every architecture, emulated against float64, mutated."""
+    import kernels_cupy
+    from kernels_cupy.compile import ARCHITECTURES, why_unavailable
+    from kernels_cupy.static_report import LADDER
+
+    if reason := why_unavailable():
+        raise ValueError(reason)
+    console = make_console(json_path)
+    architectures = QUICK_ARCHITECTURES if quick else ARCHITECTURES
+    jobs = [(rung, "float16", 128, architectures) for rung in LADDER]
+    jobs += [(rung, *_shape(shape), QUICK_ARCHITECTURES) for rung in LADDER for shape in ([] if quick else SHAPES)]
+    with progress(console, "compiling, emulating", len(jobs)) as advance:
+        rows = [row for job in jobs for row in _rows(*job, seed, advance)]
+    mutations = None if quick else _mutations(console)
+    console.print(_table(rows))
+    console.print("Direction: instructions of the main loop more than with one direction known when compiling. "
+                  "On a GPU: not measured here.")
+    if mutations is not None:
+        console.print(f"Seeded defects: {mutations['seeded']}, flagged by the check that was named beforehand: "
+                      f"{mutations['flagged']}; beside them {len(mutations['equivalent'])} that change nothing.")
+    if write_readme:
+        path = Path(kernels_cupy.__file__).parent / "README.md"
+        path.write_text(with_ladder(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    write_json(json_path, "kernels", seed, kernels=rows, mutations=mutations)
+    if not all(row["verified"] and row["spill_bytes"] == 0 for row in rows):
+        raise typer.Exit(1)
+
+
+def ladder_rows(seed: int, advance: Callable[[int], None] = lambda _: None) -> list[dict[str, Any]]:
+    """The rows that the README's ladder shows: fp16, head_dim 128, one architecture."""
+    from kernels_cupy.static_report import LADDER
+
+    return [row for rung in LADDER for row in _rows(rung, "float16", 128, (LADDER_ARCHITECTURE,), seed, advance)]
+
+
+def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
+    """The README's text with the table between its markers rewritten from rows.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(readme):
+        raise ValueError(f"kernels_cupy/README.md has no {BEGIN} ... {END}")
+    header = ("| step | idea | sectors / minimum | warp instructions per KiB | registers | worst bank conflict | "
+              "direction, instructions | issuing would limit at, of DRAM (A100, H100; estimate) | on a GPU |")
+    lines = [header, "|" + "---|" * 9]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows
+              if (row["dtype"], row["head_dim"], row["arch"]) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
+    return pattern.sub(lambda _: "\n".join([BEGIN, *lines, END]), readme)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    caps, per_kib, overhead = row["issue_cap_estimate"], row["warp_instructions_per_kib"], row["direction_overhead"]
+    return [row["step"], row["name"], _number(row["sectors_over_minimum"], ".2f"), _number(per_kib, ".0f"),
+            str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
+            "-" if overhead is None else f"{overhead:+.1%}",
+            "-" if caps is None else ", ".join(f"{cap:.0%}" for cap in caps.values()), "not measured here"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _shape(text: str) -> tuple[str, int]:
+    dtype, _, head_dim = text.partition("/")
+    return dtype, int(head_dim)
+
+
+def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], seed: int,
+          advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    """One row an architecture; what the emulator counts is the same for all."""
+    import numpy as np
+    import torch
+
+    from kernels_cupy.contract import Heads
+    from kernels_cupy.static_report import GPUS, compiled, error_of, issue_cap, traffic, verified
+
+    heads = Heads(8, 2, head_dim, 16, getattr(torch, dtype))
+    targets = [arch for arch in architectures if rung.supports(heads, arch)]
+    if not targets:
+        advance(1)
+        return []
+    error = error_of(rung, heads, np.random.default_rng(seed))
+    counted = traffic(rung, heads) if (dtype, head_dim) == ("float16", 128) and not rung.is_prefill else None
+    rows = []
+    for arch in targets:
+        row = compiled(rung, heads, arch)
+        loop = row.loop
+        rows.append({
+            "name": rung.idea, "step": rung.name, "dtype": dtype, "head_dim": head_dim, "arch": f"sm_{arch}",
+            "registers": row.used.registers, "spill_bytes": row.used.spill_bytes, "shared_bytes": row.used.shared_bytes,
+            "occupancy": row.occupancy, "max_error": error, "verified": verified(error, heads),
+            "sectors_over_minimum": counted and counted.sectors_over_minimum,
+            "reversed_sectors_over_minimum": counted and counted.reversed_sectors_over_minimum,
+            "warp_instructions_per_kib": loop and loop.per_kib, "direction_overhead": row.direction_overhead,
+            "worst_bank_conflict": counted and counted.worst_bank_conflict,
+            "mma_instructions": loop and loop.multiplications, "mma_feeding_share": loop and loop.feeding_share,
+            "issue_cap_estimate": loop and {gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
+            if not rung.is_prefill else None,
+            "measured_on_gpu": None})
+    advance(1)
+    return rows
+
+
+def _mutations(console: Any) -> dict[str, Any]:
+    """Runs every seeded defect; a survivor that is not listed as equivalent is not counted as flagged."""
+    from kernels_cupy.mutations import EQUIVALENT, MUTANTS, outcome
+
+    with progress(console, "seeded defects", len(MUTANTS)) as advance:
+        flagged = 0
+        for mutant in MUTANTS:
+            flagged += outcome(mutant) == mutant.flagged
+            advance(1)
+    return {"seeded": len(MUTANTS), "flagged": flagged,
+            "equivalent": [{"kernel": mutant.run, "change": f"{mutant.old.strip()} -> {mutant.new.strip()}",
+                            "reason": reason} for mutant, reason in EQUIVALENT]}
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="CUDA kernels, compiled and emulated; nothing here was timed")
+    for column in ("step", "dtype", "D", "arch", "registers", "spills", "occupancy", "max error", "sectors / min",
+                   "instr / KiB", "direction", "bank"):
+        table.add_column(column, justify="left" if column in ("step", "dtype", "arch") else "right")
+    for row in rows:
+        overhead = row["direction_overhead"]
+        table.add_row(row["step"], row["dtype"], str(row["head_dim"]), row["arch"], str(row["registers"]),
+                      str(row["spill_bytes"]), f"{row['occupancy']:.0%}", f"{row['max_error']:.1e}",
+                      _number(row["sectors_over_minimum"], ".2f"), _number(row["warp_instructions_per_kib"], ".0f"),
+                      "-" if overhead is None else f"{overhead:+.1%}", _number(row["worst_bank_conflict"], "d"))
+    return table

@@ -1,0 +1,83 @@
+"""Kernels compile for GPUs that are not here, spill nothing, and cost what the README's ladder says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kernels.support import needs_emulator
+
+import kernels_cupy
+from bros_ref.cli_kernels import ladder_rows, with_ladder
+from kernels_cupy.compile import CompileError, Resources, compile_cubin, compile_ptx, machine_code, why_unavailable
+from kernels_cupy.contract import Heads
+from kernels_cupy.device import Kernel
+from kernels_cupy.static_report import LADDER, compiled, kernel_of, main_loop, occupancy
+
+WHY_NOT = why_unavailable()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"nothing can be compiled here: {WHY_NOT}")
+HALF = Heads(8, 2, 128, 16, torch.float16)
+BY_NAME = {rung.name: rung for rung in LADDER}
+
+
+@pytest.mark.parametrize("arch", [75, 80, 120])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_nothing_spills(name, arch):
+    if not BY_NAME[name].supports(HALF, arch):
+        pytest.skip(f"step {name} is not for sm_{arch}")
+    row = compiled(BY_NAME[name], HALF, arch)
+    assert row.used.spill_bytes == 0
+    assert row.occupancy > 0
+
+
+@pytest.mark.parametrize("file", ["store_kv", "copy_slots"])
+def test_copies_move_16_bytes_at_a_time(file):
+    instructions, _ = machine_code(compile_cubin(Kernel(f"{file}.cu", file, (("ROW_VECTORS", "16"),)), 90), file)
+    for kind in ("LDG.E.128", "STG.E.128"):
+        assert any(kind in text for text in instructions)
+
+
+def test_the_targets_that_are_met():
+    for arch in (80, 90):
+        three, four, five = (compiled(BY_NAME[name], HALF, arch).loop for name in "345")
+        assert three.per_kib <= 285
+        assert four.per_kib <= 80
+        assert five.per_kib <= 80
+        assert four.multiplications > five.multiplications, "heads as the narrow side: half of the products"
+
+
+def test_tensor_cores_are_used_and_copies_are_asynchronous():
+    ptx = compile_ptx(kernel_of(BY_NAME["4"], HALF), 80)
+    for text in ("mma.sync.aligned.m16n8k16", "cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4"):
+        assert text in ptx
+
+
+@needs_emulator
+def test_the_readme_s_ladder_is_what_the_command_writes():
+    readme = (Path(kernels_cupy.__file__).parent / "README.md").read_text()
+    assert with_ladder(readme, ladder_rows(seed=0)) == readme, "run: bros-ref kernels --write-readme"
+    with pytest.raises(ValueError, match="ladder"):
+        with_ladder("no markers", [])
+
+
+def test_a_text_that_does_not_compile_says_where():
+    with pytest.raises(CompileError, match=r"store_kv\.cu\(1\)"):
+        compile_cubin(Kernel("store_kv.cu", "store_kv"), 90, {"store_kv.cu": "int main( { }"})
+
+
+def test_the_main_loop_is_the_shortest_way_that_does_the_work():
+    code = ["MOV R1, R2", "LDG.E.128 R4, [R2]", "@P0 BRA `(.L_rare)", "HMMA.16816.F32 R8, R4, R6, R8",
+            "ISETP.GE P1, R1, 4", "@P1 BRA `(.L_head)", "EXIT", "NOP", "NOP", "BRA `(.L_head)"]
+    loop = main_loop(code, {".L_head": 1, ".L_rare": 3}, "LDG")
+    assert (loop.instructions, loop.kib, loop.multiplications) == (5, 0.5, 1)
+    with pytest.raises(LookupError, match="LDGSTS"):
+        main_loop(code, {".L_head": 1, ".L_rare": 3}, "LDGSTS")
+
+
+@pytest.mark.parametrize(("used", "threads", "shared", "arch", "wanted"), [
+    (Resources(32, 0, 0), 128, 0, 80, 1.0), (Resources(128, 0, 0), 128, 0, 80, 0.25),
+    (Resources(32, 0, 0), 128, 160 * 1024, 80, 4 / 64), (Resources(32, 0, 0), 32, 0, 86, 16 / 48),
+    (Resources(32, 0, 0), 128, 200 * 1024, 80, 0.0)])
+def test_occupancy(used, threads, shared, arch, wanted):
+    assert occupancy(used, threads, shared, arch) == pytest.approx(wanted)
