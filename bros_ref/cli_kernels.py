@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from bros_ref.cli_common import JsonOption, SeedOption, app, make_console, progress, write_json
+from bros_ref.cli_common import JsonOption, SeedOption, app, bench_app, make_console, progress, write_json
 
 BEGIN, END = "<!-- ladder: written by `bros-ref kernels --write-readme` -->", "<!-- end of the ladder -->"
 QUICK_ARCHITECTURES = (80, 90)
@@ -49,6 +49,42 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
     write_json(json_path, "kernels", seed, kernels=rows, mutations=mutations)
     if not all(row["verified"] and row["spill_bytes"] == 0 for row in rows):
         raise typer.Exit(1)
+
+
+@bench_app.command("kernels")
+def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)] = 128,
+                          dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+                          seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+    """Times every decode step on a GPU, against torch; without one it says so, and measures nothing."""
+    import torch
+
+    from bros_ref.bench.kernels import CASES, CudaTimer, bench_kernels, copy_bandwidth
+    from kernels_cupy.contract import TOLERANCE, Heads
+    from kernels_cupy.gpu import CupyDevice, why_unavailable
+    from kernels_cupy.launch import STEPS
+
+    console = make_console(json_path)
+    known = {str(one).removeprefix("torch."): one for one in TOLERANCE}
+    if dtype not in known:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
+    if reason := why_unavailable():
+        console.print(f"not measured here: {reason}")
+        write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
+        return
+    device, timer, heads = CupyDevice(), CudaTimer(), Heads(32, 8, head_dim, 16, known[dtype])
+    steps = [step for step in STEPS if not (step in (4, 5) and known[dtype] is torch.float32)
+             and not (step == 0 and head_dim > 128)]
+    bandwidth = copy_bandwidth(timer, "cuda")
+    with progress(console, "kernels", len(CASES) * (len(steps) + 1)) as advance:
+        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps, num_sms=device.num_sms,
+                             on_row=lambda: advance(1))
+    table = Table("case", "system", "us", "GB/s", "of copy bandwidth", title=torch.cuda.get_device_name())
+    for row in rows:
+        table.add_row(row["case"], row["system"], f"{row['us']:.1f}", f"{row['gb_per_s']:.0f}",
+                      f"{row['share_of_copy_bandwidth']:.0%}")
+    console.print(table)
+    write_json(json_path, "bench kernels", seed, rows=rows, copy_bandwidth=bandwidth, cuda=torch.version.cuda,
+               not_measured=None)
 
 
 def ladder_rows(seed: int, advance: Callable[[int], None] = lambda _: None) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,6 +91,16 @@ class Batch:
                    torch.tensor(context_lens, dtype=torch.int32), torch.tensor(flips, dtype=torch.int32),
                    torch.from_numpy(starts), owner)
 
+    def to(self, place: str) -> Batch:
+        """The same batch with its tensors on another device."""
+        moved = {name: getattr(self, name).to(place)
+                 for name in ("q", "k", "v", "tables", "lengths", "reversed", "starts", "owner")}
+        return replace(self, **moved)
+
+    def slots(self, seq: int) -> Tensor:
+        """[context] int64: where a sequence's tokens lie, in logical order; on the CPU."""
+        return _slots(self.block_lists[seq], self.context_lens[seq], bool(self.reversed[seq]), self.heads.block_size)
+
     def integers(self) -> tuple[Tensor, Tensor, Tensor]:
         """block_tables, context_lens, reversed: as the launchers take them."""
         return self.tables, self.lengths, self.reversed
@@ -99,7 +109,7 @@ class Batch:
         """[T, H, D] float64: one sequence at a time, keys gathered in logical order, a causal mask, a softmax."""
         h, outs = self.heads, []
         for s, (query, context) in enumerate(zip(self.query_lens, self.context_lens, strict=True)):
-            slots = _slots(self.block_lists[s], context, bool(self.reversed[s]), h.block_size)
+            slots = self.slots(s)
             k, v = (cache.flatten(0, 1)[slots].double().repeat_interleave(h.num_heads // h.num_kv_heads, dim=1)
                     for cache in (self.k.cpu(), self.v.cpu()))
             q = self.q.cpu()[int(self.starts[s]):int(self.starts[s + 1])].double()
