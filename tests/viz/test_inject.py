@@ -1,0 +1,41 @@
+"""The inject panel: a press adds a burst, runs the engine, and draws what the trace says."""
+
+import pytest
+from harness import checksum_engine, make_request
+
+from bros_ref.viz.inject import InjectPanel
+
+
+def panel(num_blocks=12):
+    engine = checksum_engine("bros", num_blocks=num_blocks)
+    for i in range(3):
+        engine.add_request(make_request(f"be{i}", False, range(10), 20))
+    return InjectPanel(engine, lambda n: [make_request(f"rt{n}-{i}", True, range(6), 3) for i in range(2)], steps=3)
+
+
+def test_a_press_sends_a_burst_and_shows_it():
+    made = panel()
+    assert 'data-bursts="0"' in made.picture.value
+    made.inject_button.click()
+    made.inject_button.click()
+    assert 'data-bursts="2"' in made.picture.value
+    assert {"rt0-0", "rt0-1", "rt1-0", "rt1-1"} <= set(made.trace.requests)
+    assert any(view.rt_owner is not None for pool in made.trace.pools() for view in pool)
+    assert f"step {len(made.trace.steps)}," in made.picture.value
+
+
+def test_it_stops_when_there_is_nothing_to_run():
+    made = panel()
+    for _ in range(60):
+        made.run_button.click()
+    assert not made.engine.has_unfinished
+    steps = len(made.trace.steps)
+    made.run_button.click()
+    assert len(made.trace.steps) == steps
+
+
+def test_an_engine_without_a_trace_is_refused():
+    engine = checksum_engine("bros")
+    engine.trace = None
+    with pytest.raises(ValueError, match="no trace"):
+        InjectPanel(engine, lambda n: [])
