@@ -1,9 +1,11 @@
-"""The inject panel: a press adds a burst, runs the engine, and draws what the trace says."""
+"""The panels: what a press does to the engine or the pool, and that the picture says so."""
 
 import pytest
 from harness import checksum_engine, make_request
 
-from bros_ref.viz.inject import InjectPanel
+from bros_ref.config import KVCacheConfig
+from bros_ref.kv_cache.manager import KVCacheManager
+from bros_ref.viz.panels import InjectPanel, PoolPanel
 
 
 def panel(num_blocks=12):
@@ -15,10 +17,10 @@ def panel(num_blocks=12):
 
 def test_a_press_sends_a_burst_and_shows_it():
     made = panel()
-    assert 'data-bursts="0"' in made.picture.value
+    assert 'data-count="0"' in made.picture.value
     made.inject_button.click()
     made.inject_button.click()
-    assert 'data-bursts="2"' in made.picture.value
+    assert 'data-count="2"' in made.picture.value
     assert {"rt0-0", "rt0-1", "rt1-0", "rt1-1"} <= set(made.trace.requests)
     assert any(view.rt_owner is not None for pool in made.trace.pools() for view in pool)
     assert f"step {len(made.trace.steps)}," in made.picture.value
@@ -37,5 +39,23 @@ def test_it_stops_when_there_is_nothing_to_run():
 def test_an_engine_without_a_trace_is_refused():
     engine = checksum_engine("bros")
     engine.trace = None
-    with pytest.raises(ValueError, match="no trace"):
+    with pytest.raises(ValueError, match="has none"):
         InjectPanel(engine, lambda n: [])
+
+
+def test_the_pool_panel_allocates_appends_and_frees():
+    kv = KVCacheManager(KVCacheConfig(num_blocks=3, block_size=4))
+    made = PoolPanel(kv, lambda n: (make_request(f"r{n}", False, range(7), 5), 7))
+    made.buttons["new request"].click()
+    assert "r0 came with 7 tokens" in made.picture.value
+    made.buttons["new request"].click()
+    assert "no room for 7 tokens" in made.picture.value
+    made.buttons["one token each"].click()
+    assert len(kv.block_table("r0")) == 2
+    made.buttons["one token each"].click()
+    assert len(kv.block_table("r0")) == 3
+    made.buttons["oldest leaves"].click()
+    assert kv.num_free_blocks == 3
+    made.buttons["oldest leaves"].click()
+    assert "nobody" in made.picture.value
+    kv.check_integrity()
