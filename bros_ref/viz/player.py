@@ -7,9 +7,10 @@ step, so 2,000 blocks over hundreds of steps are small, and moving the slider as
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from bros_ref.trace import BlockView, StepRecord, Trace
+from bros_ref.trace import BlockView, SlotCopies, StepRecord, Trace
 from bros_ref.viz.kv_blocks import (
     COPY_KINDS,
     COPY_LABELS,
@@ -27,15 +28,20 @@ COPY_VERBS = {"checkpoint": "saved to the host", "restore": "brought back", "rel
 POOL_LOOKS: Looks = FILLS | {SAVED: Fill(PAPER, "_", LOST_COLOUR)}  # a bar along the bottom
 POOL_LABELS = SLOT_LABELS | COPY_LABELS
 POOL_SCRIPTS = ("controls.js", "pool.js")
+OfStep = TypeVar("OfStep")
 
 
-def pool_changes(trace: Trace) -> list[list[int]]:
+def pool_changes(trace: Trace, moments: Sequence[int] | None = None) -> list[list[int]]:
     """For each step the blocks that changed: block id, then RT owner, its logical index and fill, BE owner, index and
-    fill, and BE tokens that live on the host only. Owners are indices into `list(trace.requests)`, -1 for none."""
+    fill, and BE tokens that live on the host only. Owners are indices into `list(trace.requests)`, -1 for none.
+
+    Args:
+        moments: ascending step indices, -1 for before the first: changes from each to the next. None: every step.
+    """
     number = {request_id: i for i, request_id in enumerate(trace.requests)}
-    before = [BlockView() for _ in range(trace.num_blocks)]
-    steps = []
-    for pool in trace.pools():
+    empty = [BlockView() for _ in range(trace.num_blocks)]
+    before, steps = empty, []
+    for pool in _at(trace.pools(), range(len(trace.steps)) if moments is None else moments, empty):
         changes: list[int] = []
         for block_id, (old, new) in enumerate(zip(before, pool, strict=True)):
             if new is not old:  # untouched blocks keep their view
@@ -46,18 +52,28 @@ def pool_changes(trace: Trace) -> list[list[int]]:
     return steps
 
 
-def pool_data(trace: Trace) -> dict[str, Any]:
-    """What a page needs to draw the pool at any step: see static/pool.js. `copies` holds, for each step, block id, kind
-    (an index into `kinds`), first slot and number of slots of every run that the step copied."""
+def pool_data(trace: Trace, moments: Sequence[int] | None = None) -> dict[str, Any]:
+    """What a page needs to draw the pool at any step, or at each of `moments` (as in `pool_changes`): see
+    static/pool.js. `copies` holds, for each, block id, kind (an index into `kinds`), first slot and number of slots of
+    every run that the step copied."""
     kinds = list(COPY_KINDS)
     copies: list[list[int]] = []
-    for runs in trace.copies():
+    for runs in _at(trace.copies(), range(len(trace.steps)) if moments is None else moments, list[SlotCopies]()):
         copies.append([])
         for run in runs:
             copies[-1] += [run.block_id, kinds.index(run.kind), run.first_slot, run.num_slots]
     return {"block_size": trace.block_size, "num_blocks": trace.num_blocks, "colours": COLOURS,
-            "looks": packed_fills(POOL_LOOKS), "owners": list(trace.requests), "steps": pool_changes(trace),
+            "looks": packed_fills(POOL_LOOKS), "owners": list(trace.requests), "steps": pool_changes(trace, moments),
             "copies": copies, "kinds": list(COPY_KINDS.values())}
+
+
+def _at(of_steps: Iterator[OfStep], moments: Iterable[int], before: OfStep) -> Iterator[OfStep]:
+    """What is said of each of the ascending moments; `before` is said of -1."""
+    index, current = -1, before
+    for moment in moments:
+        while index < moment:
+            index, current = index + 1, next(of_steps)
+        yield current
 
 
 def pool_html() -> str:
