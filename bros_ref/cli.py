@@ -249,8 +249,6 @@ def _load(model: str, device: str, threads: int, seed: int, backend: str = "auto
 
     from bros_ref.live import load_model
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
     return load_model(model, device, seed, backend)

@@ -10,7 +10,7 @@ import torch
 from bros_ref.clock import Clock, WallClock
 from bros_ref.config import KVCacheConfig, ModelConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine
-from bros_ref.environment import environment_stamp
+from bros_ref.environment import compute_device, environment_stamp
 from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
@@ -58,12 +58,9 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
 
     Raises:
         WeightsError: see `bros_ref.model.weights`.
-        ValueError: device "cuda" without a CUDA device; an unknown backend, or one that does not fit the device.
+        ValueError: an unknown device, or "cuda" without a CUDA device; an unknown backend, or one that does not fit.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+    device = compute_device(device)
     if name == "checksum":
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
     dtype = torch.float16 if device == "cuda" else torch.float32

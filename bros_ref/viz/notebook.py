@@ -6,12 +6,11 @@ Notebooks import and never copy, so `show_source` prints what runs. Nothing here
 from __future__ import annotations
 
 import inspect
-import os
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from bros_ref.environment import environment_stamp
+from bros_ref.environment import compute_device, environment_stamp
 
 
 class Source:
@@ -46,12 +45,14 @@ def show_source(what: Callable[..., Any] | type, *, docstring: bool = False) -> 
 
 
 def device_line() -> str:
-    """Where the measurements of this notebook are made. `BROS_REF_DEVICE=cuda` asks for a GPU."""
-    stamp = environment_stamp()
-    wanted = os.environ.get("BROS_REF_DEVICE", "cpu")
-    if wanted == "cuda" and stamp["gpu"] is None:
-        return "BROS_REF_DEVICE=cuda, but torch finds no GPU: measured on the CPU instead"
-    return f"measured on {stamp['gpu'] if wanted == 'cuda' else stamp['cpu_model']}, torch {stamp['torch']}"
+    """Where the measurements of this notebook are made: a GPU where there is one, else the CPU, unless the variable
+    BROS_REF_DEVICE says which.
+
+    Raises:
+        ValueError: see `compute_device`.
+    """
+    device, stamp = compute_device(), environment_stamp()
+    return f"measured on {stamp['gpu'] if device == 'cuda' else stamp['cpu_model']}, torch {stamp['torch']}"
 
 
 def check(answer: object, expected: object, hint: str) -> None:
