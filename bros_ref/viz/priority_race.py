@@ -23,6 +23,7 @@ from bros_ref.viz.style import BE_COLOUR, CLASS_LABELS, FONT, INK, LOST_COLOUR, 
 WIDTH, LEFT, RIGHT, TOP, PLOT_H, BELOW = 760, 58, 14, 10, 210, 20  # of the chart, px
 ROW_H, BAR_X, BAR_W, MAX_ROWS = 20, 150, 200, 14  # of the standings in the still, px
 SPEEDS = (1, 2, 4, 10)  # steps a second
+CAPTION = "in order of priority; a bar is slack, from the red mark: filled, it ran; hollow, it sat out"
 HOLLOW = ' fill="#fff"'
 STYLE = (f"<style>.race text{{font:11px {FONT};fill:{INK};stroke:none}}.race .faded{{opacity:.12}}"
          ".race .chosen{stroke-width:2.5}</style>")
@@ -205,6 +206,8 @@ class PriorityRace:
         speeds = "".join(f'<option value="{speed}"{" selected" if speed == 2 else ""}>{speed}</option>'
                          for speed in SPEEDS)
         followed = "".join(f"<option>{escape(request_id)}</option>" for request_id in self.runners)
+        head = "".join(f'<th scope="col" style="text-align:left">{name}</th>'
+                       for name in ("request", "class", "slack", "bar", "this step"))
         packed = json.dumps(self.data(), separators=(",", ":")).replace("</", "<\\/")
         script = files("bros_ref.viz").joinpath("static/priority_race.js").read_text(encoding="utf-8")
         return (f'<div data-bros-race data-step="-1" role="group" aria-label="{escape(repr(self))}">'
@@ -217,10 +220,8 @@ class PriorityRace:
                 f'<svg class="race" viewBox="0 0 {WIDTH} {TOP + PLOT_H + BELOW}" role="img" '
                 f'style="max-width:{WIDTH}px" aria-label="slack over time of {len(self.runners)} real-time requests" '
                 f'xmlns="http://www.w3.org/2000/svg">{STYLE}{self.chart(self.start)}</svg>'
-                '<table style="font-size:13px;min-width:100%"><caption style="text-align:left">in order of priority; '
-                "a bar is slack, from the red mark: filled, it ran; hollow, it sat out</caption><thead><tr>"
-                '<th scope="col">request</th><th scope="col">class</th><th scope="col">slack</th>'
-                '<th scope="col">bar</th><th scope="col">this step</th></tr></thead><tbody></tbody></table>'
+                f'<table style="font-size:13px;min-width:100%"><caption style="text-align:left">{CAPTION}</caption>'
+                f"<thead><tr>{head}</tr></thead><tbody></tbody></table>"
                 f'<script type="application/json">{packed}</script><script>{{{script}}}</script></div>')
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The priority race says of every request in every step what the trace says, and the page is one self-contained piece."""
+"""The priority race says of every request in every step what the trace says; the page is one self-contained piece."""
 
 import json
 import random
