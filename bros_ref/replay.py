@@ -20,6 +20,7 @@ from bros_ref.trace import (
     WAITING,
     BlockView,
     PhaseSpan,
+    SlotCopies,
     StepRecord,
     Trace,
 )
@@ -33,6 +34,14 @@ def replay_pools(trace: Trace) -> Iterator[list[BlockView]]:
     for step in trace.steps:
         pool.apply(step)
         yield list(pool.views)
+
+
+def replay_copies(trace: Trace) -> Iterator[list[SlotCopies]]:
+    """See `Trace.copies`."""
+    pool = _Pool(trace)
+    for step in trace.steps:
+        yield pool.copies(step)
+        pool.apply(step)
 
 
 class _Pool:
@@ -74,6 +83,43 @@ class _Pool:
             touched.update(self._blocks(request_id, (index,)))
         for block_id in touched:
             self.views[block_id] = self._view(block_id)
+
+    def copies(self, step: StepRecord) -> list[SlotCopies]:
+        """What a step copies, worked out before it is applied.
+
+        In one step the losses of a block rise, then fall to none at most once: who has run in a step is no victim in
+        it. So a rise left the block held before the step, a fall comes back to the one held after it, and survivors
+        move from one to the other in between.
+        """
+        made, returning, now = [], [], dict[Owner, int]()
+        lost: dict[Owner, int] = {}
+        for request_id, index, num_lost in step.lost:
+            owner = (request_id, index)
+            before = lost.setdefault(owner, self._lost[request_id].get(index, 0))
+            if num_lost > before:
+                lost[owner] = num_lost
+                made.append(self._run("checkpoint", owner, self._tables[request_id][index], num_lost, before))
+            else:
+                returning.append(owner)
+        for request_id, index, block_id in step.block_changes:
+            if index < 0:
+                now.update(((request_id, i), -1) for i in self._tables[request_id])
+                continue
+            owner = (request_id, index)
+            if block_id >= 0 and now.get(owner, self._tables[request_id].get(index, -1)) >= 0:
+                gone = lost.get(owner, self._lost[request_id].get(index, 0))
+                made.append(self._run("relocate", owner, block_id, self._fill(owner), gone))
+            now[owner] = block_id
+        for owner in returning:
+            block_id = now.get(owner, self._tables[owner[0]].get(owner[1], -1))
+            made.append(self._run("restore", owner, block_id, lost[owner], 0))
+        return made
+
+    def _run(self, kind: str, owner: Owner, block_id: int, from_newest: int, to_newest: int) -> SlotCopies:
+        """The slots of the newest `from_newest` tokens of a logical block, but for the newest `to_newest`."""
+        count, newest = from_newest - to_newest, self._fill(owner) - to_newest
+        first = newest - count if self._is_rt[owner[0]] else self.block_size - newest
+        return SlotCopies(kind, owner[0], block_id, first, count)
 
     def _owners(self, request_id: str) -> dict[int, Owner]:
         return self._rt_owners if self._is_rt[request_id] else self._be_owners

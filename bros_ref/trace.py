@@ -148,6 +148,18 @@ class PhaseSpan:
     tokens: int = 0
 
 
+@dataclass(slots=True)
+class SlotCopies:
+    """Adjacent slots of one block that a step copied. `kind` is a key of `StepRecord.copied`; `block_id` is the block
+    that a checkpoint read, or that a restore or a relocation wrote."""
+
+    kind: str
+    request_id: str
+    block_id: int
+    first_slot: int
+    num_slots: int
+
+
 @dataclass
 class Trace:
     """A run: header, requests, steps. `slot_bytes` is the size of one token's K and V over all layers.
@@ -252,6 +264,12 @@ class Trace:
         from bros_ref.replay import replay_pools  # here, because it needs the records above
 
         return replay_pools(self)
+
+    def copies(self) -> Iterator[list[SlotCopies]]:
+        """The slots that each step saved to the host, brought back or moved, from the first step on."""
+        from bros_ref.replay import replay_copies  # here, because it needs the records above
+
+        return replay_copies(self)
 
     def pool_at(self, step_index: int) -> list[BlockView]:
         """The KV pool after the decision of `steps[step_index]`, [num_blocks]. O(all steps before it).

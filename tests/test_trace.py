@@ -6,6 +6,7 @@ import copy
 import gzip
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bros_ref.paper import PaperWorkload
+from bros_ref.simulate import SimulationSettings
+from bros_ref.simulate import run as simulate
 from bros_ref.trace import (
     BATCH_CAP,
     BEHIND,
@@ -134,6 +138,39 @@ def test_replayed_pools_are_the_managers_own(seed: int, policy: str, block_size:
     assert pools == toy.snapshots
     for pool, record in zip(pools, toy.trace.steps, strict=True):
         assert sum(view.state != "empty" for view in pool) == record.used_blocks
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**16), policy=st.sampled_from(["bros", "vllm"]), block_size=st.sampled_from([1, 2, 7, 16]),
+       num_blocks=st.integers(6, 60), num_rt=st.integers(0, 8), num_be=st.integers(0, 6))
+def test_replayed_copies_are_the_managers_own(seed: int, policy: str, block_size: int, num_blocks: int, num_rt: int,
+                                              num_be: int) -> None:
+    toy = make_toy(policy, seed, num_rt, num_be, num_blocks, block_size)
+    for copies, planned in zip(toy.trace.copies(), toy.copies, strict=True):
+        assert sorted((run.kind, run.block_id * block_size + run.first_slot + i)
+                      for run in copies for i in range(run.num_slots)) == planned
+
+
+def test_the_toy_makes_every_kind_of_copy() -> None:
+    kinds = {kind for seed in range(4) for copies in make_toy(seed=seed).copies for kind, _ in copies}
+    assert kinds == {"checkpoint", "restore", "relocate"}
+
+
+@pytest.mark.parametrize("policy", ["bros", "bros-swap-block", "bros-swap-request", "bros-recompute"])
+def test_the_copies_of_a_run_are_as_many_as_its_steps_say(policy: str) -> None:
+    workload = PaperWorkload(4.0, 8.0, 16)
+    run = simulate(policy, SimulationSettings("a100-80gb", "llama-2-7b", 1, kv_tokens=1_536, max_num_seqs=16),
+                   workload, keep_steps=True)[1]
+    total: Counter[str] = Counter()
+    for copies, record in zip(run.copies(), run.steps, strict=True):
+        counts: Counter[str] = Counter()
+        for slots in copies:
+            counts[slots.kind] += slots.num_slots
+            assert 0 <= slots.first_slot < slots.first_slot + slots.num_slots <= run.block_size
+            assert 0 <= slots.block_id < run.num_blocks
+        assert counts == {kind: count for kind, count in record.copied.items() if count}
+        total += counts
+    assert bool(total) == (policy != "bros-recompute")
 
 
 def test_pool_at_is_the_same_as_walking_there() -> None:

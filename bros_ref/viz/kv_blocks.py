@@ -8,24 +8,46 @@ it needs no script, prints well, and says owner, request and token positions in 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import groupby
+from itertools import groupby, islice
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from bros_ref.trace import BlockView, Trace
-from bros_ref.viz.style import BE_COLOUR, BLOCK_LOOKS, EMPTY_COLOUR, FONT, INK, LOST_COLOUR, MUTED, RT_COLOUR, dress
+from bros_ref.trace import BlockView, SlotCopies, Trace
+from bros_ref.viz.style import (
+    BE_COLOUR,
+    BLOCK_LOOKS,
+    EMPTY_COLOUR,
+    FONT,
+    INK,
+    LOST_COLOUR,
+    MOVED_COLOUR,
+    MUTED,
+    RESTORED_COLOUR,
+    RT_COLOUR,
+    Fill,
+    dress,
+    svg_pattern,
+)
 
 MAX_POINTS = 600  # steps drawn; more are thinned out evenly
 MAX_BLOCKS = 192  # blocks of one map
 
 # What a slot holds. OVER: a real-time token where a best-effort one was; LOST: nothing, its token is on the host.
 FREE, RT, BE, OVER, LOST = "free", "rt", "be", "over", "lost"
+# What the step did to it: brought its token back, moved it here, saved what was in it.
+RESTORED, MOVED, SAVED = "restored", "moved", "saved"
 SLOT_LABELS = {RT: "real-time, from the left", BE: "best-effort, from the right",
                OVER: "real-time over a saved best-effort token", LOST: "best-effort token on the host only",
                FREE: "free"}
+COPY_LABELS = {RESTORED: "brought back in this step", MOVED: "moved here in this step",
+               SAVED: "saved to the host in this step"}
+COPY_KINDS = {"restore": RESTORED, "relocate": MOVED, "checkpoint": SAVED}  # by kind of copy
+FILLS = {FREE: Fill(EMPTY_COLOUR), RT: Fill(RT_COLOUR), BE: Fill(BE_COLOUR, "/", "#8a5200"),
+         OVER: Fill(RT_COLOUR, "x", "#ffffff"), LOST: Fill("#ffffff", "x", LOST_COLOUR),
+         RESTORED: Fill(RESTORED_COLOUR, "+", "#14634a"), MOVED: Fill(MOVED_COLOUR, "|", "#5b2d91")}
 PALE = {"be_only": "#fbe3bd", "shared": "#dccbf0", "rt_only": "#bdd3f3"}  # behind the pattern of a state
 BLOCK_W, BLOCK_H, LABEL_W, GAP_X, GAP_Y, LEGEND_H = 112, 14, 30, 10, 6, 52  # SVG units
 
@@ -115,27 +137,36 @@ def slot_kinds(view: BlockView, block_size: int) -> list[str]:
 
 
 def block_map(trace: Trace, step_index: int, columns: int = 6) -> str:
-    """The pool after the decision of one step, as an SVG element. Of a large pool: the blocks that show most."""
+    """The pool after the decision of one step, as an SVG element, with the slots that the step saved, brought back
+    and moved. Of a large pool: the blocks that show most."""
+    copies = next(islice(trace.copies(), step_index, None))
     return pool_svg(trace.pool_at(step_index), trace.block_size, columns,
-                    f"KV pool at {trace.steps[step_index].start_s:.2f} s, policy {trace.policy}")
+                    f"KV pool at {trace.steps[step_index].start_s:.2f} s, policy {trace.policy}", copies)
 
 
-def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int = 6, title: str = "KV pool") -> str:
-    """Any pool as an SVG element; `title` is what a screen reader says first."""
+def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int = 6, title: str = "KV pool",
+             copies: Sequence[SlotCopies] = ()) -> str:
+    """Any pool as an SVG element; `title` is what a screen reader says first, `copies` what a step has just copied."""
     shown = _blocks_to_show(pool)
-    num_rows = -(-len(shown) // columns)
+    made = {COPY_KINDS[run.kind] for run in copies}
+    labels = SLOT_LABELS | {kind: label for kind, label in COPY_LABELS.items() if kind in made}
+    top = LEGEND_H + (BLOCK_H + GAP_Y if made else 0)
     width = columns * (LABEL_W + BLOCK_W + GAP_X) - GAP_X + 1
-    height = num_rows * (BLOCK_H + GAP_Y) + LEGEND_H
+    height = -(-len(shown) // columns) * (BLOCK_H + GAP_Y) + top
     cells = []
     for place, block_id in enumerate(shown):
         x = place % columns * (LABEL_W + BLOCK_W + GAP_X) + LABEL_W
-        y = place // columns * (BLOCK_H + GAP_Y) + LEGEND_H
+        y = place // columns * (BLOCK_H + GAP_Y) + top
         cells.append(f'<text x="{x - 4}" y="{y + 11}" text-anchor="end" class="id">{block_id}</text>')
         cells += _block_parts(pool[block_id], block_id, block_size, x, y)
+        mine = [run for run in copies if run.block_id == block_id]
+        cells += _copy_parts(pool[block_id], mine, block_size, x, y)
+    patterns = "".join(svg_pattern(f"kv-{kind}", fill) for kind, fill in FILLS.items() if kind in labels)
     counts = Counter(view.state for view in pool)
     summary = ", ".join(f"{counts[state]} {look.label}" for state, look in BLOCK_LOOKS.items())
     return (f'<svg class="block-map" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}: '
-            f'{escape(summary)}" xmlns="http://www.w3.org/2000/svg">{_DEFS}{_legend(width)}{"".join(cells)}</svg>')
+            f'{escape(summary)}" xmlns="http://www.w3.org/2000/svg"><defs>{patterns}</defs>{_STYLE}'
+            f'{_legend(labels, width)}{"".join(cells)}</svg>')
 
 
 def _blocks_to_show(pool: Sequence[BlockView]) -> list[int]:
@@ -159,6 +190,17 @@ def _block_parts(view: BlockView, block_id: int, block_size: int, x: float, y: f
     yield f'<rect x="{x}" y="{y}" width="{BLOCK_W}" height="{BLOCK_H}" class="edge"/>'
 
 
+def _copy_parts(view: BlockView, copies: Sequence[SlotCopies], block_size: int, x: float, y: float) -> Iterator[str]:
+    """Over a block: slots that got their tokens back or from elsewhere; a bar under those that were saved."""
+    slot_w = BLOCK_W / block_size
+    for run in sorted(copies, key=lambda run: run.kind == "checkpoint"):  # its block may hold other tokens by now
+        kind, slots = COPY_KINDS[run.kind], range(run.first_slot, run.first_slot + run.num_slots)
+        tip = f"block {run.block_id}, slots {slots[0]} to {slots[-1]}: {COPY_LABELS[kind]}: {run.request_id}"
+        top, tall, fill = (y + BLOCK_H - 3, 3, LOST_COLOUR) if kind == SAVED else (y, BLOCK_H, f"url(#kv-{kind})")
+        yield (f'<rect x="{x + slots[0] * slot_w:.2f}" y="{top}" width="{len(slots) * slot_w:.2f}" height="{tall}" '
+               f'fill="{fill}"><title>{escape(tip)}</title></rect>')
+
+
 def _tip(view: BlockView, kind: str, slots: Sequence[int], block_size: int) -> str:
     """Owner, request and token positions of a run of slots."""
     if kind == FREE:
@@ -170,29 +212,19 @@ def _tip(view: BlockView, kind: str, slots: Sequence[int], block_size: int) -> s
     return {RT: rt, BE: be, LOST: f"{be}: on the host only", OVER: f"{rt}; over {be}, which are on the host"}[kind]
 
 
-def _legend(width: float) -> str:
-    """Two rows of keys."""
+def _legend(labels: Mapping[str, str], width: float) -> str:
+    """Rows of three keys."""
     parts = []
-    for place, (kind, label) in enumerate(SLOT_LABELS.items()):
+    for place, (kind, label) in enumerate(labels.items()):
         x, y = LABEL_W + place % 3 * (width - LABEL_W) / 3, 2 + place // 3 * (BLOCK_H + GAP_Y)
-        parts.append(f'<rect x="{x:.1f}" y="{y}" width="30" height="{BLOCK_H}" fill="url(#kv-{kind})"/>'
-                     f'<rect x="{x:.1f}" y="{y}" width="30" height="{BLOCK_H}" class="edge"/>'
+        if kind == SAVED:
+            parts.append(f'<rect x="{x:.1f}" y="{y + BLOCK_H - 3}" width="30" height="3" fill="{LOST_COLOUR}"/>')
+        else:
+            parts.append(f'<rect x="{x:.1f}" y="{y}" width="30" height="{BLOCK_H}" fill="url(#kv-{kind})"/>')
+        parts.append(f'<rect x="{x:.1f}" y="{y}" width="30" height="{BLOCK_H}" class="edge"/>'
                      f'<text x="{x + 37:.1f}" y="{y + 11}">{label}</text>')
     return "".join(parts)
 
 
-def _pattern(kind: str, fill: str, marks: str) -> str:
-    return (f'<pattern id="kv-{kind}" width="7" height="7" patternUnits="userSpaceOnUse">'
-            f'<rect width="7" height="7" fill="{fill}"/>{marks}</pattern>')
-
-
-_DEFS = (
-    "<defs>"
-    + _pattern(FREE, EMPTY_COLOUR, "")
-    + _pattern(RT, RT_COLOUR, "")
-    + _pattern(BE, BE_COLOUR, '<path d="M-1 8L8 -1M-1 1L1 -1M6 8L8 6" stroke="#8a5200" stroke-width="1.3"/>')
-    + _pattern(OVER, RT_COLOUR, '<path d="M1.5 1.5L5.5 5.5M5.5 1.5L1.5 5.5" stroke="#ffffff" stroke-width="1.4"/>')
-    + _pattern(LOST, "#ffffff", f'<path d="M1.5 1.5L5.5 5.5M5.5 1.5L1.5 5.5" stroke="{LOST_COLOUR}" '
-                                'stroke-width="1.4"/>')
-    + f"</defs><style>.block-map text{{font:11px {FONT};fill:{INK}}}.block-map .id{{fill:{MUTED};font-size:10px}}"
-      ".block-map .edge{fill:none;stroke:#66717f;stroke-width:.8}</style>")
+_STYLE = (f"<style>.block-map text{{font:11px {FONT};fill:{INK}}}.block-map .id{{fill:{MUTED};font-size:10px}}"
+          ".block-map .edge{fill:none;stroke:#66717f;stroke-width:.8}</style>")

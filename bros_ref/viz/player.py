@@ -1,35 +1,47 @@
 """The KV pool as a player: every block and slot at every step of a trace, in one piece of HTML.
 
 Pure functions of a trace, and a class that shows them. The page carries what changed in each step, not the pool of each
-step, so 2,000 blocks over hundreds of steps are small, and moving the slider asks no kernel. `static/player.js` draws.
-Where scripts do not run, the map of the busiest step is shown (`kv_blocks.block_map`).
+step, so 2,000 blocks over hundreds of steps are small, and moving the slider asks no kernel (`widget.py` says why).
+`static/pool.js` draws. Where scripts do not run, the map of the busiest step is shown (`kv_blocks.block_map`).
 """
 
 from __future__ import annotations
 
-import json
-from html import escape
-from importlib.resources import files
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from bros_ref.trace import BlockView, StepRecord, Trace
-from bros_ref.viz.kv_blocks import SLOT_LABELS, block_map, busiest_step
-from bros_ref.viz.style import BE_COLOUR, EMPTY_COLOUR, INK, LOST_COLOUR, MUTED, PAPER, RT_COLOUR
+from bros_ref.trace import BlockView, SlotCopies, StepRecord, Trace
+from bros_ref.viz.kv_blocks import (
+    COPY_KINDS,
+    COPY_LABELS,
+    FILLS,
+    SAVED,
+    SLOT_LABELS,
+    block_map,
+    busiest_step,
+)
+from bros_ref.viz.style import INK, LOST_COLOUR, MUTED, PAPER, Fill
+from bros_ref.viz.widget import Looks, controls_html, legend_html, packed_fills, request_select, widget_html
 
-COLOURS = {"rt": RT_COLOUR, "be": BE_COLOUR, "lost": LOST_COLOUR, "free": EMPTY_COLOUR, "paper": PAPER, "ink": INK,
-           "edge": MUTED}
+COLOURS = {"lost": LOST_COLOUR, "paper": PAPER, "ink": INK, "edge": MUTED}
 COPY_VERBS = {"checkpoint": "saved to the host", "restore": "brought back", "relocate": "moved"}
-SPEEDS = (1, 2, 4, 10, 30)  # steps a second
-KEYS = {"rt": "solid", "be": "slashes", "over": "white crosses", "lost": "red crosses", "free": "pale"}
+POOL_LOOKS: Looks = FILLS | {SAVED: Fill(PAPER, "_", LOST_COLOUR)}  # a bar along the bottom
+POOL_LABELS = SLOT_LABELS | COPY_LABELS
+POOL_SCRIPTS = ("controls.js", "pool.js")
+OfStep = TypeVar("OfStep")
 
 
-def pool_changes(trace: Trace) -> list[list[int]]:
+def pool_changes(trace: Trace, moments: Sequence[int] | None = None) -> list[list[int]]:
     """For each step the blocks that changed: block id, then RT owner, its logical index and fill, BE owner, index and
-    fill, and BE tokens that live on the host only. Owners are indices into `list(trace.requests)`, -1 for none."""
+    fill, and BE tokens that live on the host only. Owners are indices into `list(trace.requests)`, -1 for none.
+
+    Args:
+        moments: ascending step indices, -1 for before the first: changes from each to the next. None: every step.
+    """
     number = {request_id: i for i, request_id in enumerate(trace.requests)}
-    before = [BlockView() for _ in range(trace.num_blocks)]
-    steps = []
-    for pool in trace.pools():
+    empty = [BlockView() for _ in range(trace.num_blocks)]
+    before, steps = empty, []
+    for pool in _at(trace.pools(), range(len(trace.steps)) if moments is None else moments, empty):
         changes: list[int] = []
         for block_id, (old, new) in enumerate(zip(before, pool, strict=True)):
             if new is not old:  # untouched blocks keep their view
@@ -40,12 +52,43 @@ def pool_changes(trace: Trace) -> list[list[int]]:
     return steps
 
 
+def pool_data(trace: Trace, moments: Sequence[int] | None = None) -> dict[str, Any]:
+    """What a page needs to draw the pool at any step, or at each of `moments` (as in `pool_changes`): see
+    static/pool.js. `copies` holds, for each, block id, kind (an index into `kinds`), first slot and number of slots of
+    every run that the step copied."""
+    kinds = list(COPY_KINDS)
+    copies: list[list[int]] = []
+    for runs in _at(trace.copies(), range(len(trace.steps)) if moments is None else moments, list[SlotCopies]()):
+        copies.append([])
+        for run in runs:
+            copies[-1] += [run.block_id, kinds.index(run.kind), run.first_slot, run.num_slots]
+    return {"block_size": trace.block_size, "num_blocks": trace.num_blocks, "colours": COLOURS,
+            "looks": packed_fills(POOL_LOOKS), "owners": list(trace.requests), "steps": pool_changes(trace, moments),
+            "copies": copies, "kinds": list(COPY_KINDS.values())}
+
+
+def _at(of_steps: Iterator[OfStep], moments: Iterable[int], before: OfStep) -> Iterator[OfStep]:
+    """What is said of each of the ascending moments; `before` is said of -1."""
+    index, current = -1, before
+    for moment in moments:
+        while index < moment:
+            index, current = index + 1, next(of_steps)
+        yield current
+
+
+def pool_html() -> str:
+    """Where static/pool.js draws, and what the fills mean."""
+    return (f'<canvas data-pool role="img" aria-label="KV blocks at this step" style="display:block">'
+            f'</canvas>{legend_html(POOL_LABELS)}')
+
+
 def step_note(trace: Trace, step: StepRecord) -> str:
     """One step in words: when, who ran, what was copied."""
     real_time = sum(trace.requests[request_id].request_class == "rt" for request_id in step.scheduled)
     parts = [f"{real_time} real-time and {len(step.scheduled) - real_time} best-effort requests ran",
              f"{step.used_blocks} of {trace.num_blocks} blocks in use"]
-    parts += [f"{step.copied[kind]} slots {verb}" for kind, verb in COPY_VERBS.items() if step.copied[kind]]
+    parts += [f"{count} slot{'' if count == 1 else 's'} {verb}" for kind, verb in COPY_VERBS.items()
+              if (count := step.copied[kind])]
     return f"{step.start_s:.2f} s: " + "; ".join(parts)
 
 
@@ -68,28 +111,13 @@ class BlockMapPlayer:
 
     def data(self) -> dict[str, Any]:
         """What the page carries."""
-        return {"block_size": self.trace.block_size, "num_blocks": self.trace.num_blocks, "colours": COLOURS,
-                "owners": list(self.trace.requests), "steps": pool_changes(self.trace),
-                "notes": [step_note(self.trace, step) for step in self.trace.steps]}
+        return pool_data(self.trace) | {"notes": [step_note(self.trace, step) for step in self.trace.steps]}
 
     def to_html(self) -> str:
         """A <div> with everything in it; works in a notebook, a static page and a file."""
-        own_keys, last = 'data-lm-suppress-shortcuts="true"', len(self.trace.steps) - 1
-        options = "".join(f'<option value="{speed}"{" selected" if speed == 10 else ""}>{speed}</option>'
-                          for speed in SPEEDS)
-        legend = "; ".join(f"{KEYS[kind]}: {label}" for kind, label in SLOT_LABELS.items())
-        packed = json.dumps(self.data(), separators=(",", ":")).replace("</", "<\\/")
-        script = files("bros_ref.viz").joinpath("static/player.js").read_text(encoding="utf-8")
-        return (f'<div data-bros-player data-step="-1" role="group" aria-label="{escape(repr(self))}">'
-                f'<button type="button" {own_keys}>play</button> '
-                f'<label>step <input type="range" min="0" max="{last}" value="{self.start}" step="1" {own_keys} '
-                'style="width:50%;vertical-align:middle"></label> '
-                f"<label>steps a second <select {own_keys}>{options}</select></label>"
-                '<div role="status" aria-live="polite"></div>'
-                f'<canvas role="img" aria-label="KV blocks at this step. {legend}" style="max-width:100%"></canvas>'
-                f'<div style="font-size:12px;color:{MUTED}">{legend}</div>'
-                '<div role="status" aria-live="polite">click a slot to see its request\'s block table</div>'
-                f'<script type="application/json">{packed}</script><script>{{{script}}}</script></div>')
+        body = (f'{controls_html(len(self.trace.steps) - 1, self.start)}<div role="status"></div>{pool_html()}'
+                f'<div>{request_select(list(self.trace.requests))} <span role="status"></span></div>')
+        return widget_html("player", repr(self), body, self.data(), (*POOL_SCRIPTS, "player.js"))
 
     def still(self) -> str:
         """The busiest step as SVG."""

@@ -8,21 +8,19 @@ real-time requests by ascending slack, and those it does not name are counted.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from itertools import islice
 from typing import Any
 
 from bros_ref.trace import StepRecord, Trace
-from bros_ref.viz.style import BE_COLOUR, CLASS_LABELS, FONT, INK, LOST_COLOUR, MUTED, REASON_LABELS, RT_COLOUR
+from bros_ref.viz.style import CLASS_LABELS, FONT, INK, LOST_COLOUR, REASON_LABELS, RT_COLOUR
+from bros_ref.viz.widget import OWN_KEYS, controls_html, widget_html
 
 WIDTH, LEFT, RIGHT, TOP, PLOT_H, BELOW = 760, 58, 14, 10, 210, 20  # of the chart, px
 ROW_H, BAR_X, BAR_W, MAX_ROWS = 20, 150, 200, 14  # of the standings in the still, px
-SPEEDS = (1, 2, 4, 10)  # steps a second
 CAPTION = "in order of priority; a bar is slack, from the red mark: filled, it ran; hollow, it sat out"
 HOLLOW = ' fill="#fff"'
 STYLE = (f"<style>.race text{{font:11px {FONT};fill:{INK};stroke:none}}.race .faded{{opacity:.12}}"
@@ -198,31 +196,22 @@ class PriorityRace:
                 "x": [round(self._x(step.start_s), 1) for step in self.trace.steps],
                 "low_ms": 1e3 * self._low_s, "high_ms": 1e3 * self._high_s,
                 "notes": [race_note(step) for step in self.trace.steps],
-                "colours": {"rt": RT_COLOUR, "be": BE_COLOUR, "late": LOST_COLOUR, "muted": MUTED}}
+                "colours": {"rt": RT_COLOUR, "late": LOST_COLOUR}}
 
     def to_html(self) -> str:
         """A <div> with everything in it; works in a notebook, a static page and a file."""
-        own_keys, last = 'data-lm-suppress-shortcuts="true"', len(self.trace.steps) - 1
-        speeds = "".join(f'<option value="{speed}"{" selected" if speed == 2 else ""}>{speed}</option>'
-                         for speed in SPEEDS)
         followed = "".join(f"<option>{escape(request_id)}</option>" for request_id in self.runners)
         head = "".join(f'<th scope="col" style="text-align:left">{name}</th>'
                        for name in ("request", "class", "slack", "bar", "this step"))
-        packed = json.dumps(self.data(), separators=(",", ":")).replace("</", "<\\/")
-        script = files("bros_ref.viz").joinpath("static/priority_race.js").read_text(encoding="utf-8")
-        return (f'<div data-bros-race data-step="-1" role="group" aria-label="{escape(repr(self))}">'
-                f'<button type="button" {own_keys}>play</button> '
-                f'<label>step <input type="range" min="0" max="{last}" value="{self.start}" step="1" {own_keys} '
-                'style="width:40%;vertical-align:middle"></label> '
-                f"<label>steps a second <select data-speed {own_keys}>{speeds}</select></label> "
-                f'<label>follow <select data-follow {own_keys}><option value="">all</option>{followed}</select></label>'
+        body = (f'{controls_html(len(self.trace.steps) - 1, self.start, speed=2)} <label>follow <select data-follow '
+                f'{OWN_KEYS}><option value="">all</option>{followed}</select></label>'
                 '<div role="status" aria-live="polite"></div>'
-                f'<svg class="race" viewBox="0 0 {WIDTH} {TOP + PLOT_H + BELOW}" role="img" '
-                f'style="max-width:{WIDTH}px" aria-label="slack over time of {len(self.runners)} real-time requests" '
+                f'<svg class="race" viewBox="0 0 {WIDTH} {TOP + PLOT_H + BELOW}" role="img" style="display:block;'
+                f'max-width:{WIDTH}px" aria-label="slack over time of {len(self.runners)} real-time requests" '
                 f'xmlns="http://www.w3.org/2000/svg">{STYLE}{self.chart(self.start)}</svg>'
-                f'<table style="font-size:13px;min-width:100%"><caption style="text-align:left">{CAPTION}</caption>'
-                f"<thead><tr>{head}</tr></thead><tbody></tbody></table>"
-                f'<script type="application/json">{packed}</script><script>{{{script}}}</script></div>')
+                f'<table style="font-size:13px;min-width:{WIDTH}px"><caption style="text-align:left">{CAPTION}'
+                f"</caption><thead><tr>{head}</tr></thead><tbody></tbody></table>")
+        return widget_html("race", repr(self), body, self.data(), ("controls.js", "priority_race.js"))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}

@@ -25,6 +25,7 @@ from bros_ref.trace import (
 
 INK, MUTED, GRID, PAPER = "#18212f", "#5a6675", "#e4e8ee", "#ffffff"
 RT_COLOUR, BE_COLOUR, SHARED_COLOUR, LOST_COLOUR, EMPTY_COLOUR = "#1f5fbf", "#f0a432", "#7b4bb3", "#c4302b", "#eef1f6"
+RESTORED_COLOUR, MOVED_COLOUR = "#bfe3d3", "#dccbf0"
 LOG_TICKS = [base * 10.0**power for power in range(-4, 5) for base in (1, 2, 5)]  # for logarithmic axes
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -36,6 +37,31 @@ class Look:
     label: str
     colour: str
     pattern: str = ""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A colour, and marks on it: "", or one of MARKS. Drawings in a page and stills fill alike."""
+
+    colour: str
+    mark: str = ""
+    mark_colour: str = ""
+
+
+# Paths on a tile of 7 x 7, and their width; `hatch` in static/controls.js draws the same marks.
+MARKS = {"/": ("M-1 8L8 -1M-1 1L1 -1M6 8L8 6", 1.3), "\\": ("M-1 -1L8 8M6 -1L8 1M-1 6L1 8", 1.3),
+         "x": ("M1.5 1.5L5.5 5.5M5.5 1.5L1.5 5.5", 1.4), "|": ("M3.5 0L3.5 7", 1.3), "-": ("M0 3.5L7 3.5", 1.3),
+         ".": ("M2.5 3.5L4.5 3.5", 2.0), "+": ("M3.5 1L3.5 6M1 3.5L6 3.5", 1.3)}
+
+
+def svg_pattern(name: str, fill: Fill) -> str:
+    """A <pattern> for `fill="url(#name)"`."""
+    marks = ""
+    if fill.mark:
+        path, width = MARKS[fill.mark]
+        marks = f'<path d="{path}" stroke="{fill.mark_colour}" stroke-width="{width}"/>'
+    return (f'<pattern id="{name}" width="7" height="7" patternUnits="userSpaceOnUse">'
+            f'<rect width="7" height="7" fill="{fill.colour}"/>{marks}</pattern>')
 
 
 CLASS_LABELS = {"rt": "real-time", "be": "best-effort"}

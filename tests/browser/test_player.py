@@ -6,11 +6,15 @@ import re
 import statistics
 
 import pytest
-from browser.jupyter import CHROMIUM, FLAGS, why_not
+from browser.jupyter import why_not
+from browser.pages import go_to, opened, violations, wait_for
 
 from bros_ref.paper import PaperWorkload
 from bros_ref.simulate import SimulationSettings, run
+from bros_ref.viz.kv_blocks import FILLS, MOVED, RESTORED
 from bros_ref.viz.player import BlockMapPlayer
+from bros_ref.viz.style import LOST_COLOUR
+from tests.viz.factory import make_trace
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
@@ -24,45 +28,36 @@ REDRAW = """root => new Promise(done => {
 
 
 @pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-
-
-@pytest.fixture(scope="module")
 def trace():
     settings = SimulationSettings("a100-80gb", "llama-2-7b", 1, kv_tokens=64 * 16, max_num_seqs=16)
     return run("bros", settings, PaperWorkload(2.0, 6.0, 12), keep_steps=True)[1]
 
 
-def opened(browser, tmp_path, trace):
-    (tmp_path / "player.html").write_text(f"<!doctype html><body>{BlockMapPlayer(trace).to_html()}", encoding="utf-8")
-    page = browser.new_page(viewport={"width": 900, "height": 900})
-    page.errors = []
-    page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(f"file://{tmp_path / 'player.html'}")
+def shown(chromium, tmp_path, trace):
+    page = opened(chromium, tmp_path, BlockMapPlayer(trace).to_html())
     return page, page.locator("[data-bros-player]")
 
 
-def go_to(root, step):
-    move = "(slider, at) => { slider.value = at; slider.dispatchEvent(new Event('input')); }"
-    root.locator("input").evaluate(move, step)
-    root.page.wait_for_function("([root, at]) => root.dataset.step === String(at)", arg=[root.element_handle(), step])
-
-
 def owner_of(view, slot, size):
-    if view.rt_owner is not None and slot < view.rt_fill:
-        return f"{view.rt_owner}, token {view.rt_index * size + slot}"
-    if view.be_owner is not None and slot >= size - view.be_fill:
-        return f"{view.be_owner}, token {view.be_index * size + size - 1 - slot}"
-    return "free"
+    rt = f"{view.rt_owner}, token {view.rt_index * size + slot}" if slot < view.rt_fill else None
+    be = f"{view.be_owner}, token {view.be_index * size + size - 1 - slot}" if slot >= size - view.be_fill else None
+    on_host = be is not None and slot < size - view.be_fill + view.overwritten
+    if rt is not None:
+        return f"{rt}; over {be}, which is on the host" if on_host else rt
+    return "free" if be is None else f"{be}, on the host" if on_host else be
 
 
-def test_hover_names_the_owner_that_the_trace_names(browser, tmp_path, trace):
-    page, root = opened(browser, tmp_path, trace)
-    canvas, size, last = root.locator("canvas"), trace.block_size, len(trace.steps) - 1
+def box_of(block, num_blocks, width=760):
+    """Left, top, width and height of a block's strip, as pool.js lays out a small pool."""
+    columns = min(num_blocks, max(1, round((num_blocks * 0.5) ** 0.5)))
+    strip = (width - 6) / columns - 6
+    tall = max(5, min(16, strip / 4))
+    return 6 + block % columns * (strip + 6), 6 + block // columns * (tall + 6), strip, tall
+
+
+def test_hover_names_the_owner_that_the_trace_names(chromium, tmp_path, trace):
+    page, root = shown(chromium, tmp_path, trace)
+    canvas, size, last = root.locator("canvas[data-pool]"), trace.block_size, len(trace.steps) - 1
     seen = set()
     for step in (last // 2, last, 3, 70, 69, 0, last // 3):  # forwards, backwards, across a kept state
         go_to(root, step)
@@ -76,34 +71,97 @@ def test_hover_names_the_owner_that_the_trace_names(browser, tmp_path, trace):
     assert page.errors == []
 
 
-def test_click_shows_the_block_table_and_play_moves(browser, tmp_path, trace):
-    page, root = opened(browser, tmp_path, trace)
+def test_click_shows_the_block_table_and_play_moves(chromium, tmp_path, trace):
+    page, root = shown(chromium, tmp_path, trace)
     step = max(range(len(trace.steps)), key=lambda i: trace.steps[i].used_blocks)
     go_to(root, step)
     pool = trace.pool_at(step)
     block = next(i for i, view in enumerate(pool) if view.be_owner is not None and view.be_fill == trace.block_size)
-    canvas = root.locator("canvas")
-    wide, columns = canvas.bounding_box()["width"], min(64, max(1, round((64 * 0.5) ** 0.5)))
-    strip = (wide - 6) / columns - 6
-    tall = max(5, min(16, strip / 4))
-    x, y = (6 + i * (side + 6) + side / 2 for i, side in ((block % columns, strip), (block // columns, tall)))
-    canvas.click(position={"x": x, "y": y})
+    x, y, wide, tall = box_of(block, trace.num_blocks)
+    root.locator("canvas[data-pool]").click(position={"x": x + wide / 2, "y": y + tall / 2})
     mine = sorted((view.be_index, i) for i, view in enumerate(pool) if view.be_owner == pool[block].be_owner)
     said = root.locator("[role=status]").last.inner_text()
     assert said == f"block table of {pool[block].be_owner}: {', '.join(str(i) for _, i in mine)}"
     go_to(root, 0)
-    root.locator("button").click()
+    root.locator("button[data-play]").click()
     page.wait_for_function("root => Number(root.dataset.step) >= 3", arg=root.element_handle())
-    root.locator("button").click()
+    root.locator("button[data-play]").click()
     root.locator("input").press("End")
-    page.wait_for_function("([root, at]) => root.dataset.step === String(at)",
-                           arg=[root.element_handle(), len(trace.steps) - 1])
+    wait_for(root, "step", len(trace.steps) - 1)
 
 
-def test_512_blocks_redraw_at_once(browser, tmp_path):
+def test_a_request_is_chosen_by_keyboard(chromium, tmp_path, trace):
+    page, root = shown(chromium, tmp_path, trace)
+    root.locator("select[data-request]").select_option(label="rt-1")
+    mine = [i for i, view in enumerate(trace.pool_at(BlockMapPlayer(trace).start)) if view.rt_owner == "rt-1"]
+    assert root.locator("[role=status]").last.inner_text().startswith("block table of rt-1: ")
+    assert len(root.locator("[role=status]").last.inner_text().split(",")) == len(mine) > 1
+    assert page.errors == page.away == []
+
+
+SHARES = """([canvas, boxes, colours]) => boxes.map(([x, y, wide, tall]) => {
+  const ratio = canvas.width / parseFloat(canvas.style.width), seen = {};
+  const pixels = canvas.getContext('2d').getImageData(Math.ceil(x * ratio) + 1, Math.ceil(y * ratio) + 1,
+    Math.floor(wide * ratio) - 2, Math.floor(tall * ratio) - 2).data;
+  for (let i = 0; i < pixels.length; i += 4) {
+    const colour = '#' + [0, 1, 2].map(k => pixels[i + k].toString(16).padStart(2, '0')).join('');
+    seen[colour] = (seen[colour] || 0) + 4 / pixels.length;
+  }
+  return colours.map(colour => seen[colour] || 0);
+})"""
+
+
+def test_what_a_step_copied_is_painted_in_that_step_only(chromium, tmp_path):
+    """The ground colour of each kind covers most of what was brought back or moved, and nothing a step later."""
+    trace = make_trace(num_blocks=30, num_rt=10, num_be=8)
+    _, root = shown(chromium, tmp_path, trace)
+    canvas, size, seen = root.locator("canvas[data-pool]").element_handle(), trace.block_size, set()
+    ground = [FILLS[RESTORED].colour, FILLS[MOVED].colour, LOST_COLOUR]
+    for step, copies in enumerate(trace.copies()):
+        wide = [slots for slots in copies if slots.num_slots > 1]
+        if not wide or (step + 1 < len(trace.steps) and any(trace.steps[step + 1].copied.values())):
+            continue
+        boxes = []
+        for slots in wide:
+            x, y, strip, tall = box_of(slots.block_id, trace.num_blocks)
+            boxes.append([x + slots.first_slot * strip / size, y, slots.num_slots * strip / size, tall])
+        go_to(root, step)
+        for slots, shares in zip(wide, root.page.evaluate(SHARES, [canvas, boxes, ground]), strict=True):
+            kind = ["restore", "relocate", "checkpoint"].index(slots.kind)
+            assert shares[kind] > (0.05 if slots.kind == "checkpoint" else 0.4), (step, slots, shares)
+            seen.add(slots.kind)
+        if step + 1 < len(trace.steps):
+            go_to(root, step + 1)
+            later = root.page.evaluate(SHARES, [canvas, boxes, ground])
+            assert all(shares[:2] == [0, 0] for shares in later)
+    assert seen == {"restore", "relocate", "checkpoint"}
+
+
+def test_axe_finds_nothing(chromium, tmp_path, trace):
+    page, _ = shown(chromium, tmp_path, trace)
+    assert violations(page, "[data-bros-player]") == []
+
+
+def test_512_blocks_redraw_at_once(chromium, tmp_path):
     settings = SimulationSettings("a100-80gb", "llama-2-7b", 1, kv_tokens=512 * 16, max_num_seqs=64)
     trace = run("bros", settings, PaperWorkload(3.0, 6.0, 40), keep_steps=True)[1]
-    _, root = opened(browser, tmp_path, trace)
+    _, root = shown(chromium, tmp_path, trace)
     times_ms = [root.evaluate(REDRAW) for _ in range(30)]
     print("slider event to painted, 512 blocks, ms: median", statistics.median(times_ms), "max", max(times_ms))
     assert statistics.median(times_ms) < MAX_REDRAW_MS
+
+
+def test_2000_blocks_play_at_ten_frames_a_second(chromium, tmp_path):
+    settings = SimulationSettings("a100-80gb", "llama-2-7b", 1, kv_tokens=2_000 * 16, max_num_seqs=128)
+    trace = run("bros", settings, PaperWorkload(4.0, 6.0, 64), keep_steps=True)[1]
+    page, root = shown(chromium, tmp_path, trace)
+    root.locator("select[data-speed]").select_option("30")
+    rates = []
+    for _ in range(3):
+        go_to(root, 100)
+        root.locator("button[data-play]").click()
+        page.wait_for_timeout(2000)
+        root.locator("button[data-play]").click()
+        rates.append((int(root.get_attribute("data-step")) - 100) / 2)
+    print("2,000 blocks, frames a second of 30 asked for:", rates)
+    assert max(rates) >= 10

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from browser.jupyter import CHROMIUM, FLAGS, why_not
+from browser.jupyter import why_not
+from browser.pages import opened, violations, wait_for
 from harness import checksum_engine, random_requests, run
 
 from bros_ref.viz.priority_race import PriorityRace, standings
@@ -14,7 +15,7 @@ WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def race():
     rng = random.Random(3)
     engine = checksum_engine("bros", num_blocks=12, max_num_seqs=3)
@@ -22,25 +23,11 @@ def race():
     return PriorityRace(engine.trace)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-
-
 @pytest.fixture
-def root(browser, tmp_path, race):
-    (tmp_path / "race.html").write_text(
-        f'<!doctype html><html lang="en"><title>race</title><body><main><h1>race</h1>{race.to_html()}</main>',
-        encoding="utf-8")
-    page = browser.new_page(viewport={"width": 900, "height": 900})
-    errors: list[str] = []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(f"file://{tmp_path / 'race.html'}")
+def root(chromium, tmp_path, race):
+    page = opened(chromium, tmp_path, race.to_html())
     yield page.locator("[data-bros-race]")
-    assert errors == []
+    assert page.errors == page.away == []
     page.close()
 
 
@@ -52,25 +39,15 @@ def shown(root):
 
 def test_the_standings_are_those_of_the_trace_at_every_key_press(root, race):
     expected = [[(row.request_id, row.reason is None, row.said) for row in rows] for rows in standings(race.trace)]
-    slider = root.locator("input")
+    slider, last = root.locator("input"), len(expected) - 1
     assert shown(root) == expected[race.start]
     slider.focus()
-    slider.press("Home")
-    for at in range(12):
-        assert root.get_attribute("data-step") == str(at)
-        assert shown(root) == expected[at]
-        assert root.locator("[role=status]").inner_text().startswith(f"step {at + 1} of {len(expected)}, ")
-        slider.press("ArrowRight")
-    slider.press("End")
-    assert shown(root) == expected[-1]
-
-
-def test_the_cursor_stands_at_the_step(root, race):
-    slider = root.locator("input")
-    slider.focus()
-    for key, index in (("Home", 0), ("End", len(race.trace.steps) - 1)):
+    for at, key in [(0, "Home"), *((at, "ArrowRight") for at in range(1, 12)), (last, "End"), (last - 1, "ArrowLeft")]:
         slider.press(key)
-        assert root.locator("[data-cursor]").get_attribute("transform") == f"translate({race.data()['x'][index]:g} 0)"
+        wait_for(root, "step", at)
+        assert shown(root) == expected[at]
+        assert root.locator("[role=status]").inner_text().startswith(f"step {at + 1} of {last + 1}, ")
+        assert root.locator("[data-cursor]").get_attribute("transform") == f"translate({race.data()['x'][at]:g} 0)"
 
 
 def test_one_can_follow_a_request_and_play(root, race):
@@ -80,18 +57,13 @@ def test_one_can_follow_a_request_and_play(root, race):
     assert sorted(faded) == sorted(set(race.runners) - {chosen})
     assert root.locator("[data-line].chosen").get_attribute("data-line") == chosen
     root.locator("input").press("Home")
+    wait_for(root, "step", 0)
     root.locator("[data-speed]").select_option("10")
     root.locator("button").click()
-    root.page.wait_for_function("root => Number(root.dataset.step) >= 3", arg=root.element_handle())
+    wait_for(root, "step", 3)
     root.locator("button").click()
     assert root.locator("button").inner_text() == "play"
-    at = root.get_attribute("data-step")
-    root.page.wait_for_timeout(300)
-    assert root.get_attribute("data-step") == at, "it stands still after pause"
 
 
 def test_axe_finds_nothing(root):
-    from axe_playwright_python.sync_playwright import Axe
-
-    results = Axe().run(root.page)
-    assert [violation["id"] for violation in results.response["violations"]] == []
+    assert violations(root.page, "[data-bros-race]") == []

@@ -22,7 +22,8 @@ TARGETS = SLO(ttft_s=0.4, tpot_s=0.2)
 
 @dataclass
 class Toy:
-    """One run. `snapshots` is what the cache manager itself says after each decision, to compare `Trace.pools` with."""
+    """One run. `snapshots` and `copies` are what the cache manager itself says after each decision, to compare
+    `Trace.pools` and `Trace.copies` with: blocks, and (kind, device slot) of every copied slot."""
 
     trace: Trace
     manager: KVCacheManager
@@ -31,6 +32,7 @@ class Toy:
     requests: dict[str, Request] = field(default_factory=dict)
     coming: list[Request] = field(default_factory=list)
     snapshots: list[list[BlockView]] = field(default_factory=list)
+    copies: list[list[tuple[str, int]]] = field(default_factory=list)
     now_s: float = 0.0
 
 
@@ -135,6 +137,9 @@ def _run(toy: Toy, step: StepRecord) -> None:
     step.used_blocks = toy.manager.num_used_blocks
     step.num_running, step.num_waiting = len(step.scheduled), len(toy.requests) - len(step.scheduled)
     toy.snapshots.append(toy.manager.snapshot())
+    plan = changes.copies
+    toy.copies.append(sorted([("checkpoint", slot) for slot, _ in plan.checkpoint]
+                             + [(kind, slot) for kind in ("restore", "relocate") for _, slot in getattr(plan, kind)]))
     tokens = sum(step.scheduled.values())
     context = sum(toy.requests[request_id].num_tokens for request_id in step.scheduled)
     step.predicted_s = 0.02 + 4e-4 * tokens + 1e-5 * context

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bros_ref.metrics import request_timings, summarise
 from bros_ref.trace import BEHIND, NO_BLOCKS, PHASES, REASONS, BlockView, Trace
 from bros_ref.viz import charts, kv_blocks, timeline
-from bros_ref.viz.style import BLOCK_LOOKS, PHASE_LOOKS, REASON_LABELS, policy_look
+from bros_ref.viz.style import BLOCK_LOOKS, PHASE_LOOKS, REASON_LABELS, policy_look, svg_pattern
 from tests.viz.factory import TARGETS, make_trace
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -120,9 +120,11 @@ def test_colour_is_never_alone() -> None:
     assert len({look.pattern for look in BLOCK_LOOKS.values()}) == len(BLOCK_LOOKS)
     looks = [policy_look(place) for place in range(9)]
     assert len({look.dash for look in looks}) == len({look.marker for look in looks}) == 9
-    for kind in kv_blocks.SLOT_LABELS:
-        pattern = kv_blocks._DEFS.split(f'id="kv-{kind}"')[1].split("</pattern>")[0]
-        assert ("<path" in pattern) == (kind not in (kv_blocks.FREE, kv_blocks.RT))
+    assert kv_blocks.FILLS.keys() == (kv_blocks.SLOT_LABELS | kv_blocks.COPY_LABELS).keys() - {kv_blocks.SAVED}
+    for kind, fill in kv_blocks.FILLS.items():
+        assert ("<path" in svg_pattern("any", fill)) == (kind not in (kv_blocks.FREE, kv_blocks.RT))
+    marks = [(fill.mark, fill.mark_colour) for fill in kv_blocks.FILLS.values() if fill.mark]
+    assert len(set(marks)) == len(marks)
 
 
 # -- the KV pool ------------------------------------------------------------------------------------------------------
@@ -217,6 +219,23 @@ def test_the_map_of_a_moment_is_the_pool_of_that_moment(pair: list[Trace]) -> No
         assert (view.rt_owner is None or f"real-time {view.rt_owner}," in mine)
         assert (view.be_owner is None or f"best-effort {view.be_owner}," in mine)
         assert ("on the host" in mine) == (view.overwritten > 0)
+
+
+def test_the_map_of_a_moment_marks_what_its_step_copied(pair: list[Trace]) -> None:
+    trace, seen = pair[1], Counter[str]()
+    for index, copies in enumerate(trace.copies()):
+        if not copies:
+            continue
+        drawn = kv_blocks.block_map(trace, index)
+        svg = ElementTree.fromstring(drawn)
+        tips = [title.text or "" for title in svg.iter(f"{SVG}title")]
+        for run in copies:
+            label = kv_blocks.COPY_LABELS[kv_blocks.COPY_KINDS[run.kind]]
+            last = run.first_slot + run.num_slots - 1
+            assert f"block {run.block_id}, slots {run.first_slot} to {last}: {label}: {run.request_id}" in tips
+            seen[run.kind] += 1
+        assert ("url(#kv-restored)" in drawn) == any(run.kind == "restore" for run in copies)
+    assert seen["checkpoint"] > 0 < seen["restore"]
 
 
 def test_a_large_pool_shows_its_interesting_blocks_in_order() -> None:

@@ -6,14 +6,14 @@ import re
 import pytest
 
 from bros_ref.trace import BlockView, Trace
-from bros_ref.viz.player import BlockMapPlayer, pool_changes
+from bros_ref.viz.player import BlockMapPlayer, pool_changes, pool_data
 from tests.viz.factory import make_trace
 
 
-def replayed(trace):
-    """The pools that the page's changes add up to, as the player adds them."""
+def pool_after(trace, steps):
+    """The pools that a page's changes add up to, as pool.js adds them."""
     names, pool = [*trace.requests, None], [BlockView() for _ in range(trace.num_blocks)]
-    for changes in pool_changes(trace):
+    for changes in steps:
         for at in range(0, len(changes), 8):
             block, rt, rt_index, rt_fill, be, be_index, be_fill, lost = changes[at:at + 8]
             pool[block] = BlockView(names[rt], rt_fill, names[be], be_fill, lost, rt_index, be_index)
@@ -23,7 +23,18 @@ def replayed(trace):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_changes_add_up_to_the_pool_of_every_step(seed):
     trace = make_trace(seed=seed)
-    assert list(replayed(trace)) == list(trace.pools())
+    assert list(pool_after(trace, pool_changes(trace))) == list(trace.pools())
+
+
+def test_the_changes_between_moments_add_up_to_their_pools():
+    trace = make_trace()
+    moments = [-1, -1, 0, 7, 7, 20, len(trace.steps) - 1]
+    pools = list(pool_after(trace, pool_changes(trace, moments)))
+    assert pools[:2] == [[BlockView()] * trace.num_blocks] * 2
+    assert pools[2:] == [trace.pool_at(step) for step in moments[2:]]
+    every = pool_data(trace)["copies"]
+    assert any(every)
+    assert pool_data(trace, moments)["copies"] == [[], [], *(every[step] for step in moments[2:])]
 
 
 def test_the_page_is_one_piece():

@@ -1,11 +1,7 @@
 // Runs a priority race: a cursor over the chart that `priority_race.py` drew, and the standings of the step under it.
-// `root` holds the controls and, as JSON, what is packed there. No kernel and no network are needed.
-function race(root) {
-  root.dataset.ready = 'yes';
-  const data = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
-  const [slider, button] = [root.querySelector('input'), root.querySelector('button')];
-  const [speed, follow] = [root.querySelector('[data-speed]'), root.querySelector('[data-follow]')];
-  const [status, body, cursor] = ['[role=status]', 'tbody', '[data-cursor]'].map((what) => root.querySelector(what));
+each('race', (root, data) => {
+  const [follow, status, body, cursor] = ['[data-follow]', '[role=status]', 'tbody', '[data-cursor]'].map(
+    (what) => root.querySelector(what));
   const c = data.colours, last = data.steps.length - 1;
   const share = (ms) => 100 * (ms - data.low_ms) / (data.high_ms - data.low_ms);
 
@@ -40,8 +36,7 @@ function race(root) {
   };
 
   // 2. A step: the cursor, the words, the standings.
-  const draw = () => {
-    const at = Number(slider.value);
+  const draw = (at) => {
     cursor.setAttribute('transform', `translate(${data.x[at]} 0)`);
     status.textContent = `step ${at + 1} of ${last + 1}, ${data.notes[at]}`;
     body.replaceChildren(...data.steps[at].map(row));
@@ -53,21 +48,7 @@ function race(root) {
   };
 
   // 3. What one can do: move, play, follow.
-  let timer = null;
-  const stop = () => { clearInterval(timer); timer = null; button.textContent = 'play'; };
-  button.addEventListener('click', () => {
-    if (timer !== null) { stop(); return; }
-    if (Number(slider.value) >= last) slider.value = 0;
-    button.textContent = 'pause';
-    timer = setInterval(() => {
-      if (Number(slider.value) >= last) { stop(); return; }
-      slider.value = Number(slider.value) + 1;
-      draw();
-    }, 1000 / Number(speed.value));
-  });
-  speed.addEventListener('change', () => { if (timer !== null) { stop(); button.click(); } });
-  slider.addEventListener('input', draw);
-  follow.addEventListener('change', draw);
-  draw();
-}
-for (const root of document.querySelectorAll('[data-bros-race]:not([data-ready])')) race(root);
+  const moved = controls(root, draw);
+  follow.addEventListener('change', () => draw(moved.value()));
+  draw(moved.value());
+});

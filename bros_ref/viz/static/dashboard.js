@@ -1,0 +1,78 @@
+// Two runs at the same moment: a slider of times, two pools, and what each has achieved so far.
+each('dashboard', (root, data) => {
+  const status = root.querySelector('[role=status]'), { times_s: times, width, chart_height: high } = data;
+  const c = data.sides[0].pool.colours, last = times.length - 1;
+
+  // 1. One side: its facts, its pool, who waits and why.
+  const sides = data.sides.map((side, place) => {
+    const box = root.querySelector(`[data-side="${place}"]`), waits = box.querySelector('[data-waits]');
+    const fact = (kind) => box.querySelector(`[data-fact="${kind}"]`), detail = box.querySelector('[data-table]');
+    let chosen = -1, at = 0;
+    side.moments.forEach((moment, i) => { moment.left_out ??= side.moments[i - 1].left_out; }); // said where it changes
+    const split = (requests) => [requests.filter((one) => side.is_rt[one]), requests.filter((one) => !side.is_rt[one])];
+    const list = (requests) => {
+      const [rt, be] = split(requests), named = [...rt, ...be].slice(0, 6);
+      const shown = named.map((one) => `${side.is_rt[one] ? 'RT' : 'BE'} ${side.pool.owners[one]}`).join(', ');
+      return requests.length > 6 ? `${shown} and ${requests.length - 6} more` : shown;
+    };
+    const show = (moment) => {
+      at = moment;
+      const now = side.moments[moment], over = times[moment] >= side.end_s;
+      const [rt, be] = split(now.left_out.flatMap((entry) => entry.slice(1)));
+      fact('ran').textContent = over ? `nothing: over after ${side.end_s.toFixed(2)} s` : `${now.ran[0]} RT, ${now.ran[1]} BE`;
+      fact('left').textContent = `${rt.length} RT, ${be.length} BE`;
+      fact('rt').textContent = `${now.on_time} of ${now.finished} of ${now.arrived}`;
+      fact('be').textContent = String(now.be_tokens);
+      waits.replaceChildren(...now.left_out.map(([reason, ...requests]) => {
+        const line = document.createElement('div'), why = document.createElement('b');
+        why.textContent = `${data.reasons[reason]}: `; line.append(why, list(requests));
+        return line;
+      }));
+      map.draw(moment, chosen);
+      detail.textContent = chosen < 0 ? '' : map.said(chosen);
+    };
+    const map = poolMap(box.querySelector('canvas[data-pool]'), side.pool, width, (request) => { chosen = request; show(at); });
+    return { show };
+  });
+
+  // 2. The curves: A dashed, B solid; up to the moment in ink, beyond it pale.
+  const charts = [...root.querySelectorAll('canvas[data-chart]')].map((canvas) => {
+    const kind = canvas.dataset.chart, ctx = sized(canvas, width, high), left = 44, low = high - 20;
+    const top = Math.max(1, ...data.sides.flatMap((side) => side.moments.map((moment) => moment[kind])));
+    const x = (moment) => left + moment / last * (width - left - 6), y = (value) => low - value / top * (low - 22);
+    const line = (side, place, from, to, colour) => {
+      ctx.strokeStyle = colour; ctx.lineWidth = 2; ctx.setLineDash(place === 0 ? [6, 3] : []); ctx.beginPath();
+      for (let i = from; i <= to; i++) ctx.lineTo(x(i), y(side.moments[i][kind]));
+      ctx.stroke();
+    };
+    const show = (moment) => {
+      ctx.fillStyle = c.paper; ctx.fillRect(0, 0, width, high);
+      ctx.setLineDash([]); ctx.strokeStyle = c.edge; ctx.lineWidth = 1;
+      ctx.strokeRect(left, 16, width - left - 6, low - 16);
+      ctx.strokeStyle = c.ink; ctx.beginPath(); ctx.moveTo(x(moment), 16); ctx.lineTo(x(moment), low); ctx.stroke();
+      data.sides.forEach((side, place) => {
+        line(side, place, moment, last, '#c3cad4');
+        line(side, place, 0, moment, place === 0 ? '#a8550a' : '#1f5fbf');
+      });
+      ctx.setLineDash([]); ctx.fillStyle = c.ink; ctx.font = '11px system-ui, sans-serif';
+      ctx.textAlign = 'right'; ctx.fillText(String(top), left - 4, 26); ctx.fillText('0', left - 4, low);
+      ctx.textAlign = 'left'; ctx.fillText('0 s', left, high - 6);
+      data.names.forEach((name, place) => {
+        const at = left + 4 + place * 200;
+        ctx.strokeStyle = place === 0 ? '#a8550a' : '#1f5fbf'; ctx.lineWidth = 2; ctx.setLineDash(place === 0 ? [6, 3] : []);
+        ctx.beginPath(); ctx.moveTo(at, 8); ctx.lineTo(at + 26, 8); ctx.stroke(); ctx.fillText(name, at + 32, 12);
+      });
+      ctx.textAlign = 'right'; ctx.fillText(`${times[last].toFixed(1)} s`, width - 6, high - 6);
+    };
+    return { show };
+  });
+
+  const show = (moment) => {
+    for (const one of [...sides, ...charts]) one.show(moment);
+    status.textContent = `${times[moment].toFixed(2)} s of ${times[last].toFixed(2)} s since the first arrival`;
+    root.dataset.step = moment;
+  };
+  const player = controls(root, show);
+  paintKeys(root, data.sides[0].pool.looks);
+  show(player.value());
+});

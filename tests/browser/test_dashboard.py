@@ -1,0 +1,78 @@
+"""The dashboard in a real browser: both sides follow one slider, and say what the traces say."""
+
+from __future__ import annotations
+
+import pytest
+from browser.jupyter import why_not
+from browser.pages import go_to, opened, violations, wait_for
+
+from bros_ref.trace import BEHIND
+from bros_ref.viz.dashboard import Dashboard
+from bros_ref.viz.style import REASON_LABELS
+from tests.viz.factory import make_trace
+
+WHY_NOT = why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
+
+
+@pytest.fixture
+def shown(chromium, tmp_path):
+    pair = [make_trace(policy, seed=2, num_rt=8, num_be=9, num_blocks=30) for policy in ("vllm", "bros")]
+    dashboard = Dashboard(*pair)
+    page = opened(chromium, tmp_path, dashboard.to_html())
+    yield dashboard, page.locator("[data-bros-dashboard]")
+    assert page.errors == page.away == []
+    page.close()
+
+
+def test_both_sides_follow_one_slider(shown):
+    dashboard, root = shown
+    last = len(dashboard.times_s) - 1
+    reasons = set()
+    for moment in (0, last // 3, dashboard.start, last // 2, 5, last):
+        go_to(root, moment)
+        time_s = dashboard.times_s[moment]
+        assert root.locator("[role=status]").inner_text().startswith(f"{time_s:.2f} s of {dashboard.end_s:.2f} s")
+        for place, side in enumerate(dashboard.sides):
+            now, box = side.at(time_s), root.locator(f'[data-side="{place}"]')
+            ran = box.locator('[data-fact="ran"]').inner_text()
+            over = f"nothing: over after {side.ends[-1]:.2f} s"
+            assert ran == (over if time_s >= side.ends[-1] else f"{now['ran'][0]} RT, {now['ran'][1]} BE")
+            assert box.locator('[data-fact="rt"]').inner_text() == (
+                f"{now['on_time']} of {now['finished']} of {now['arrived']}")
+            assert box.locator('[data-fact="be"]').inner_text() == str(now["be_tokens"])
+            lines = box.locator("[data-waits] > div").all_inner_texts()
+            assert [line.split(":")[0] for line in lines] == [REASON_LABELS[reason] for reason, _ in now["left_out"]]
+            for line, (reason, names) in zip(lines, now["left_out"], strict=True):
+                assert names[0] in line or len(names) > 6
+                assert line.endswith(f"and {len(names) - 6} more") == (len(names) > 6)
+                reasons.add(reason)
+    assert reasons - {BEHIND}
+
+
+def test_keyboard_and_play(shown):
+    dashboard, root = shown
+    slider = root.locator("input[type=range]")
+    slider.press("Home")
+    wait_for(root, "step", 0)
+    slider.press("ArrowRight")
+    wait_for(root, "step", 1)
+    root.locator("button[data-play]").press("Enter")
+    root.page.wait_for_function("root => Number(root.dataset.step) >= 6", arg=root.element_handle())
+    root.locator("button[data-play]").press("Enter")
+    slider.press("End")
+    wait_for(root, "step", len(dashboard.times_s) - 1)
+
+
+def test_a_click_on_a_slot_shows_a_block_table(shown):
+    dashboard, root = shown
+    box = root.locator('[data-side="1"]')
+    box.locator("canvas[data-pool]").click(position={"x": 60, "y": 12})
+    said = box.locator("[data-table]").inner_text()
+    pool = dashboard.sides[1].trace.pool_at(dashboard.sides[1].step_at(dashboard.times_s[dashboard.start]))
+    owner = pool[0].rt_owner or pool[0].be_owner
+    assert said.startswith(f"block table of {owner}: ")
+
+
+def test_axe_finds_nothing(shown):
+    assert violations(shown[1].page, "[data-bros-dashboard]") == []
