@@ -44,6 +44,13 @@ def show_source(what: Callable[..., Any] | type, *, docstring: bool = False) -> 
     return Source(f"{path}: {what.__qualname__}", text)
 
 
+def device() -> str:
+    """Where this notebook's models run: "cuda" if `BROS_REF_DEVICE=cuda` asks for it and torch finds a GPU, else "cpu".
+    """
+    wanted = os.environ.get("BROS_REF_DEVICE", "cpu")
+    return "cuda" if wanted == "cuda" and environment_stamp()["gpu"] is not None else "cpu"
+
+
 def device_line() -> str:
     """Where the measurements of this notebook are made: a GPU where there is one, else the CPU, unless the variable
     BROS_REF_DEVICE says which.

@@ -1,0 +1,95 @@
+"""The small widgets of the first notebooks in a real browser: they draw what Python draws, by mouse and by keyboard."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from browser.jupyter import CHROMIUM, FLAGS, why_not
+
+from bros_ref.viz.causal_mask import BLOCK_SIZES, CausalMaskExplorer, MaskSetting, mask_note, mask_svg
+
+WHY_NOT = why_not()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
+TOKENS = ["The", " capital", " of", "\\n", "<b>", "&", "'s", '"'] * 3
+# The browser writes both down its own way, so markup is compared and not its spelling.
+SAME = """([root, svg]) => {
+  const other = document.createElement('div');
+  other.innerHTML = svg;
+  return root.querySelector('svg').innerHTML === other.firstChild.innerHTML;
+}"""
+SET = """([root, values]) => {
+  for (const [name, value] of Object.entries(values)) root.querySelector(`[name=${name}]`).value = value;
+  root.querySelector('[name=row]').max = 7;
+  root.querySelector('[name=row]').value = values.row;
+  root.querySelector('[name=context]').dispatchEvent(new Event('input', {bubbles: true}));
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Opens a piece of HTML and gives its first element; at the end nothing has failed and axe finds no fault."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    pages = []
+
+    def opened(html):
+        (tmp_path / "widget.html").write_text(
+            f'<!doctype html><html lang="en"><title>widget</title><body><main>{html}</main>', encoding="utf-8")
+        page = browser.new_page(viewport={"width": 1000, "height": 900})
+        page.faults = []
+        page.on("pageerror", lambda error: page.faults.append(str(error)))
+        page.on("request", lambda request: page.faults.append(request.url) if "http" in request.url else None)
+        page.goto(f"file://{tmp_path / 'widget.html'}")
+        pages.append(page)
+        return page.locator("main > *").first
+
+    yield opened
+    for page in pages:
+        assert page.faults == []
+        violations = Axe().run(page, context="main", options={"rules": {"page-has-heading-one": {"enabled": False}}})
+        assert violations.violations_count == 0, violations.generate_report()
+
+
+def draws(root, setting, row):
+    return root.page.evaluate(SAME, [root.element_handle(), mask_svg(setting, row, TOKENS)])
+
+
+def test_the_mask_explorer_draws_what_python_draws(show):
+    root = show(CausalMaskExplorer(TOKENS).to_html())
+    assert draws(root, MaskSetting(4, 10, 8), 3)
+    assert not draws(root, MaskSetting(4, 10, 8), 2)
+    dice = random.Random(0)
+    for _ in range(40):
+        context = dice.randint(1, 24)
+        setting = MaskSetting(dice.randint(1, min(8, context)), context, dice.choice(BLOCK_SIZES),
+                              dice.random() < 0.5, dice.random() < 0.5)
+        row = dice.randrange(setting.query)
+        values = {"query": setting.query, "context": context, "block": setting.block_size, "row": row,
+                  "reversed": "yes" if setting.reversed else "no", "column": "yes" if setting.by_column else "no"}
+        root.page.evaluate(SET, [root.element_handle(), values])
+        assert draws(root, setting, row), (setting, row)
+        assert root.locator("[role=status]").inner_text() == mask_note(setting, row, TOKENS)
+
+
+def test_the_mask_explorer_by_keyboard_and_by_mouse(show):
+    root = show(CausalMaskExplorer(TOKENS).to_html())
+    root.get_by_label("tokens in all").focus()
+    root.page.keyboard.press("ArrowRight")
+    assert draws(root, MaskSetting(4, 11, 8), 3)
+    root.get_by_label("filled from").select_option("yes")
+    root.get_by_role("combobox", name="mask").select_option("yes")
+    assert draws(root, MaskSetting(4, 11, 8, True, True), 3)
+    assert "are wrong" in root.locator("[role=status]").inner_text()
+    root.locator("rect[data-row='1']").first.hover()
+    assert draws(root, MaskSetting(4, 11, 8, True, True), 1)
+    root.get_by_label("tokens in all").press("Home")  # one token: one row is left
+    assert draws(root, MaskSetting(1, 1, 8, True, True), 0)
