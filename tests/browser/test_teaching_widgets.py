@@ -8,6 +8,7 @@ import pytest
 from browser.jupyter import CHROMIUM, FLAGS, why_not
 
 from bros_ref.viz.causal_mask import BLOCK_SIZES, CausalMaskExplorer, MaskSetting, mask_note, mask_svg
+from bros_ref.viz.recomputed import ForwardPass, recomputed
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
@@ -93,3 +94,20 @@ def test_the_mask_explorer_by_keyboard_and_by_mouse(show):
     assert draws(root, MaskSetting(4, 11, 8, True, True), 1)
     root.get_by_label("tokens in all").press("Home")  # one token: one row is left
     assert draws(root, MaskSetting(1, 1, 8, True, True), 0)
+
+
+def test_recomputed_or_reused_is_stepped_through(show):
+    variants = {"no cache": [ForwardPass(3 + i, 0) for i in range(5)],
+                "cache": [ForwardPass(3 + i, 2 + i if i else 0) for i in range(5)]}
+    frames = recomputed(variants, TOKENS, 30)
+    root = show(frames.to_html())
+    root.locator("input").focus()
+    for at, frame in enumerate(frames.frames):
+        assert root.locator("[role=status]").inner_text() == f"{at + 1} of 5: {frame.caption}"
+        [seen] = [still for still in root.locator("svg").all() if still.is_visible()]
+        assert f"no cache: {30 * sum(range(3, 4 + at))} K/V pairs computed so far" in seen.text_content()
+        root.page.keyboard.press("ArrowRight")
+    root.get_by_role("button", name="play").click()  # at the end: from the start again
+    root.page.wait_for_function("root => root.dataset.at === '2'", arg=root.element_handle())
+    tip = root.locator("[data-frame='2'] title").nth(3)
+    assert tip.text_content() == "token 3 (\\n): computed again"
