@@ -58,7 +58,8 @@ def ladder_svg(rows: Sequence[Mapping[str, Any]]) -> str:
     patterns = "".join(svg_pattern(f"ladder-{panel.key}", panel.fill) for panel in PANELS)
     return (f'<svg class="ladder" viewBox="0 0 {width} {bottom + 6}" style="max-width:{width}px" role="img" '
             f'aria-label="{escape(label)}" xmlns="http://www.w3.org/2000/svg"><defs>{patterns}</defs><style>'
-            f".ladder text{{font:12.5px {FONT};fill:{INK}}}.ladder .head{{font-weight:600}}.ladder .small{{font-size:11px;fill:{MUTED}}}</style>"
+            f".ladder text{{font:12.5px {FONT};fill:{INK}}}.ladder .head{{font-weight:600}}"
+            f".ladder .small{{font-size:11px;fill:{MUTED}}}</style>"
             f"{''.join(parts)}</svg>")
 
 

@@ -45,10 +45,8 @@ def show_source(what: Callable[..., Any] | type, *, docstring: bool = False) -> 
 
 
 def device() -> str:
-    """Where this notebook's models run: "cuda" if `BROS_REF_DEVICE=cuda` asks for it and torch finds a GPU, else "cpu".
-    """
-    wanted = os.environ.get("BROS_REF_DEVICE", "cpu")
-    return "cuda" if wanted == "cuda" and environment_stamp()["gpu"] is not None else "cpu"
+    """Where this notebook's models run, "cpu" or "cuda"; the rule and its errors are `compute_device`'s."""
+    return compute_device()
 
 
 def device_line() -> str:
@@ -58,8 +56,8 @@ def device_line() -> str:
     Raises:
         ValueError: see `compute_device`.
     """
-    device, stamp = compute_device(), environment_stamp()
-    return f"measured on {stamp['gpu'] if device == 'cuda' else stamp['cpu_model']}, torch {stamp['torch']}"
+    on_gpu, stamp = device() == "cuda", environment_stamp()
+    return f"measured on {stamp['gpu'] if on_gpu else stamp['cpu_model']}, torch {stamp['torch']}"
 
 
 def check(answer: object, expected: object, hint: str) -> None:
