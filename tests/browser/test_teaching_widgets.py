@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from browser.jupyter import CHROMIUM, FLAGS, why_not
+from browser.jupyter import CHROMIUM, FLAGS, RUN_ALL, jupyter_lab, why_not
 
 from bros_ref.viz.causal_mask import BLOCK_SIZES, CausalMaskExplorer, MaskSetting, mask_note, mask_svg
 from bros_ref.viz.recomputed import ForwardPass, recomputed
@@ -111,3 +111,43 @@ def test_recomputed_or_reused_is_stepped_through(show):
     root.page.wait_for_function("root => root.dataset.at === '2'", arg=root.element_handle())
     tip = root.locator("[data-frame='2'] title").nth(3)
     assert tip.text_content() == "token 3 (\\n): computed again"
+
+
+PANEL = """from bros_ref.config import KVCacheConfig
+from bros_ref.kv_cache.manager import KVCacheManager
+from bros_ref.request import SLO, Request, RequestClass, SamplingParams
+from bros_ref.viz.panels import PoolPanel
+
+def request(i):
+    return Request(f"r{i}", RequestClass.REAL_TIME, [1], SamplingParams(max_tokens=9), slo=SLO(1.0, 1.0)), 7
+
+PoolPanel(KVCacheManager(KVCacheConfig(num_blocks=3, block_size=4)), request)"""
+
+
+def test_the_pool_panel_in_the_lab(browser, tmp_path):
+    import nbformat
+    from axe_playwright_python.sync_playwright import Axe
+
+    with jupyter_lab(tmp_path) as address:
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}  # else the lab asks which one
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PANEL)], metadata=kernel),
+                       tmp_path / "notebooks" / "panel.ipynb")
+        page = browser.new_page(base_url=address)
+        page.set_default_timeout(120_000)
+        page.goto("/doc/tree/notebooks/panel.ipynb")
+        page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.context !== undefined")
+        page.evaluate(RUN_ALL)
+        shown = page.locator("[data-bros-pool]")
+        shown.wait_for()
+        page.get_by_role("button", name="new request").focus()
+        page.keyboard.press("Enter")
+        page.get_by_text("r0 came with 7 tokens; 2 of 3 blocks in use").wait_for()
+        page.get_by_role("button", name="new request").click()
+        page.get_by_text("no room for 7 tokens").wait_for()
+        page.get_by_role("button", name="one token each").press("Space")
+        page.get_by_text("r0: 8 tokens, block table [0, 1]").wait_for()
+        violations = Axe().run(page, context=".jp-OutputArea-output")
+        assert violations.violations_count == 0, violations.generate_report()
+        page.get_by_role("button", name="oldest leaves").click()
+        page.get_by_text("r0 left; 0 of 3 blocks in use").wait_for()
+        page.close()
