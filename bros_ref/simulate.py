@@ -98,7 +98,9 @@ def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: 
     """One policy on one workload. Returns the summary and the trace.
 
     A recipe's arrivals end at its duration; the run goes on, best-effort backlog and all, until the last RT request
-    has ended, but no longer than MAX_TAIL_S: whoever arrived in the last seconds is not missed for that.
+    has ended, but no longer than MAX_TAIL_S: whoever arrived in the last seconds is not missed for that. Throughputs
+    are those until the duration: the tail is short under a policy that serves RT soon, long under one that serves it
+    late, and full of best-effort work in either case.
     """
     engine = simulated_engine(policy, settings, keep_steps=keep_steps)
     if isinstance(arrivals, PaperWorkload):
@@ -111,7 +113,7 @@ def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: 
            and any(request.is_rt for request in engine.scheduler.requests.values())):
         serve(engine, workload, request_of_length, engine.clock.now_s() + 1.0)
     assert engine.trace is not None
-    return summarise(engine.trace), engine.trace
+    return summarise(engine.trace, until_s), engine.trace
 
 
 @dataclass(frozen=True)
