@@ -26,10 +26,10 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bros_ref.trace import RequestRecord, StepRecord, Trace
 
@@ -75,8 +75,9 @@ class Timing:
         return self.token_times_s[-1] - self.record.arrival_s if self.completed and self.token_times_s else None
 
     @property
-    def itl_s(self) -> list[float]:
-        return [after - before for before, after in pairwise(self.token_times_s)]
+    def itl_s(self) -> npt.NDArray[np.float64]:
+        """[tokens - 1]; empty for fewer than two tokens."""
+        return np.diff(np.frombuffer(self.token_times_s))
 
     @property
     def met_ttft(self) -> bool:
@@ -256,6 +257,7 @@ def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float) ->
     prompts_by_then = sum(timing.record.prompt_tokens for timing in timings
                           if timing.token_times_s and timing.token_times_s[0] <= until_s)
     rated = [timing for timing in timings if timing.record.ttft_slo_s is not None]
+    gaps_s = np.concatenate([timing.itl_s for timing in timings]) if timings else np.empty(0)
     met_both = [timing.met_ttft and timing.met_tpot for timing in rated]
     summary: dict[str, Any] = {
         "arrived": len(timings),
@@ -269,15 +271,15 @@ def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float) ->
     }
     summary |= _statistics("ttft", (timing.ttft_s for timing in timings))
     summary |= _statistics("tpot", (timing.tpot_s for timing in timings))
-    summary |= _statistics("itl", (gap for timing in timings for gap in timing.itl_s))
+    summary |= _statistics("itl", gaps_s)
     summary |= _statistics("e2el", (timing.e2el_s for timing in timings))
     return summary | {
         "normalized_latency_ms_per_token": _mean(
             1e3 * timing.e2el_s / len(timing.token_times_s) for timing in timings if timing.e2el_s is not None),
         "ttft_attainment": _mean(timing.met_ttft for timing in rated),
         "tpot_attainment": _mean(timing.met_tpot for timing in rated),
-        "tpot_token_attainment": _mean(gap <= timing.record.tpot_slo_s for timing in rated
-                                       if timing.record.tpot_slo_s is not None for gap in timing.itl_s),
+        "tpot_token_attainment": _mean(np.concatenate([timing.itl_s <= timing.record.tpot_slo_s for timing in rated
+                                                       if timing.record.tpot_slo_s is not None])) if rated else None,
         "slo_attainment": _mean(met_both),
         "request_goodput": _per_second(sum(timing.met_ttft and timing.met_tpot for timing in completed_by_then
                                            if timing.record.ttft_slo_s is not None), rated_s) if rated else None,
@@ -285,21 +287,23 @@ def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float) ->
     }
 
 
-def _statistics(name: str, samples_s: Iterable[float | None]) -> dict[str, float | None]:
+def _statistics(name: str, samples_s: Iterable[float | None] | npt.NDArray[np.float64]) -> dict[str, float | None]:
     """mean, median, p99 and std of the samples that exist, seconds in, milliseconds out."""
-    samples_ms = array("d", (1e3 * sample for sample in samples_s if sample is not None))
+    if not isinstance(samples_s, np.ndarray):
+        samples_s = np.array([sample for sample in samples_s if sample is not None], dtype=float)
+    samples_ms = 1e3 * samples_s
     return {f"mean_{name}_ms": _mean(samples_ms), f"median_{name}_ms": _percentile(samples_ms, 50),
             f"p99_{name}_ms": _percentile(samples_ms, 99),
-            f"std_{name}_ms": float(np.std(samples_ms)) if samples_ms else None}
+            f"std_{name}_ms": float(np.std(samples_ms)) if len(samples_ms) else None}
 
 
-def _mean(samples: Iterable[float]) -> float | None:
-    values = list(samples)
-    return float(np.mean(values)) if values else None
+def _mean(samples: Iterable[float] | npt.NDArray[Any]) -> float | None:
+    values = samples if isinstance(samples, np.ndarray) else list(samples)
+    return float(np.mean(values)) if len(values) else None
 
 
-def _percentile(samples: Sequence[float], percent: float) -> float | None:
-    return float(np.percentile(samples, percent)) if samples else None
+def _percentile(samples: Sequence[float] | npt.NDArray[np.float64], percent: float) -> float | None:
+    return float(np.percentile(samples, percent)) if len(samples) else None
 
 
 def _per_second(amount: float, rated_s: float) -> float | None:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, overload
 
 from bros_ref.clock import VirtualClock
 from bros_ref.config import KVCacheConfig, SchedulerConfig
@@ -87,9 +87,29 @@ def simulated_engine(policy: str, settings: SimulationSettings, *, keep_steps: b
     return LLMEngine(scheduler, SimulatedRunner(cost, clock), clock, trace=trace)
 
 
+class Zeros(Sequence[int]):
+    """A prompt of which only the length matters. It takes no memory: a hundred thousand may wait at once."""
+
+    __slots__ = ("_length",)
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        within = range(self._length)[index]  # raises IndexError as a list does
+        return 0 if isinstance(within, int) else Zeros(len(within))
+
+
 def request_of_length(item: WorkloadItem) -> Request:
     """A request whose tokens are all 0: only the lengths matter."""
-    return Request(item.request_id, item.request_class, [0] * item.prompt_tokens,
+    return Request(item.request_id, item.request_class, Zeros(item.prompt_tokens),
                    SamplingParams(max_tokens=item.output_tokens, ignore_eos=True), item.arrival_s, item.slo)
 
 
