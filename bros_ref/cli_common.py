@@ -36,12 +36,12 @@ TpotOption = Annotated[float, typer.Option(help="TPOT target of real-time reques
 
 def parse_policies(names: str) -> list[str]:
     """Names from a comma-separated list. Raises ValueError for an unknown one."""
-    from bros_ref.scheduler import BOUNDS, POLICIES
+    from bros_ref.scheduler import known_policies
 
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
-        if name not in POLICIES and name not in BOUNDS:
-            raise ValueError(f"unknown policy {name!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
+        if name not in known_policies():
+            raise ValueError(f"unknown policy {name!r}; known are {', '.join(known_policies())}")
     return chosen
 
 

@@ -103,6 +103,9 @@ class SchedulerConfig:
     no RT deadline binds and falls back when one does; `max_num_seqs` is its ceiling and B_max.
     `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is what one step of
     waiting is worth when BE requests are ordered by the KV they must restore (our decision).
+
+    Two more are the paper's rules, which `bros-plus` does without (`scheduler/bros.py` says why): `batch_slow_start` is
+    that cap, `rt_newcomers_displace_rt` whether an RT may enter a pool that is full of RT, at their cost.
     """
 
     max_num_seqs: int = 256
@@ -113,6 +116,8 @@ class SchedulerConfig:
     be_max_wait_steps: int = 128
     be_aging_tokens_per_step: float = 1.0
     min_chunk_tokens: int = 16
+    batch_slow_start: bool = True
+    rt_newcomers_displace_rt: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_context_tokens", "base_batch_cap",

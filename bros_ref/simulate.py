@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, overload
 
 from bros_ref.clock import VirtualClock
 from bros_ref.config import KVCacheConfig, SchedulerConfig
@@ -87,9 +87,29 @@ def simulated_engine(policy: str, settings: SimulationSettings, *, keep_steps: b
     return LLMEngine(scheduler, SimulatedRunner(cost, clock), clock, trace=trace)
 
 
+class Zeros(Sequence[int]):
+    """A prompt of which only the length matters. It takes no memory: a hundred thousand may wait at once."""
+
+    __slots__ = ("_length",)
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        within = range(self._length)[index]  # raises IndexError as a list does
+        return 0 if isinstance(within, int) else Zeros(len(within))
+
+
 def request_of_length(item: WorkloadItem) -> Request:
     """A request whose tokens are all 0: only the lengths matter."""
-    return Request(item.request_id, item.request_class, [0] * item.prompt_tokens,
+    return Request(item.request_id, item.request_class, Zeros(item.prompt_tokens),
                    SamplingParams(max_tokens=item.output_tokens, ignore_eos=True), item.arrival_s, item.slo)
 
 
@@ -98,7 +118,9 @@ def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: 
     """One policy on one workload. Returns the summary and the trace.
 
     A recipe's arrivals end at its duration; the run goes on, best-effort backlog and all, until the last RT request
-    has ended, but no longer than MAX_TAIL_S: whoever arrived in the last seconds is not missed for that.
+    has ended, but no longer than MAX_TAIL_S: whoever arrived in the last seconds is not missed for that. Throughputs
+    are those until the duration: the tail is short under a policy that serves RT soon, long under one that serves it
+    late, and full of best-effort work in either case.
     """
     engine = simulated_engine(policy, settings, keep_steps=keep_steps)
     if isinstance(arrivals, PaperWorkload):
@@ -111,7 +133,7 @@ def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: 
            and any(request.is_rt for request in engine.scheduler.requests.values())):
         serve(engine, workload, request_of_length, engine.clock.now_s() + 1.0)
     assert engine.trace is not None
-    return summarise(engine.trace), engine.trace
+    return summarise(engine.trace, until_s), engine.trace
 
 
 @dataclass(frozen=True)

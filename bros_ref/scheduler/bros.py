@@ -24,6 +24,12 @@ Ours, where the paper is silent:
   cannot be put there (then it keeps no seat empty). If no BE holds KV, the head of the BE queue is due after N steps.
   Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, one a step is exempt likewise.
 - A batch that is still empty takes its first request whatever the bound: an idle machine helps nobody.
+
+`bros-plus` is this class with three rules changed (all ours, `scheduler/__init__.py` names them). Prompts are cut to
+what the deadlines leave, where the paper's form leaves a long BE prompt out until no RT is near. No cap bounds the
+batch besides the deadlines. And an RT enters only while the pool holds the KV of all RT: in the paper's form a newcomer
+swaps out the RT with the most slack, and when the RT alone are more than the pool holds, each step then moves whole
+requests over PCIe to serve one instead of another.
 """
 
 from __future__ import annotations
@@ -84,7 +90,7 @@ class BROSScheduler(Scheduler):
         base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
         self._batch_cap = base if self._deadline_bound else min(2 * self._batch_cap, ceiling)
         self._deadline_bound = False
-        self.seats = self._batch_cap
+        self.seats = self._batch_cap if self.config.batch_slow_start else ceiling
 
     def _sorted_be(self) -> list[Request]:
         """BE that hold KV, by (tokens to restore - aging * steps waited); a due one goes to the very front."""
@@ -273,7 +279,15 @@ class BROSScheduler(Scheduler):
 
     def may_enter(self, request: Request) -> bool:
         """An RT takes room from BE, and a due BE from other BE; the rest need empty blocks for the whole prompt."""
-        return request.is_rt or request is self._forced or super().may_enter(request)
+        if request.is_rt:
+            return self.config.rt_newcomers_displace_rt or self._fits_beside_rt(request)
+        return request is self._forced or super().may_enter(request)
+
+    def _fits_beside_rt(self, request: Request) -> bool:
+        """Whether the pool holds the KV of all RT, this one's whole prompt included, and a block more for each."""
+        rt = [other for other in self.running if other.is_rt]
+        held = sum(self.kv.blocks_for(other.num_tokens) + 1 for other in rt)
+        return not rt or held + self.kv.blocks_for(request.num_tokens) <= self.kv.config.num_blocks
 
     def make_room(self, request: Request, num_new_tokens: int) -> bool:
         """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
