@@ -1,45 +1,16 @@
 """Pictures one steps through: a slider, play and a caption over a list of SVG stills, in one piece of HTML.
 
-No kernel, no widget state and no network is needed to move it: the page carries all its pictures, so a notebook, a
-static book and a file play alike, and the output compares from run to run. Keyboard: the controls are native. Where
-scripts do not run (a web viewer), the first picture is shown.
+The page carries all its pictures, so nothing is asked or fetched to move it (`widget.py`). Keyboard: the controls are
+native. Where scripts do not run (a web viewer), the first picture is shown.
 """
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
-_SCRIPT = """
-for (const root of document.querySelectorAll('[data-bros-frames]:not([data-ready])')) {
-  root.dataset.ready = 'yes';
-  const slider = root.querySelector('input'), play = root.querySelector('button');
-  const stills = [...root.querySelectorAll('[data-frame]')], status = root.querySelector('[role=status]');
-  let timer = null;
-  const show = () => {
-    const at = Number(slider.value);
-    stills.forEach((still, i) => { still.hidden = i !== at; });
-    status.textContent = `${at + 1} of ${stills.length}: ${stills[at].dataset.caption}`;
-    root.dataset.at = at;
-  };
-  const pause = () => { clearInterval(timer); timer = null; play.textContent = 'play'; };
-  const step = () => {
-    if (Number(slider.value) + 1 >= stills.length) { pause(); return; }
-    slider.value = Number(slider.value) + 1;
-    show();
-  };
-  slider.addEventListener('input', show);
-  play.addEventListener('click', () => {
-    if (timer !== null) { pause(); return; }
-    if (Number(slider.value) + 1 >= stills.length) { slider.value = 0; show(); }
-    timer = setInterval(step, 700);
-    play.textContent = 'pause';
-  });
-  show();
-}
-"""
+from bros_ref.viz.widget import controls_html, widget_html
 
 
 @dataclass(frozen=True)
@@ -66,17 +37,13 @@ class Frames:
         return f"{self.label}: {len(self.frames)} pictures"
 
     def to_html(self) -> str:
-        """A <div> that holds everything: stills, controls, script. JupyterLab leaves the controls' keys alone."""
-        stills = "".join(
-            f'<div data-frame="{i}" data-caption="{html.escape(frame.caption, quote=True)}"{" hidden" if i else ""}>'
-            f"{frame.svg}</div>" for i, frame in enumerate(self.frames))
-        own_keys = 'data-lm-suppress-shortcuts="true"'
-        return (f'<div data-bros-frames role="group" aria-label={json.dumps(self.label)}>'
-                f'<button type="button" {own_keys}>play</button> '
-                f'<label>step <input type="range" min="0" max="{len(self.frames) - 1}" value="0" step="1" {own_keys} '
-                'style="width:60%;vertical-align:middle"></label>'
-                f'<div role="status" aria-live="polite">{html.escape(self.frames[0].caption)}</div>{stills}'
-                f"<script>{_SCRIPT}</script></div>")
+        """A <div> that holds everything: stills, controls, script."""
+        stills = "".join(f'<div data-frame="{i}"{" hidden" if i else ""}>{frame.svg}</div>'
+                         for i, frame in enumerate(self.frames))
+        body = (f'{controls_html(len(self.frames) - 1, 0, speed=1)}<div role="status">'
+                f"{escape(self.frames[0].caption)}</div>{stills}")
+        return widget_html("frames", self.label, body, {"captions": [frame.caption for frame in self.frames]},
+                           ("controls.js", "frames.js"))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.frames[0].svg}

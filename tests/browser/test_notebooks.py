@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from browser.jupyter import CHROMIUM, FLAGS, OUTPUTS, ROOT, RUN_ALL, jupyter_lab, why_not
+from browser.pages import violations, wait_for
 
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
+WIDGETS = ".jp-OutputArea-output:has(button, input, select, canvas)"  # outputs that one can operate
 FAILS_ON_PURPOSE = {"raises-exception", "nbval-raises-exception"}
 
 
@@ -63,6 +65,8 @@ def test_a_notebook_runs_in_the_lab(page, name):
         assert bool(failed) == bool(FAILS_ON_PURPOSE & set(cell["tags"])), failed
     for root in page.locator(".jp-OutputArea [data-bros-frames]").all():
         plays_through(root)
+    if page.locator(WIDGETS).count():
+        assert violations(page, WIDGETS) == []
     if folder := os.environ.get("BROS_REF_SCREENSHOTS"):
         page.set_viewport_size({"width": 1280, "height": 14_000})  # the notebook scrolls inside the page
         page.screenshot(path=Path(folder) / f"{name}.png")
@@ -77,7 +81,7 @@ def plays_through(root):
     slider.focus()
     slider.press("Home")
     for at in range(min(stills.count(), 3)):
-        assert root.get_attribute("data-at") == str(at)
+        wait_for(root, "step", at)
         assert root.locator("[role=status]").inner_text().startswith(f"{at + 1} of {stills.count()}")
         assert [i for i, still in enumerate(stills.all()) if still.is_visible()] == [at]
         slider.press("ArrowRight")

@@ -55,9 +55,10 @@ def test_the_picture_is_an_svg_that_says_what_it_shows(argument):
 
 
 def test_frames_hold_every_picture_and_refuse_none():
-    frames = Frames([Frame("<svg/>", 'a "first" one'), Frame("<svg/>", "b")], "label")
+    frames = Frames([Frame("<svg/>", 'a "first" </script> one'), Frame("<svg/>", "b")], "label")
     assert frames.to_html().count("data-frame=") == 2
-    assert "&quot;first&quot;" in frames.to_html()
+    assert "&quot;first&quot; &lt;/script&gt;" in frames.to_html()
+    assert frames.to_html().count("</script>") == 2
     assert frames._repr_mimebundle_()["text/plain"] == "label: 2 pictures"
     with pytest.raises(ValueError, match="at least one"):
         Frames([], "nothing")
