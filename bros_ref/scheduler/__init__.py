@@ -36,7 +36,8 @@ CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the s
 PLUS: dict[str, dict[str, Any]] = {
     "chunks": {"chunked_prefill": True},  # prompts are cut to what the deadlines leave
     "seats": {"batch_slow_start": False},  # the deadlines bound the batch, and no cap besides
-    "room": {"rt_newcomers_displace_rt": False},  # RT enter while the pool holds the KV of all RT
+    "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
+    "spare": {"rt_newcomers_displace_any": False},  # an RT that has not started spares those that can hardly wait
 }
 BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
 
