@@ -105,8 +105,8 @@ class SchedulerConfig:
     waiting is worth when BE requests are ordered by the KV they must restore (our decision).
 
     The last three are the paper's rules, which `bros-plus` changes (`scheduler/bros.py` says why): `batch_slow_start`
-    is that cap, `rt_banks_time` whether an RT ahead of its TPOT may use that later, `rt_newcomers_displace_any`
-    whether an RT that has not started may swap out an RT that can hardly wait itself.
+    is that cap, `rt_banks_time` whether an RT ahead of its TPOT may use that later, `rt_displaces_eagerly` whether an
+    RT that needs room takes it from a less urgent RT at once.
     """
 
     max_num_seqs: int = 256
@@ -119,7 +119,7 @@ class SchedulerConfig:
     min_chunk_tokens: int = 16
     batch_slow_start: bool = True
     rt_banks_time: bool = False
-    rt_newcomers_displace_any: bool = True
+    rt_displaces_eagerly: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_context_tokens", "base_batch_cap",

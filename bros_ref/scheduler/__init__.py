@@ -37,7 +37,7 @@ PLUS: dict[str, dict[str, Any]] = {
     "chunks": {"chunked_prefill": True},  # prompts are cut to what the deadlines leave
     "seats": {"batch_slow_start": False},  # the deadlines bound the batch, and no cap besides
     "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
-    "spare": {"rt_newcomers_displace_any": False},  # an RT that has not started spares those that can hardly wait
+    "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
 BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
 

@@ -22,6 +22,7 @@ from bros_ref.scheduler.output import SchedulerOutput
 from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS, TOKEN_BUDGET
 
 ITERATION_EMA = 0.1  # weight of the newest step in the moving average of iteration time
+BANKED_SHARE = 0.9  # of TPOT, that time is banked against; the rest is for iterations longer than predicted
 
 
 class Scheduler:
@@ -294,8 +295,8 @@ class Scheduler:
                 assert request.slo is not None
                 deadline_s = now_s + request.slo.tpot_s
                 if banks_time:
-                    deadline_s = max(deadline_s,
-                                     request.first_token_s + request.slo.tpot_s * len(request.output_token_ids))
+                    banked_s = BANKED_SHARE * request.slo.tpot_s * len(request.output_token_ids)
+                    deadline_s = max(deadline_s, request.first_token_s + banked_s)
                 request.deadline_s = request.due_s = deadline_s
             if token_id in eos and not request.sampling.ignore_eos:
                 request.status = RequestStatus.FINISHED_STOP
