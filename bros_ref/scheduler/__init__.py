@@ -36,7 +36,8 @@ CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the s
 PLUS: dict[str, dict[str, Any]] = {
     "chunks": {"chunked_prefill": True},  # prompts are cut to what the deadlines leave
     "seats": {"batch_slow_start": False},  # the deadlines bound the batch, and no cap besides
-    "room": {"rt_newcomers_displace_rt": False},  # RT enter while the pool holds the KV of all RT
+    "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
+    "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
 BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
 

@@ -25,11 +25,16 @@ Ours, where the paper is silent:
   Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, one a step is exempt likewise.
 - A batch that is still empty takes its first request whatever the bound: an idle machine helps nobody.
 
-`bros-plus` is this class with three rules changed (all ours, `scheduler/__init__.py` names them). Prompts are cut to
-what the deadlines leave, where the paper's form leaves a long BE prompt out until no RT is near. No cap bounds the
-batch besides the deadlines. And an RT enters only while the pool holds the KV of all RT: in the paper's form a newcomer
-swaps out the RT with the most slack, and when the RT alone are more than the pool holds, each step then moves whole
-requests over PCIe to serve one instead of another.
+`bros-plus` is this class with four rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
+
+- Prompts are cut to what the deadlines leave, where the paper's form leaves a long BE prompt out until no RT is near.
+- No cap bounds the batch besides the deadlines.
+- An RT banks the time it is ahead: TPOT is a mean, so token k is due at first token + k * TPOT (nine tenths of it), if
+  that is later than the paper's last token + TPOT. Whoever is ahead can sit out for a burst of others, and be on time.
+- RT displace RT as late as they can. In the paper's form whoever comes first in slack order takes blocks from the one
+  with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross PCIe
+  in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two more
+  iterations, and one that has not started displaces only RT that can wait as long as its TTFT.
 """
 
 from __future__ import annotations
@@ -279,15 +284,7 @@ class BROSScheduler(Scheduler):
 
     def may_enter(self, request: Request) -> bool:
         """An RT takes room from BE, and a due BE from other BE; the rest need empty blocks for the whole prompt."""
-        if request.is_rt:
-            return self.config.rt_newcomers_displace_rt or self._fits_beside_rt(request)
-        return request is self._forced or super().may_enter(request)
-
-    def _fits_beside_rt(self, request: Request) -> bool:
-        """Whether the pool holds the KV of all RT, this one's whole prompt included, and a block more for each."""
-        rt = [other for other in self.running if other.is_rt]
-        held = sum(self.kv.blocks_for(other.num_tokens) + 1 for other in rt)
-        return not rt or held + self.kv.blocks_for(request.num_tokens) <= self.kv.config.num_blocks
+        return request.is_rt or request is self._forced or super().may_enter(request)
 
     def make_room(self, request: Request, num_new_tokens: int) -> bool:
         """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
@@ -326,9 +323,21 @@ class BROSScheduler(Scheduler):
         def rank(rt: Request) -> tuple[bool, float, float, str]:  # total: of any two, one must give way
             return (rt.due_s - now_s < self._alone_s(rt), rt.due_s, rt.arrival_s, rt.request_id)
 
-        idle = [other for other in self.running if other.is_rt and self._can_give(other)]
+        spared_s = -math.inf
+        if not self.config.rt_displaces_eagerly:
+            if request.request_id in self.kv.lost_tokens and self._can_wait(request):
+                return None
+            if request.status is RequestStatus.WAITING and request.slo is not None:
+                spared_s = request.slo.ttft_s
+        idle = [other for other in self.running
+                if other.is_rt and other.due_s - now_s > spared_s and self._can_give(other)]
         victim = max(idle, key=rank, default=None)
         return victim if victim is not None and rank(victim) > rank(request) else None
+
+    def _can_wait(self, request: Request) -> bool:
+        """Whether it is on time still if it sits out two iterations."""
+        soonest_s = 2 * self.iteration_s * self.latency.safety + self._alone_s(request)
+        return request.due_s - self.output.now_s > soonest_s
 
     def _can_give(self, other: Request) -> bool:
         """Holds blocks, and sits out this step."""
