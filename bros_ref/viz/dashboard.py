@@ -17,7 +17,7 @@ from typing import Any
 from bros_ref.metrics import request_timings
 from bros_ref.trace import BEHIND, PENDING, REASONS, WAITING, Trace
 from bros_ref.viz.gantt import phase_steps
-from bros_ref.viz.kv_blocks import block_map
+from bros_ref.viz.kv_blocks import MAX_SCALE, block_map
 from bros_ref.viz.player import POOL_LABELS, POOL_SCRIPTS, pool_data
 from bros_ref.viz.style import FONT, INK, MUTED, REASON_LABELS
 from bros_ref.viz.widget import controls_html, legend_html, widget_html
@@ -154,8 +154,9 @@ class Dashboard:
             parts.append(f'<text x="0" y="{y}" font-weight="600">{escape(text)}</text>'
                          + drawn.replace("<svg ", f'<svg x="0" y="{y + 10}" width="{width}" height="{height}" ', 1))
             y += int(height) + 46
-        return (f'<svg viewBox="0 0 {width} {y - 24}" role="img" aria-label="{escape(repr(self))}" font-family="'
-                f'{escape(FONT)}" font-size="13" fill="{INK}" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
+        return (f'<svg viewBox="0 0 {width} {y - 24}" style="max-width:{MAX_SCALE * width:.0f}px" role="img" '
+                f'aria-label="{escape(repr(self))}" font-family="{escape(FONT)}" font-size="13" fill="{INK}" '
+                f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}

@@ -12,6 +12,7 @@ from html import escape
 
 from bros_ref.metrics import request_timings
 from bros_ref.trace import DECODE, PENDING, PREFILL, RESTORING, WAITING, Trace
+from bros_ref.viz.kv_blocks import MAX_SCALE
 from bros_ref.viz.style import FONT, INK, LOST_COLOUR, MUTED, PHASE_LOOKS, REASON_LABELS, Fill, svg_pattern
 
 MARK_COLOURS = {WAITING: "#7b8796", PREFILL: "#ffffff", DECODE: "", PENDING: "#a8701a", RESTORING: "#ffffff"}
@@ -83,8 +84,9 @@ def gantt_svg(trace: Trace, request_ids: Sequence[str], step_index: int) -> str:
     at_x = chart_x + (step_index - first) * cell
     patterns = "".join(svg_pattern(f"gantt-{phase}", fill) for phase, fill in PHASE_FILLS.items())
     title = f"schedule of {len(request_ids)} requests around step {step_index + 1}"
-    return (f'<svg class="gantt" viewBox="0 0 {chart_x + CHART_W + SAID_W} {height + 44}" role="img" '
-            f'aria-label="{title}" xmlns="http://www.w3.org/2000/svg"><defs>'
+    width = chart_x + CHART_W + SAID_W
+    return (f'<svg class="gantt" viewBox="0 0 {width} {height + 44}" style="max-width:{MAX_SCALE * width:.0f}px" '
+            f'role="img" aria-label="{title}" xmlns="http://www.w3.org/2000/svg"><defs>'
             f"{patterns}</defs><style>.gantt text{{font:12px {FONT};fill:{INK}}}.gantt .axis{{fill:{MUTED};"
             f'font-size:11px}}</style><text class="axis" x="{at_x + cell / 2:.1f}" y="14" text-anchor="middle">step '
             f'{step_index + 1}</text>{"".join(parts)}<rect x="{at_x:.1f}" y="{HEAD_H - 2}" width="{cell:.1f}" height="'

@@ -49,7 +49,8 @@ FILLS = {FREE: Fill(EMPTY_COLOUR), RT: Fill(RT_COLOUR), BE: Fill(BE_COLOUR, "/",
          OVER: Fill(RT_COLOUR, "x", "#ffffff"), LOST: Fill("#ffffff", "x", LOST_COLOUR),
          RESTORED: Fill(RESTORED_COLOUR, "+", "#14634a"), MOVED: Fill(MOVED_COLOUR, "|", "#5b2d91")}
 PALE = {"be_only": "#fbe3bd", "shared": "#dccbf0", "rt_only": "#bdd3f3"}  # behind the pattern of a state
-BLOCK_W, BLOCK_H, LABEL_W, GAP_X, GAP_Y, LEGEND_H = 112, 14, 30, 10, 6, 52  # SVG units
+BLOCK_W, BLOCK_H, LABEL_W, GAP_X, GAP_Y, KEY_W = 112, 14, 30, 10, 6, 275  # SVG units
+MAX_SCALE = 1.25  # no page draws a small map larger than this
 
 
 def pool_over_time(trace: Trace, end_s: float | None = None) -> go.Figure:
@@ -150,8 +151,8 @@ def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int = 6, title
     shown = _blocks_to_show(pool)
     made = {COPY_KINDS[run.kind] for run in copies}
     labels = SLOT_LABELS | {kind: label for kind, label in COPY_LABELS.items() if kind in made}
-    top = LEGEND_H + (BLOCK_H + GAP_Y if made else 0)
-    width = columns * (LABEL_W + BLOCK_W + GAP_X) - GAP_X + 1
+    width = max(columns * (LABEL_W + BLOCK_W + GAP_X) - GAP_X + 1, LABEL_W + 2 * KEY_W)
+    top = -(-len(labels) // (width // KEY_W)) * (BLOCK_H + GAP_Y) + 12
     height = -(-len(shown) // columns) * (BLOCK_H + GAP_Y) + top
     cells = []
     for place, block_id in enumerate(shown):
@@ -161,10 +162,11 @@ def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int = 6, title
         cells += _block_parts(pool[block_id], block_id, block_size, x, y)
         mine = [run for run in copies if run.block_id == block_id]
         cells += _copy_parts(pool[block_id], mine, block_size, x, y)
+    title, scaled = escape(title), f"max-width:{MAX_SCALE * width:.0f}px"
     patterns = "".join(svg_pattern(f"kv-{kind}", fill) for kind, fill in FILLS.items() if kind in labels)
     counts = Counter(view.state for view in pool)
     summary = ", ".join(f"{counts[state]} {look.label}" for state, look in BLOCK_LOOKS.items())
-    return (f'<svg class="block-map" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}: '
+    return (f'<svg class="block-map" viewBox="0 0 {width} {height}" style="{scaled}" role="img" aria-label="{title}: '
             f'{escape(summary)}" xmlns="http://www.w3.org/2000/svg"><defs>{patterns}</defs>{_STYLE}'
             f'{_legend(labels, width)}{"".join(cells)}</svg>')
 
@@ -212,11 +214,11 @@ def _tip(view: BlockView, kind: str, slots: Sequence[int], block_size: int) -> s
     return {RT: rt, BE: be, LOST: f"{be}: on the host only", OVER: f"{rt}; over {be}, which are on the host"}[kind]
 
 
-def _legend(labels: Mapping[str, str], width: float) -> str:
-    """Rows of three keys."""
-    parts = []
+def _legend(labels: Mapping[str, str], width: int) -> str:
+    """Rows of as many keys as there is room for."""
+    parts, a_row = [], width // KEY_W
     for place, (kind, label) in enumerate(labels.items()):
-        x, y = LABEL_W + place % 3 * (width - LABEL_W) / 3, 2 + place // 3 * (BLOCK_H + GAP_Y)
+        x, y = LABEL_W + place % a_row * (width - LABEL_W) / a_row, 2 + place // a_row * (BLOCK_H + GAP_Y)
         if kind == SAVED:
             parts.append(f'<rect x="{x:.1f}" y="{y + BLOCK_H - 3}" width="30" height="3" fill="{LOST_COLOUR}"/>')
         else:

@@ -75,8 +75,8 @@ class InjectPanel:
     def __repr__(self) -> str:
         return f"a panel of {self.trace.num_blocks} blocks and two buttons"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.widget._repr_mimebundle_(**kwargs)
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        return _bundle(self.widget, repr(self), self.picture.value, **kwargs)
 
 
 class PoolManager(Protocol):
@@ -143,10 +143,15 @@ class PoolPanel:
     def __repr__(self) -> str:
         return "a panel of a KV pool and three buttons"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.widget._repr_mimebundle_(**kwargs)
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        return _bundle(self.widget, repr(self), self.picture.value, **kwargs)
 
 
 def _shown(what: str, count: int, note: str, picture: str) -> str:
     return (f'<div data-bros-{what} data-count="{count}"><div role="status" aria-live="polite">{escape(note)}</div>'
             f"{picture}</div>")
+
+
+def _bundle(widget: Any, text: str, picture: str, **kwargs: Any) -> dict[str, Any]:
+    """The live widget; where no kernel runs, the picture as it is now."""
+    return {**widget._repr_mimebundle_(**kwargs), "text/plain": text, "text/html": picture}

@@ -34,5 +34,6 @@ def violations(page, selector):
     """What axe-core finds wrong with the elements that match, in a line each; page-level rules aside."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page, context={"include": [[selector]]}).response["violations"]
+    options = {"resultTypes": ["violations"], "preload": False}  # it would fetch style sheets
+    found = Axe().run(page, context={"include": [[selector]]}, options=options).response["violations"]
     return [f"{one['id']}: {one['help']}: {one['nodes'][0]['html'][:200]}" for one in found]

@@ -26,6 +26,14 @@ def test_a_press_sends_a_burst_and_shows_it():
     assert f"step {len(made.trace.steps)}," in made.picture.value
 
 
+def test_where_no_kernel_runs_the_picture_is_shown():
+    made = panel()
+    bundle = made._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["text/html"] == made.picture.value
+    assert bundle["text/plain"] == repr(made)
+
+
 def test_it_stops_when_there_is_nothing_to_run():
     made = panel()
     for _ in range(60):
