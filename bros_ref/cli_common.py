@@ -66,12 +66,12 @@ TpotOption = Annotated[float, typer.Option(help="TPOT target of real-time reques
 
 def parse_policies(names: str) -> list[str]:
     """Names from a comma-separated list. Raises ValueError for an unknown one, or one named twice."""
-    from bros_ref.scheduler import BOUNDS, POLICIES
+    from bros_ref.scheduler import known_policies
 
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
-        if name not in POLICIES and name not in BOUNDS:
-            raise ValueError(f"unknown policy {name!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
+        if name not in known_policies():
+            raise ValueError(f"unknown policy {name!r}; known are {', '.join(known_policies())}")
         if chosen.count(name) > 1:
             raise ValueError(f"policy {name!r} is named twice; its second run would replace the first")
     return chosen

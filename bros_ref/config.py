@@ -124,6 +124,10 @@ class SchedulerConfig:
     no RT deadline binds and falls back when one does; `max_num_seqs` is its ceiling and B_max.
     `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is what one step of
     waiting is worth when BE requests are ordered by the KV they must restore (our decision).
+
+    The last three are the paper's rules, which `bros-plus` changes (`scheduler/bros.py` says why): `batch_slow_start`
+    is that cap, `rt_banks_time` whether an RT ahead of its TPOT may use that later, `rt_displaces_eagerly` whether an
+    RT that needs room takes it from a less urgent RT at once.
     """
 
     max_num_seqs: int = 256
@@ -134,6 +138,9 @@ class SchedulerConfig:
     be_max_wait_steps: int = 128
     be_aging_tokens_per_step: float = 1.0
     min_chunk_tokens: int = 16
+    batch_slow_start: bool = True
+    rt_banks_time: bool = False
+    rt_displaces_eagerly: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_context_tokens", "base_batch_cap",

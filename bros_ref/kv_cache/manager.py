@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bros_ref.config import KVCacheConfig
-from bros_ref.kv_cache.blocks import BlockPool, CacheIntegrityError, KVChanges, KVSequence
+from bros_ref.kv_cache.blocks import ON_HOST, BlockPool, CacheIntegrityError, KVChanges, KVSequence
 from bros_ref.request import Request
 from bros_ref.trace import BlockView
 
@@ -105,7 +105,8 @@ class KVCacheManager:
 
     def num_device_blocks(self, request_id: str) -> int:
         """Blocks of the pool in which the request has tokens."""
-        return sum(block_id >= 0 for block_id in self.block_table(request_id))
+        table = self.block_table(request_id)
+        return len(table) - table.count(ON_HOST)
 
     def makes_room(self, victim_id: str, request_id: str) -> bool:
         """Whether the other request finds more room once the victim, which holds blocks, is gone."""
