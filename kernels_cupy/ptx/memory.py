@@ -76,12 +76,12 @@ class Memory:
             Violation: one of them is misaligned or out of bounds.
         """
         offsets = addresses.astype(np.int64) - self.start
-        if (offsets & (alignment - 1)).any():
+        if np.count_nonzero(offsets & (alignment - 1)):
             at = int(np.flatnonzero(offsets & (alignment - 1))[0])
             raise Violation("misaligned access", f"{verb} {size} bytes at {self._words(int(offsets[at]))}", at)
         region = np.searchsorted(self._begins, offsets, "right") - 1
         bad = (region < 0) | (offsets + size > self._ends[region])
-        if bad.any():
+        if np.count_nonzero(bad):
             at = int(np.flatnonzero(bad)[0])
             raise Violation("out of bounds", f"{verb} {size} bytes at {self._words(int(offsets[at]))}", at)
         return offsets if segments is None else offsets + segments * self.stride

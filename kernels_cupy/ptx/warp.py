@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,9 +85,17 @@ def _shuffle(decoder: Decoder, one: Instruction) -> Step:
     gets = [decoder.fetch(operand, "b32") for operand in (source, by, bounds, members)]
 
     def shuffle(machine: Machine, threads: Threads) -> None:
-        value, distance, clamp, named = (np.broadcast_to(get(machine), (machine.num_threads,)) for get in gets)
+        value, distance, clamp, named = (get(machine) for get in gets)
         _meet(machine, threads, named)
-        lanes, valid = _partners(mode, distance.reshape(-1, WARP).astype(np.int64), clamp.reshape(-1, WARP).astype(int))
+        value = np.broadcast_to(value, (machine.num_threads,)).reshape(-1, WARP)
+        if len(distance) == len(clamp) == 1:
+            lanes, valid = _same_partners(mode, int(distance[0]), int(clamp[0]))
+            lanes, valid, taken = np.broadcast_to(lanes, value.shape), np.tile(valid, len(value)), value[:, lanes]
+        else:
+            distance, clamp = (np.broadcast_to(each, (machine.num_threads,)).reshape(-1, WARP).astype(np.int64)
+                               for each in (distance, clamp))
+            lanes, valid = _partners(mode, distance, clamp)
+            taken = np.take_along_axis(value, lanes, axis=1)
         if threads.mask is not None:
             here = threads.matrix()
             lost = here & ~np.take_along_axis(here, lanes, axis=1)
@@ -94,15 +103,22 @@ def _shuffle(decoder: Decoder, one: Instruction) -> Step:
                 at = int(np.flatnonzero(lost)[0])
                 raise Violation("undefined shuffle", f"takes a value from lane {int(lanes.flat[at])}, which is not "
                                 "here", at)
-        put(machine, np.take_along_axis(value.reshape(-1, WARP), lanes, axis=1).reshape(-1), threads)
+        put(machine, taken.reshape(-1), threads)
         if put_valid is not None:
             put_valid(machine, valid.reshape(-1), threads)
 
     return shuffle
 
 
+@lru_cache(maxsize=256)
+def _same_partners(mode: str, distance: int, clamp: int) -> tuple[Array, Array]:
+    """[32]: as `_partners` where all lanes bring the same numbers."""
+    lanes, valid = _partners(mode, np.array([distance]), np.array([clamp]))
+    return lanes, valid
+
+
 def _partners(mode: str, distance: Array, clamp: Array) -> tuple[Array, Array]:
-    """[warps, 32]: the lane each lane reads, and whether it lies in its segment; if not it reads itself."""
+    """[..., 32]: the lane each lane reads, and whether it lies in its segment; if not it reads itself."""
     distance, segment, bound = distance & 31, clamp >> 8 & 31, clamp & 31
     lowest, highest = LANES & segment, (LANES & segment) | (bound & ~segment)
     if mode == "up":
