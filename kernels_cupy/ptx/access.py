@@ -68,7 +68,8 @@ def _load_step(decoder: Decoder, one: Instruction, space: str, kind: str, count:
     def load(machine: Machine, threads: Threads) -> None:
         addresses, memory = threads.of(get(machine)), machine.memories[space]
         machine.count_request(one, space, "load", addresses, threads.lanes, dtype.itemsize * count)
-        rows = _checked(threads, lambda: memory.load(addresses, machine.segments(space, threads), dtype.itemsize, count))
+        segments = machine.segments(space, threads)
+        rows = _checked(threads, lambda: memory.load(addresses, segments, dtype.itemsize, count))
         for i, put in enumerate(puts):
             put(machine, threads.spread(rows[:, i]).view(dtype), threads)
 

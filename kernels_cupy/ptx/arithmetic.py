@@ -30,7 +30,7 @@ class Operation:
 
     sources: tuple[str, ...]
     result: str
-    function: Callable[..., Array]
+    function: Callable[..., Any]
 
 
 def operation(opcode: str) -> Operation:
@@ -69,7 +69,7 @@ def flush(x: Array) -> Array:
 
 def _flushing(one: Operation) -> Operation:
     def function(*values: Array) -> Array:
-        result = one.function(*(flush(value) if value.dtype == np.float32 else value for value in values))
+        result: Array = one.function(*(flush(value) if value.dtype == np.float32 else value for value in values))
         return flush(result) if result.dtype == np.float32 else result
 
     return Operation(one.sources, one.result, function)
@@ -98,9 +98,10 @@ _FLOAT: dict[str, tuple[int, set[str], Callable[..., Array]]] = {  # arity, modi
     "div": (2, {"rn", "approx", "full"}, np.divide), "neg": (1, set(), np.negative), "abs": (1, set(), np.abs),
     "min": (2, set(), np.fmin), "max": (2, set(), np.fmax), "rcp": (1, {"rn", "approx"}, lambda x: 1 / x),
     "sqrt": (1, {"rn", "approx"}, np.sqrt), "fma": (3, {"rn"}, fused_multiply_add), "mov": (1, set(), lambda x: x),
-    "rsqrt": (1, {"approx"}, _through_double(lambda x: 1 / np.sqrt(x))), "ex2": (1, {"approx"}, _through_double(np.exp2)),
-    "lg2": (1, {"approx"}, _through_double(np.log2)), "sin": (1, {"approx"}, _through_double(np.sin)),
-    "cos": (1, {"approx"}, _through_double(np.cos)), "tanh": (1, {"approx"}, _through_double(np.tanh)),
+    "rsqrt": (1, {"approx"}, _through_double(lambda x: 1 / np.sqrt(x))),
+    "ex2": (1, {"approx"}, _through_double(np.exp2)), "lg2": (1, {"approx"}, _through_double(np.log2)),
+    "sin": (1, {"approx"}, _through_double(np.sin)), "cos": (1, {"approx"}, _through_double(np.cos)),
+    "tanh": (1, {"approx"}, _through_double(np.tanh)),
 }
 
 
@@ -120,12 +121,13 @@ def _float(root: str, kind: str, modifiers: set[str]) -> Operation | None:
 
 def _shift_left(x: Array, by: Array) -> Array:
     bits = 8 * x.itemsize
-    return np.where(by < bits, x << np.minimum(by, bits - 1).astype(x.dtype), x.dtype.type(0))
+    shifted: Array = x << np.minimum(by, bits - 1).astype(x.dtype)
+    return np.where(by < bits, shifted, x.dtype.type(0))
 
 
 def _shift_right(x: Array, by: Array) -> Array:
     bits = 8 * x.itemsize
-    shifted = x >> np.minimum(by, bits - 1).astype(x.dtype)
+    shifted: Array = x >> np.minimum(by, bits - 1).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(by < bits, shifted, x.dtype.type(0))
 
 
@@ -153,19 +155,22 @@ def _widen(function: Callable[..., Array]) -> Callable[..., Array]:
 
 def _high(a: Array, b: Array) -> Array:
     to = np.dtype(f"{a.dtype.kind}{2 * a.itemsize}")
-    return ((a.astype(to) * b.astype(to)) >> (8 * a.itemsize)).astype(a.dtype)
+    high: Array = ((a.astype(to) * b.astype(to)) >> (8 * a.itemsize)).astype(a.dtype)
+    return high
 
 
 def _bits_of(x: Array, reverse: bool = False) -> Array:
     """[lanes, width] of 0 and 1, lowest first; highest first if reversed."""
     order = range(8 * x.itemsize)
     shifts = np.array(order[::-1] if reverse else order, x.dtype)
-    return (x[:, None] >> shifts) & x.dtype.type(1)
+    bits: Array = (x[:, None] >> shifts) & x.dtype.type(1)
+    return bits
 
 
 def _reverse_bits(x: Array) -> Array:
     weights = x.dtype.type(1) << np.arange(8 * x.itemsize, dtype=x.dtype)
-    return (_bits_of(x, reverse=True) * weights).sum(axis=1, dtype=x.dtype)
+    reversed_: Array = (_bits_of(x, reverse=True) * weights).sum(axis=1, dtype=x.dtype)
+    return reversed_
 
 
 def _leading_zeros(x: Array) -> Array:
@@ -176,18 +181,21 @@ def _leading_zeros(x: Array) -> Array:
 def _find_highest(x: Array) -> Array:
     """Position of the highest bit that is not the sign; all ones if there is none."""
     unsigned = np.where(x < 0, ~x, x).view(f"u{x.itemsize}") if x.dtype.kind == "i" else x
-    return (np.uint32(8 * x.itemsize - 1) - _leading_zeros(unsigned)).astype(np.uint32)
+    found: Array = (np.uint32(8 * x.itemsize - 1) - _leading_zeros(unsigned)).astype(np.uint32)
+    return found
 
 
 def _find_highest_shift(x: Array) -> Array:
     """The left shift that brings the bit of `_find_highest` to the top."""
     highest = _find_highest(x)
-    return np.where(highest == 0xFFFF_FFFF, highest, np.uint32(8 * x.itemsize - 1) - highest)
+    shift: Array = np.where(highest == 0xFFFF_FFFF, highest, np.uint32(8 * x.itemsize - 1) - highest)
+    return shift
 
 
 def _mask(count: Array, like: Array) -> Array:
     ones = ~like.dtype.type(0)
-    return ~_shift_left(np.broadcast_to(ones, count.shape), count)
+    lowest: Array = ~_shift_left(np.broadcast_to(ones, count.shape), count)
+    return lowest
 
 
 def _insert_field(a: Array, b: Array, start: Array, count: Array) -> Array:
@@ -268,24 +276,24 @@ _JOIN: dict[str, Callable[[Array, Array], Array]] = {"and": np.logical_and, "or"
 def _comparison(kind: str, modifiers: list[str]) -> Operation | None:
     if not modifiers or len(modifiers) > 2 or (len(modifiers) == 2 and modifiers[1] not in _JOIN):
         return None
-    name, is_float = modifiers[0], kind in ("f32", "f64")
-    if is_float and name in ("num", "nan"):
-        def test(a: Array, b: Array) -> Array:
-            return (np.isnan(a) | np.isnan(b)) == (name == "nan")
-    elif is_float and name.endswith("u") and name[:-1] in _COMPARE:  # true also if one of them is no number
-        def test(a: Array, b: Array) -> Array:
-            return _COMPARE[name[:-1]](a, b) | np.isnan(a) | np.isnan(b)
-    elif is_float and name == "ne":  # false if one of them is no number
-        def test(a: Array, b: Array) -> Array:
-            return (a < b) | (a > b)
-    elif name in _COMPARE:
-        test = _COMPARE[name]
-    else:
+    test = _test(modifiers[0], kind in ("f32", "f64"))
+    if test is None:
         return None
     if len(modifiers) == 1:
         return Operation((kind, kind), "pred", test)
     join = _JOIN[modifiers[1]]
     return Operation((kind, kind, "pred"), "pred", lambda a, b, p: join(test(a, b), p))
+
+
+def _test(name: str, is_float: bool) -> Callable[[Array, Array], Array] | None:
+    """A comparison. Of floats, those with a final u are true too if an operand is no number, the others false."""
+    if is_float and name in ("num", "nan"):
+        return lambda a, b: (np.isnan(a) | np.isnan(b)) == (name == "nan")
+    if is_float and name.endswith("u") and name[:-1] in _COMPARE:
+        return lambda a, b: _COMPARE[name[:-1]](a, b) | np.isnan(a) | np.isnan(b)
+    if is_float and name == "ne":
+        return lambda a, b: (a < b) | (a > b)
+    return _COMPARE.get(name)
 
 
 # ----- conversions
@@ -332,7 +340,8 @@ def _conversion(to: str, of: str, modifiers: set[str]) -> Operation | None:
         return None
     if to in ("f16x2", "bf16x2") and of == "f32":
         bits = _half_bits if to == "f16x2" else to_bfloat16
-        return Operation(("f32", "f32"), to, lambda high, low: bits(high).astype(np.uint32) << np.uint32(16) | bits(low))
+        return Operation(("f32", "f32"), to,
+                         lambda high, low: bits(high).astype(np.uint32) << np.uint32(16) | bits(low))
     functions: dict[tuple[str, str], Callable[[Array], Array]] = {
         ("f16", "f32"): lambda x: _half_bits(x).view(np.float16), ("bf16", "f32"): to_bfloat16,
         ("f32", "f16"): lambda x: x.astype(np.float32), ("f32", "bf16"): from_bfloat16,

@@ -199,7 +199,9 @@ class _GlobalMemory:
                 groups[-1].append(one)
             else:
                 groups.append([one])
-        end, regions, self._places, where = len(image), [(0, len(image), "variables")], [], {}
+        end, regions = len(image), [(0, len(image), "variables")]
+        self._places: list[tuple[int, int, int]] = []  # address of the original, offset of the copy, bytes
+        where: dict[int, int] = {}
         for group in groups:
             begin = group[0][0]
             size = max(start + length for start, length, _ in group) - begin
@@ -236,7 +238,8 @@ def _check_arguments(program: Program, arguments: Sequence[Argument]) -> None:
         raise TypeError(f"{name} takes {len(wanted)} arguments, got {len(arguments)}")
     for i, ((_, kind), argument) in enumerate(zip(wanted, arguments, strict=True)):
         if kind not in _TYPES or not isinstance(argument, _TYPES[kind][0]):
-            raise TypeError(f"{name}, argument {i}: takes {_TYPES.get(kind, (None, '.' + kind))[1]}, got {type(argument)}")
+            raise TypeError(f"{name}, argument {i}: takes {_TYPES[kind][1] if kind in _TYPES else '.' + kind}, got "
+                            f"{type(argument)}")
         if isinstance(argument, torch.Tensor) and not (argument.device.type == "cpu" and argument.is_contiguous()):
             raise ValueError(f"{name}, argument {i}: the interpreter takes contiguous CPU tensors")
 

@@ -111,7 +111,8 @@ class Machine:
         thread = np.tile(np.arange(self._padded), self.num_threads // self._padded)
         block, axis = self.block_of + self.first, "xyz".find(name[-1])
         values: dict[str, Callable[[], Array]] = {
-            "%tid": lambda: _coordinate(thread, self.block, axis), "%ctaid": lambda: _coordinate(block, self.grid, axis),
+            "%tid": lambda: _coordinate(thread, self.block, axis),
+            "%ctaid": lambda: _coordinate(block, self.grid, axis),
             "%ntid": lambda: np.array([self.block[axis]]), "%nctaid": lambda: np.array([self.grid[axis]]),
             "%laneid": lambda: thread % WARP, "%warpid": lambda: thread // WARP, "WARP_SZ": lambda: np.array([WARP])}
         return values[name.split(".")[0]]().astype(np.uint32)

@@ -1,4 +1,4 @@
-"""Memories that lanes address by number: bounds, alignment, and whether a byte was ever written, checked at each access.
+"""Memories that lanes address by number: bounds, alignment, whether a byte was ever written, checked at each access.
 
 One class serves all spaces. A memory is made of equal segments, one a thread block (shared) or a thread (local) or a
 single one (global, constant); an address counts from the start of the lane's own segment. Global memory holds copies of
@@ -60,7 +60,8 @@ class Memory:
         if self.known is not None:
             self._check_known(where, size * count)
         rows = self.bytes.view(_RAW[size]).reshape(-1, count) if count > 1 else self.bytes.view(_RAW[size])[:, None]
-        return rows[where // (size * count)]
+        found: Array = rows[where // (size * count)]
+        return found
 
     def store(self, addresses: Array, segments: Array | None, values: Array) -> None:
         """Stores [lanes, count] raw unsigned numbers. Of lanes that store to one place, the last wins."""

@@ -136,7 +136,7 @@ class _Parser:
         for number, line in enumerate(blank.splitlines(), 1):
             self._tokens += [(token, number) for token in _TOKEN.findall(line)]
         self._at = 0
-        self._files: dict[str, str] = {}
+        self._files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"\n]*/)?([^"\n]*)"', blank))  # they stand at the end
         self._source: tuple[str, int] | None = None
         self._scopes: list[dict[str, Register]] = []
         self._families: list[dict[str, str]] = []  # %r<40> declares a family: prefix -> type
@@ -202,9 +202,7 @@ class _Parser:
         first, line, words = self._next(), self._tokens[self._at - 1][1], []
         while self._at < len(self._tokens) and self._tokens[self._at][1] == line:
             words.append(self._next())
-        if first == ".file":
-            self._files[words[0]] = words[1].strip('"').rpartition("/")[2]
-        elif first == ".loc":
+        if first == ".loc":
             self._source = (self._files.get(words[0], words[0]), int(words[1]))
         return True
 

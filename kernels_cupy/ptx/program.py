@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kernels_cupy.ptx.arithmetic import DTYPES, Array, operation
-from kernels_cupy.ptx.flow import Block, blocks_of, is_barrier, is_branch
+from kernels_cupy.ptx.flow import Block, blocks_of, is_barrier
 from kernels_cupy.ptx.memory import Violation
 from kernels_cupy.ptx.parser import (
     Address,
@@ -196,7 +196,7 @@ def _constant(operand: Immediate, kind: str) -> int:
         return int(np.array([operand.value], np.uint64).view(np.float64).astype(np.float32).view(np.uint32)[0])
     if operand.width and operand.width != bits:
         raise PtxError(f"a float of {operand.width} bits stands where {bits} are needed")
-    return operand.value & ((1 << bits) - 1)
+    return int(operand.value & ((1 << bits) - 1))
 
 
 def decode(module: Module, name: str, addresses: dict[str, int]) -> Program:
@@ -334,6 +334,3 @@ def _packing(decoder: Decoder, one: Instruction) -> Step:
 def leaves(block: DecodedBlock) -> bool:
     """Whether the block's last instruction takes threads elsewhere: a branch or an exit."""
     return block.block.last is not None and not is_barrier(block.block.last.opcode)
-
-
-__all__ = ["DecodedBlock", "Decoder", "Fetch", "Program", "Step", "decode", "is_branch", "leaves", "text_of"]

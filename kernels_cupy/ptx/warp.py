@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,7 +49,8 @@ def warp_step(decoder: Decoder, one: Instruction) -> Step | None:
 
 def _bits(matrix: Array) -> Array:
     """[warps] uint32 of [warps, 32] booleans."""
-    return np.where(matrix, LANE_BITS, np.uint32(0)).sum(axis=1, dtype=np.uint32)
+    bits: Array = np.where(matrix, LANE_BITS, np.uint32(0)).sum(axis=1, dtype=np.uint32)
+    return bits
 
 
 def _meet(machine: Machine, threads: Threads, members: Array) -> None:
@@ -138,7 +139,7 @@ def _partners(mode: str, distance: Array, clamp: Array) -> tuple[Array, Array]:
 
 def _vote(decoder: Decoder, one: Instruction) -> Step:
     mode = one.opcode.removeprefix("vote.sync.")
-    tests: dict[str, Callable[[Array, Array], Array]] = {
+    tests: dict[str, Callable[[Array, Array], Any]] = {
         "any.pred": lambda yes, here: (yes & here).any(axis=1), "all.pred": lambda yes, here: (yes | ~here).all(axis=1),
         "uni.pred": lambda yes, here: (yes | ~here).all(axis=1) | ~(yes & here).any(axis=1),
         "ballot.b32": lambda yes, here: _bits(yes & here)}
