@@ -175,7 +175,8 @@ def _reverse_bits(x: Array) -> Array:
 
 def _leading_zeros(x: Array) -> Array:
     bits = _bits_of(x, reverse=True)
-    return np.where(bits.any(axis=1), bits.argmax(axis=1), bits.shape[1]).astype(np.uint32)
+    zeros: Array = np.where(bits.any(axis=1), bits.argmax(axis=1), bits.shape[1]).astype(np.uint32)
+    return zeros
 
 
 def _find_highest(x: Array) -> Array:

@@ -25,18 +25,21 @@ from kernels_cupy.ptx.program import Program, decode
 
 THREADS_AT_ONCE = 1 << 14  # more need much memory and gain nothing
 MAX_BLOCK_THREADS = 1024
+HALF_FORMATS = ("f16", "bf16", "f16x2", "bf16x2")
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # that a block may have
 _TYPES: dict[str, tuple[type, str]] = {
     "u64": (torch.Tensor, "a tensor"), "b64": (torch.Tensor, "a tensor"), "u32": (np.int32, "np.int32"),
     "s32": (np.int32, "np.int32"), "b32": (np.int32, "np.int32"), "f32": (np.float32, "np.float32")}
-# Opcodes by what they are for; the first word decides, or the first that stands here.
-CLASSES = {
-    "tensor core": ("mma",), "matrix load": ("ldmatrix",), "asynchronous copy": ("cp",), "global": (),
-    "shared": (), "parameter": (), "float": ("fma",), "special function": ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin",
-    "cos", "tanh"), "conversion": ("cvt",), "move": ("mov", "cvta"), "warp": ("shfl", "vote", "activemask"),
-    "control": ("bra", "ret", "exit", "bar", "barrier", "membar", "fence", "nanosleep"), "predicate": ("setp", "selp"),
-    "integer": ()}
-
+# Classes of opcodes, with the first words that belong to each; `class_of` tells the others apart. A "move" gives a value
+# another name (a register, a constant, the low half of one): no instruction is left of it once registers are given
+# out. "packing" makes operands of tensor cores and outputs from float32.
+CLASSES: dict[str, tuple[str, ...]] = {
+    "tensor core": ("mma",), "matrix load": ("ldmatrix",), "asynchronous copy": ("cp",), "global": (), "shared": (),
+    "parameter": (), "float": ("fma",),
+    "special function": ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"), "packing": (),
+    "conversion": ("cvt",), "move": ("mov", "cvta"), "warp": ("shfl", "vote", "activemask"),
+    "control": ("bra", "ret", "exit", "bar", "barrier", "membar", "fence", "nanosleep"),
+    "predicate": ("setp", "selp"), "integer": ()}
 
 @dataclass(frozen=True)
 class Traffic:
@@ -86,6 +89,10 @@ def class_of(opcode: str) -> str:
     root, *parts = opcode.split(".")
     if root in ("ld", "st"):
         return "parameter" if "param" in parts else "shared" if "shared" in parts else "global"
+    if root == "cvt" and parts[-2] in HALF_FORMATS:
+        return "packing"
+    if opcode == "cvt.u32.u64":
+        return "move"
     named = next((name for name, roots in CLASSES.items() if root in roots), None)
     return named or ("float" if parts[-1:] in (["f32"], ["f64"]) else "integer")
 
