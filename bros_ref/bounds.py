@@ -1,17 +1,18 @@
-"""How far from optimal? Two answers by integer programming (HiGHS, through scipy).
+"""How far from optimal? Two answers by integer programming (HiGHS, through scipy), and one by arithmetic.
 
     iteration_gaps        one iteration: greedy packing against the exact 0/1 optimum, over recorded states
     small_instance_gaps   whole runs: the policy against a clairvoyant that knows arrivals and lengths, tiny instances
+    rt_work_share         whole runs: what serving RT leaves of the BE-only ceiling
 
-Both take the RT side as given (they must be served, or served on time) and maximise best-effort work, which is the
-paper's formulation. An optimum of one iteration is no optimum of a run: taking the most tokens now may be the wrong
-tokens. The second answer says how much that matters, as far as instances can be solved.
+The first two take the RT side as given (they must be served, or served on time) and maximise best-effort work, which
+is the paper's formulation. An optimum of one iteration is no optimum of a run: taking the most tokens now may be the
+wrong tokens. The second answer says how much that matters, as far as instances can be solved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from bros_ref.clock import VirtualClock
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine
 from bros_ref.metrics import request_timings
-from bros_ref.paper import PaperWorkload, be_batch_for
+from bros_ref.paper import PaperWorkload
 from bros_ref.request import SLO, RequestClass, RequestStatus
 from bros_ref.scheduler import make_scheduler
 from bros_ref.scheduler.base import Scheduler
@@ -31,7 +32,7 @@ from bros_ref.scheduler.latency_model import StepLatencyModel
 from bros_ref.scheduler.output import SchedulerOutput
 from bros_ref.serving import serve
 from bros_ref.simulate import SimulationSettings, request_of_length, simulated_engine
-from bros_ref.simulated_runner import SimulatedRunner
+from bros_ref.simulated_runner import SimulatedRunner, fit_to
 from bros_ref.trace import Trace
 from bros_ref.workload import Workload, WorkloadItem
 
@@ -65,9 +66,13 @@ def solve_packing(problem: PackingProblem) -> int:
     usable = [c for c in problem.candidates if c.cost_s <= problem.spare_s and c.blocks <= problem.blocks]
     if not usable or problem.seats <= 0:
         return 0
+    limits = [problem.seats, problem.blocks, problem.tokens, min(problem.spare_s, 1e6)]
+    totals = [len(usable), *(sum(column) for column in zip(*((c.blocks, c.tokens, c.cost_s) for c in usable),
+                                                           strict=True))]
+    if all(total <= limit for total, limit in zip(totals, limits, strict=True)):
+        return int(totals[2])  # nothing has to be left out: no program needed
     rows = np.array([[1.0] * len(usable), [c.blocks for c in usable], [c.tokens for c in usable],
                      [c.cost_s for c in usable]])
-    limits = [problem.seats, problem.blocks, problem.tokens, min(problem.spare_s, 1e6)]
     scale = np.maximum(rows.max(axis=1), 1e-12)
     result = milp(-rows[2], constraints=LinearConstraint(rows / scale[:, None], ub=np.array(limits) / scale),
                   integrality=np.ones(len(usable)), bounds=Bounds(0, 1))
@@ -75,22 +80,29 @@ def solve_packing(problem: PackingProblem) -> int:
     return best
 
 
-def iteration_gaps(settings: SimulationSettings, rt_rate: float, duration_s: float) -> dict[str, Any]:
+def iteration_gaps(settings: SimulationSettings, arrivals: PaperWorkload) -> list[float]:
     """Runs BROS and, at every iteration in which nobody gives way, compares its BE tokens with the optimum.
 
     Returns:
-        "states", and of greedy / optimum: "mean", "p5", "share_optimal"; 1.0 is optimal.
+        greedy / optimum of each such state; 1.0 is optimal.
     """
     engine = simulated_engine("bros", settings)
     recorder = _Recorder(engine.scheduler)
     engine.scheduler.schedule = recorder.schedule  # type: ignore[method-assign]  # observes, and changes nothing
-    arrivals = PaperWorkload(rt_rate, duration_s, be_batch_for(settings.num_blocks * settings.block_size))
-    serve(engine, arrivals.build(settings.seed), request_of_length, duration_s)
-    ratios = np.array([greedy / optimum for greedy, optimum in recorder.results])
-    if not len(ratios):
-        return {"states": 0, "mean": None, "p5": None, "share_optimal": None}
-    return {"states": len(ratios), "mean": float(ratios.mean()), "p5": float(np.percentile(ratios, 5)),
-            "share_optimal": float((ratios > 1 - 1e-9).mean())}
+    serve(engine, arrivals.build(settings.seed), request_of_length, arrivals.duration_s)
+    return [greedy / optimum for greedy, optimum in recorder.results]
+
+
+def distribution(ratios: Sequence[float]) -> dict[str, Any]:
+    """Of greedy / optimum: "states", "mean", "p1", "p5", "p25", "p50", "share_optimal", and "histogram", how many lie
+    in each tenth from 0 to 1 (the optimal ones in the last)."""
+    values = np.array(ratios)
+    if not len(values):
+        return {"states": 0, "mean": None, "share_optimal": None, "histogram": [0] * 10} | dict.fromkeys(
+            ("p1", "p5", "p25", "p50"))
+    return {"states": len(values), "mean": float(values.mean()), "share_optimal": float((values > 1 - 1e-9).mean()),
+            "histogram": np.histogram(values, bins=10, range=(0, 1))[0].tolist()} | {
+                f"p{percent}": float(np.percentile(values, percent)) for percent in (1, 5, 25, 50)}
 
 
 class _Recorder:
@@ -134,6 +146,24 @@ class _Recorder:
                 found.append(Candidate(tokens, latency.cost_s(tokens, context),
                                        kv.blocks_for(request.num_tokens) - len(kv.block_table(request.request_id))))
         return found
+
+
+# -- what RT work leaves ----------------------------------------------------------------------------------------------
+
+
+def rt_work_share(settings: SimulationSettings, arrivals: PaperWorkload) -> float:
+    """The share of the GPU's time that the RT tokens take if each costs what it adds to an iteration (the scheduler's
+    offline model), the fixed part of an iteration being BE's.
+
+    The BE-only ceiling times one less this is what BE can have when RT is served: a yardstick and no strict bound, for
+    the model is linear, and a token that joins a small batch rides along for less.
+    """
+    latency, seconds = fit_to(settings.cost), 0.0
+    for item in arrivals.build(settings.seed, only="rt").due(arrivals.duration_s):
+        decodes = item.output_tokens - 1
+        contexts = decodes * item.prompt_tokens + decodes * (decodes + 1) / 2
+        seconds += latency.cost_s(item.prompt_tokens, 0) + latency.c1 * decodes + latency.c3 * contexts
+    return seconds / arrivals.duration_s
 
 
 # -- a whole run ------------------------------------------------------------------------------------------------------

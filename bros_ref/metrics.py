@@ -11,7 +11,9 @@ It knows no engine: a live run, a simulated one and a file give the same numbers
     completed      ended by length or by a stop; failed: refused, aborted or failed; the rest is unfinished
     attainment     of *all* arrived real-time requests, the fraction that completed and met the target; a completed
                    request of one token has no TPOT and so meets it
-    throughput     per second of duration_s; tokens count when emitted, whether or not their request completed
+    throughput     per second of duration_s; tokens count when emitted, whether or not their request completed. With
+                   `until_s`, what happened by then, per second until then: a run that goes on until its last users
+                   are served would otherwise credit a policy that serves them late with the quiet time at the end
 
 Invariant: strict JSON. What has no sample is None, never NaN.
 """
@@ -20,13 +22,14 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bros_ref.trace import RequestRecord, StepRecord, Trace
 
@@ -72,8 +75,9 @@ class Timing:
         return self.token_times_s[-1] - self.record.arrival_s if self.completed and self.token_times_s else None
 
     @property
-    def itl_s(self) -> list[float]:
-        return [after - before for before, after in pairwise(self.token_times_s)]
+    def itl_s(self) -> npt.NDArray[np.float64]:
+        """[tokens - 1]; empty for fewer than two tokens."""
+        return np.diff(np.frombuffer(self.token_times_s))
 
     @property
     def met_ttft(self) -> bool:
@@ -86,16 +90,20 @@ class Timing:
         return self.completed and (target is None or self.tpot_s is None or self.tpot_s <= target)
 
 
-def summarise(trace: Trace) -> dict[str, Any]:
-    """One element of "runs" in the result JSON: the header's names, then classes, kv, scheduler and prediction."""
+def summarise(trace: Trace, until_s: float = math.inf) -> dict[str, Any]:
+    """One element of "runs" in the result JSON: the header's names, then classes, kv, scheduler and prediction.
+
+    Throughputs are those until `until_s` on the run's clock; everything else is of the whole run.
+    """
     meter = trace.meter if isinstance(trace, StreamedTrace) else _metered(trace)
     duration_s = meter.end_s - trace.start_s
+    until_s = min(until_s, meter.end_s)
     timings = list(meter.finished_timings().values())
     return {
         "policy": trace.policy, "model": trace.model, "device": trace.device, "seed": trace.seed,
-        "duration_s": duration_s,
+        "duration_s": duration_s, "throughput_s": until_s - trace.start_s,
         "classes": {name: _class_summary([timing for timing in timings if timing.record.request_class == name],
-                                         duration_s) for name in CLASSES},
+                                         until_s, until_s - trace.start_s) for name in CLASSES},
         "kv": meter.kv_summary(),
         "scheduler": meter.scheduler_summary(),
         "prediction": meter.prediction_summary(),
@@ -240,56 +248,63 @@ class StreamedTrace(Trace):
         self.meter.observe(step)
 
 
-def _class_summary(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
-    """All keys of one class; the attainments and the goodput only mean something for real-time requests."""
+def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float) -> dict[str, Any]:
+    """All keys of one class; the attainments and the goodput only mean something for real-time requests. Rates are of
+    what happened by `until_s`, per second of `rated_s`."""
     completed = [timing for timing in timings if timing.completed]
-    num_output = sum(len(timing.token_times_s) for timing in timings)
-    num_prompt = sum(timing.record.prompt_tokens for timing in timings if timing.token_times_s)
+    completed_by_then = [timing for timing in completed if timing.ended_s is not None and timing.ended_s <= until_s]
+    tokens_by_then = sum(bisect_right(timing.token_times_s, until_s) for timing in timings)
+    prompts_by_then = sum(timing.record.prompt_tokens for timing in timings
+                          if timing.token_times_s and timing.token_times_s[0] <= until_s)
     rated = [timing for timing in timings if timing.record.ttft_slo_s is not None]
+    gaps_s = np.concatenate([timing.itl_s for timing in timings]) if timings else np.empty(0)
     met_both = [timing.met_ttft and timing.met_tpot for timing in rated]
     summary: dict[str, Any] = {
         "arrived": len(timings),
         "completed": len(completed),
         "failed": sum(timing.ended is not None for timing in timings) - len(completed),
         "unfinished": sum(timing.ended is None for timing in timings),
-        "output_tokens": num_output,
-        "request_throughput": _per_second(len(completed), duration_s),
-        "output_throughput": _per_second(num_output, duration_s),
-        "total_token_throughput": _per_second(num_prompt + num_output, duration_s),
+        "output_tokens": sum(len(timing.token_times_s) for timing in timings),
+        "request_throughput": _per_second(len(completed_by_then), rated_s),
+        "output_throughput": _per_second(tokens_by_then, rated_s),
+        "total_token_throughput": _per_second(prompts_by_then + tokens_by_then, rated_s),
     }
     summary |= _statistics("ttft", (timing.ttft_s for timing in timings))
     summary |= _statistics("tpot", (timing.tpot_s for timing in timings))
-    summary |= _statistics("itl", (gap for timing in timings for gap in timing.itl_s))
+    summary |= _statistics("itl", gaps_s)
     summary |= _statistics("e2el", (timing.e2el_s for timing in timings))
     return summary | {
         "normalized_latency_ms_per_token": _mean(
             1e3 * timing.e2el_s / len(timing.token_times_s) for timing in timings if timing.e2el_s is not None),
         "ttft_attainment": _mean(timing.met_ttft for timing in rated),
         "tpot_attainment": _mean(timing.met_tpot for timing in rated),
-        "tpot_token_attainment": _mean(gap <= timing.record.tpot_slo_s for timing in rated
-                                       if timing.record.tpot_slo_s is not None for gap in timing.itl_s),
+        "tpot_token_attainment": _mean(np.concatenate([timing.itl_s <= timing.record.tpot_slo_s for timing in rated
+                                                       if timing.record.tpot_slo_s is not None])) if rated else None,
         "slo_attainment": _mean(met_both),
-        "request_goodput": _per_second(sum(met_both), duration_s) if rated else None,
+        "request_goodput": _per_second(sum(timing.met_ttft and timing.met_tpot for timing in completed_by_then
+                                           if timing.record.ttft_slo_s is not None), rated_s) if rated else None,
         "max_wait_s": max((timing.max_wait_s for timing in timings if timing.ended != "rejected"), default=None),
     }
 
 
-def _statistics(name: str, samples_s: Iterable[float | None]) -> dict[str, float | None]:
+def _statistics(name: str, samples_s: Iterable[float | None] | npt.NDArray[np.float64]) -> dict[str, float | None]:
     """mean, median, p99 and std of the samples that exist, seconds in, milliseconds out."""
-    samples_ms = array("d", (1e3 * sample for sample in samples_s if sample is not None))
+    if not isinstance(samples_s, np.ndarray):
+        samples_s = np.array([sample for sample in samples_s if sample is not None], dtype=float)
+    samples_ms = 1e3 * samples_s
     return {f"mean_{name}_ms": _mean(samples_ms), f"median_{name}_ms": _percentile(samples_ms, 50),
             f"p99_{name}_ms": _percentile(samples_ms, 99),
-            f"std_{name}_ms": float(np.std(samples_ms)) if samples_ms else None}
+            f"std_{name}_ms": float(np.std(samples_ms)) if len(samples_ms) else None}
 
 
-def _mean(samples: Iterable[float]) -> float | None:
-    values = list(samples)
-    return float(np.mean(values)) if values else None
+def _mean(samples: Iterable[float] | npt.NDArray[Any]) -> float | None:
+    values = samples if isinstance(samples, np.ndarray) else list(samples)
+    return float(np.mean(values)) if len(values) else None
 
 
-def _percentile(samples: Sequence[float], percent: float) -> float | None:
-    return float(np.percentile(samples, percent)) if samples else None
+def _percentile(samples: Sequence[float] | npt.NDArray[np.float64], percent: float) -> float | None:
+    return float(np.percentile(samples, percent)) if len(samples) else None
 
 
-def _per_second(amount: float, duration_s: float) -> float | None:
-    return amount / duration_s if duration_s > 0 else None
+def _per_second(amount: float, rated_s: float) -> float | None:
+    return amount / rated_s if rated_s > 0 else None

@@ -80,7 +80,7 @@ class ModelRunner:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
 
 
-def new_token_ids(request: Request, count: int) -> list[int]:
+def new_token_ids(request: Request, count: int) -> Sequence[int]:
     """The tokens that a step computes: known tokens [num_computed, num_computed + count)."""
     start, prompt = request.num_computed_tokens, request.num_prompt_tokens
     if start >= prompt:

@@ -58,15 +58,14 @@ def fit_latency_model(runner: ModelRunner, max_num_seqs: int, name: str, *, refi
     return StepLatencyModel.fit(samples, restore_s)
 
 
-def profile(runner: ModelRunner, max_num_seqs: int,
-            on_progress: Callable[[float], None] | None = None) -> list[tuple[StepFeatures, float]]:
-    """Times every batch that fits the runner's pool, ROUNDS times in rotation, after one warm-up round of the small
-    ones. Returns (features, seconds), the fastest of each: a foreign process can only make a step slower, and how much
-    slower steps are in service is the online safety factor's business. Overwrites the runner's cache."""
+def profile(runner: ModelRunner, max_num_seqs: int, on_progress: Callable[[float], None] | None = None,
+            candidates: Sequence[Batch] = (*PREFILLS, *DECODES, *MIXED)) -> list[tuple[StepFeatures, float]]:
+    """Times every candidate batch that fits the runner's pool, ROUNDS times in rotation, after one warm-up round of the
+    small ones. Returns (features, seconds), the fastest of each: a foreign process can only make a step slower, and how
+    much slower steps are in service is the online safety factor's business. Overwrites the runner's cache."""
     config = runner.kv.config
     room = min(config.num_slots, runner.model.config.max_context_tokens)
-    batches = [batch for batch in (*PREFILLS, *DECODES, *MIXED)
-               if len(batch) <= max_num_seqs and _slots_needed(batch, config) <= room]
+    batches = [batch for batch in candidates if len(batch) <= max_num_seqs and _slots_needed(batch, config) <= room]
     outputs = [_batch_output(batch, config) for batch in batches]
     fastest_s = [math.inf] * len(batches)
     for round_ in range(-1, ROUNDS):

@@ -7,6 +7,12 @@ numbers is set beside the best case over our sweep, with both absolute values, a
     better, worse   for BROS, beyond that
     not comparable  the baseline's absolute value is so near zero that a ratio means nothing
 
+Beyond the paper, `bros-plus` is set beside every baseline in every cell of all sweeps:
+
+    ahead    no baseline has more RT on time or more BE tokens/s, beyond noise
+    trade    some baseline has more of one and less of the other
+    behind   some baseline has more of one and no less of the other
+
 Nothing is tuned per figure: one SLO, one demand of BE work, one set of scheduler limits for all.
 """
 
@@ -17,9 +23,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bros_ref.bounds import iteration_gaps, small_instance_gaps
-from bros_ref.paper import BE_LENGTHS, RT_LENGTHS, PaperWorkload, be_batch_for
+from bros_ref.bounds import distribution, iteration_gaps, rt_work_share, small_instance_gaps
+from bros_ref.paper import RT_LENGTHS, PaperWorkload, be_batch_for
 from bros_ref.request import SLO
+from bros_ref.scheduler import PLUS
 from bros_ref.simulate import Job, SimulationSettings, run_all
 
 SYSTEMS = {"opt-13b": SimulationSettings("a100-40gb", "opt-13b", 2),
@@ -27,10 +34,28 @@ SYSTEMS = {"opt-13b": SimulationSettings("a100-40gb", "opt-13b", 2),
            "llama-3-70b": SimulationSettings("a100-80gb", "llama-3-70b", 8)}
 RATES = (2.0, 4.0, 6.0, 8.0, 10.0)
 POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority", "bros-rr", "bros", "bros-plus", "rt-only", "be-only")
-CONTENDERS = ("vllm-priority", "bros", "bros-plus")
+BASELINES = ("vllm-fcfs", "vllm-priority", "sglang-priority", "bros-rr")
+CONTENDERS = ("vllm-priority", "sglang-priority", "bros", "bros-plus")
+PLUS_ABLATION = ("bros", *(f"bros+{option}" for option in PLUS), "bros-plus")
 BASE_RATE = 6.0  # of the sweeps beyond the paper, OPT-13B
 MAX_BE_BATCH = 512  # Llama-3-70B's pool would ask for more than its seats can serve
 NEAR_ZERO = 0.05  # an attainment below this is no basis for a ratio
+RT_NOISE, BE_NOISE = 0.01, 0.02  # of an attainment; relative, of a throughput: seeds differ by as much
+PAPER_OVERHEAD = (0.076, 0.095)  # the paper's scheduler, of the time of an iteration
+WHY = {  # what a comparison rests on, whatever its verdict
+    "vllm-fcfs/rt.normalized_latency_ms_per_token": "the queue that FCFS builds, which load and length of run decide",
+    "vllm-fcfs/rt.ttft_attainment": "how near zero FCFS comes, which the load decides",
+    "vllm-fcfs/rt.tpot_attainment": "vLLM V1's rules let running requests decode in every step; older ones paused them",
+    "vllm-fcfs/be.request_throughput": "what FCFS leaves RT waiting for, it spends on BE",
+    "bros-rr/rt.normalized_latency_ms_per_token": "a class gets every other iteration, whatever waits",
+    "bros-rr/rt.ttft_attainment": "how near zero the rotation comes, which the load decides",
+    "bros-rr/rt.tpot_attainment": "two iterations a token fit the target until a BE prompt is one of them",
+    "bros-rr/be.request_throughput": "small batches of one class waste iterations, so mixing gains",
+    "bros-recompute/rt.ttft_attainment": "how often RT meet a full pool, so on the BE demand (1.1 pools here)",
+    "bros-recompute/rt.tpot_attainment": "recomputed prompts lengthen iterations; the deadlines absorb most of it",
+    "vllm-fcfs/rt.normalized_latency_ms_per_token/rt": "one class with one SLO: slack order is order of arrival",
+    "vllm-fcfs/rt.request_throughput/rt": "what arrives is served: arrivals are the limit, not the scheduler",
+}
 
 Runs = dict[str, dict[str, Any]]  # job name -> summary
 
@@ -51,6 +76,11 @@ class PaperFigure:
     systems: tuple[str, ...] = tuple(SYSTEMS)
     rates: tuple[float, ...] = RATES
     only: str = ""
+
+    @property
+    def why(self) -> str:
+        """What the comparison rests on."""
+        return WHY["/".join(filter(None, (self.baseline, self.metric, self.only)))]
 
 
 def _overall(dataset: str, baseline: str, latency: float, ttft: float, tpot: float, be: float) -> list[PaperFigure]:
@@ -78,21 +108,24 @@ FIGURES = (
 
 def reproduce_paper(duration_s: float, seed: int, *, quick: bool = False, processes: int = 0,
                     on_progress: Callable[[float], None] | None = None) -> dict[str, Any]:
-    """Runs everything. Returns "figures", "bounds", "systems" (absolute values of every run of the paper's sweep) and
-    "sweeps" (beyond the paper), all JSON."""
+    """Runs everything. Returns "figures", "overhead", "bounds", "dominance", and the absolute values of every run:
+    "systems" (the paper's sweep), "sweeps" (beyond the paper) and "ablation" (the options of bros-plus); all JSON."""
     rates = RATES[::2] if quick else RATES
-    jobs = {job.name: job for job in (*_paper_jobs(duration_s, seed, rates), *_sweep_jobs(duration_s, seed, quick))}
+    jobs = {job.name: job for job in (*_paper_jobs(duration_s, seed, rates), *_sweep_jobs(duration_s, seed, quick),
+                                    *_ablation_jobs(duration_s, seed, quick))}
     share = 0.95 / len(jobs)
     summaries = run_all(list(jobs.values()), processes,
                         lambda _: on_progress(share) if on_progress is not None else None)
     runs: Runs = dict(zip(jobs, summaries, strict=True))
-    gaps = iteration_gaps(replace(SYSTEMS["opt-13b"], seed=seed), BASE_RATE, min(duration_s, 30.0))
-    bounds = {"coverage": _coverage(runs, rates), "iteration_optimum": gaps, "clairvoyant": small_instance_gaps(seed)}
+    bounds = {"coverage": _coverage(runs, rates), "be_of_reference": _be_of_reference(duration_s, seed, rates, runs),
+              "iteration_optimum": distribution(_all_gaps(20.0 if quick else 120.0, seed, quick)),
+              "clairvoyant": small_instance_gaps(seed)}
     if on_progress is not None:
         on_progress(0.05)
     return {"duration_s": duration_s, "figures": [_compare(figure, runs, rates) for figure in FIGURES],
-            "bounds": bounds, "systems": [_row(name, run) for name, run in runs.items() if name.startswith("paper/")],
-            "sweeps": [_row(name, run) for name, run in runs.items() if name.startswith("sweep/")]}
+            "overhead": _overhead(runs), "bounds": bounds, "dominance": _dominance(runs),
+            **{group: [_row(name, run) for name, run in runs.items() if name.startswith(prefix)]
+               for group, prefix in (("systems", "paper/"), ("sweeps", "sweep/"), ("ablation", "ablation/"))}}
 
 
 # -- what is run ------------------------------------------------------------------------------------------------------
@@ -124,11 +157,31 @@ def _name(system: str, dataset: str, rate: float, policy: str, only: str = "") -
     return f"paper/{system}/{dataset}{'-' + only if only else ''}/{rate:g}/{policy}"
 
 
+Point = tuple[str, SimulationSettings, PaperWorkload]
+
+
 def _sweep_jobs(duration_s: float, seed: int, quick: bool) -> Iterable[Job]:
+    for label, settings, arrivals in sweep_points(duration_s, seed)[::3 if quick else 1]:
+        for policy in CONTENDERS:
+            yield Job(f"sweep/{label}/{policy}", policy, settings, arrivals)
+
+
+def _ablation_jobs(duration_s: float, seed: int, quick: bool) -> Iterable[Job]:
+    """The options of bros-plus, one at a time, where it matters: tight targets, little memory, bursts, many seats."""
+    points = {label: (label, settings, arrivals) for label, settings, arrivals in sweep_points(duration_s, seed)}
+    chosen = [points["SLO/0.2 s, 0.05 s"], points["KV pool/12,000 tokens"], points["arrivals/gamma, CV 4"]]
+    large = replace(SYSTEMS["llama-3-70b"], seed=seed)
+    chosen.append(("Llama-3-70B/10 RT per s", large, PaperWorkload(10.0, duration_s, _batch(large))))
+    for label, settings, arrivals in chosen[:1] if quick else chosen:
+        for policy in PLUS_ABLATION:
+            yield Job(f"ablation/{label}/{policy}", policy, settings, arrivals)
+
+
+def sweep_points(duration_s: float, seed: int) -> list[Point]:
     """Beyond the paper, OPT-13B at BASE_RATE unless said otherwise: one thing changed at a time."""
     base = replace(SYSTEMS["opt-13b"], seed=seed)
     workload = PaperWorkload(BASE_RATE, duration_s, _batch(base))
-    points: list[tuple[str, SimulationSettings, PaperWorkload]] = []
+    points: list[Point] = []
     for ttft_s, tpot_s in ((0.2, 0.05), (0.4, 0.1), (0.4, 0.2), (1.0, 0.2), (2.0, 0.5)):
         points.append((f"SLO/{ttft_s:g} s, {tpot_s:g} s", base, replace(workload, slo=SLO(ttft_s, tpot_s))))
     for tokens in (12_000, 16_000, 24_000, 40_000, 66_000):
@@ -143,10 +196,14 @@ def _sweep_jobs(duration_s: float, seed: int, quick: bool) -> Iterable[Job]:
     points.append(("BE lengths/arXiv", base, replace(workload, be_batch=_batch(base, "arxiv"), be_lengths="arxiv")))
     control = SimulationSettings("a100-80gb", "llama-3-8b", 1, seed=seed)
     points.append(("negative control/Llama-3-8B, no memory pressure", control, replace(workload, be_batch=64)))
-    assert set(BE_LENGTHS) == {"paper", "arxiv"}
-    for label, settings, arrivals in points[::3] if quick else points:
-        for policy in CONTENDERS:
-            yield Job(f"sweep/{label}/{policy}", policy, settings, arrivals)
+    return points
+
+
+def _all_gaps(duration_s: float, seed: int, quick: bool) -> list[float]:
+    """States of the paper's setting, of tight targets and of a small pool: where time binds, and where memory does."""
+    points = {label: (settings, arrivals) for label, settings, arrivals in sweep_points(duration_s, seed)}
+    labels = ("SLO/0.4 s, 0.2 s", "SLO/0.4 s, 0.1 s", "KV pool/24,000 tokens")
+    return [ratio for label in labels[:1 if quick else None] for ratio in iteration_gaps(*points[label])]
 
 
 # -- what is said about it --------------------------------------------------------------------------------------------
@@ -158,6 +215,7 @@ def _row(name: str, run: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "policy": run["policy"],
             **{key: rt[key] for key in ("ttft_attainment", "tpot_attainment", "slo_attainment", "median_ttft_ms",
                                         "p99_ttft_ms", "normalized_latency_ms_per_token")},
+            "rt_tokens_per_s": rt["output_throughput"],
             "be_requests_per_s": be["request_throughput"], "be_tokens_per_s": be["output_throughput"],
             "restored_slots": run["kv"]["restored_slots"], "recomputed_tokens": run["kv"]["recomputed_tokens"],
             "decision_share_of_iteration": run["scheduler"]["share_of_iteration"]}
@@ -179,7 +237,7 @@ def _compare(figure: PaperFigure, runs: Runs, rates: Iterable[float]) -> dict[st
                 gain = ours / theirs if figure.kind == "ratio" else 100 * (ours / theirs - 1)
                 cases.append((gain, system, rate, ours, theirs))
     entry: dict[str, Any] = {"name": figure.name, "metric": figure.metric, "baseline": figure.baseline,
-                             "paper": figure.paper, "kind": figure.kind}
+                             "paper": figure.paper, "kind": figure.kind, "why": figure.why}
     if not cases:
         return entry | {"setting": None, "ours": None, "absolute": {}, "verdict": "not comparable"}
     gain, system, rate, ours, theirs = max(cases) if figure.kind == "ratio" else min(cases)
@@ -198,15 +256,61 @@ def verdict(figure: PaperFigure, ours: float, theirs: float) -> str:
     return "better" if more != (figure.kind == "loss") else "worse"
 
 
+def _overhead(runs: Runs) -> dict[str, Any]:
+    """What BROS's decisions take of an iteration: CPU time here, against the simulated time of the iteration."""
+    shares = [run["scheduler"]["share_of_iteration"] for name, run in runs.items()
+              if name.startswith("paper/") and name.endswith("/bros")]
+    return {"paper": list(PAPER_OVERHEAD), "ours": [min(shares), max(shares)]}
+
+
+def _cells(runs: Runs) -> dict[str, dict[str, dict[str, Any]]]:
+    """Setting -> policy -> summary, of the settings in which bros-plus and a baseline met both classes."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, run in runs.items():
+        cell, _, policy = name.rpartition("/")
+        if not name.startswith("ablation/") and "-rt/" not in cell:
+            cells.setdefault(cell, {})[policy] = run
+    return cells
+
+
+def _dominance(runs: Runs) -> list[dict[str, Any]]:
+    """bros-plus against every baseline in every cell, by the rule of the module's docstring; told is the baseline that
+    decides the verdict, or else the one that has most RT on time."""
+    rows = []
+    for cell, policies in _cells(runs).items():
+        ours = policies["bros-plus"]
+        judged = [(*_judge(ours, policies[name]), name) for name in BASELINES if name in policies]
+        verdict_, rt_gain, be_change, against = min(
+            judged, key=lambda row: (("behind", "trade", "ahead").index(row[0]), row[1]))
+        fewer = 1 - _value(policies[against], "rt.output_throughput") / _value(ours, "rt.output_throughput")
+        rows.append({"cell": cell, "against": against, "verdict": verdict_, "rt_gain": rt_gain, "be_change": be_change,
+                     "rt": _value(ours, "rt.slo_attainment"), "be": _value(ours, "be.output_throughput"),
+                     "fewer_rt_tokens": fewer})
+    return rows
+
+
+def _judge(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, float, float]:
+    """Verdict, gain in RT attainment, relative change of BE tokens/s."""
+    rt_gain = _value(ours, "rt.slo_attainment") - _value(theirs, "rt.slo_attainment")
+    be_change = _value(ours, "be.output_throughput") / max(_value(theirs, "be.output_throughput"), 1e-9) - 1
+    more = rt_gain > RT_NOISE or be_change > BE_NOISE
+    less = rt_gain < -RT_NOISE or be_change < -BE_NOISE
+    return ("trade" if more else "behind") if less else "ahead", rt_gain, be_change
+
+
 def _coverage(runs: Runs, rates: Iterable[float]) -> dict[str, Any]:
     """How much of the distance from vllm-priority to the bounds a policy covers: median over the sweep's cells in
-    which there is a distance. RT: normalized latency down to rt-only's. BE: output tokens/s up to be-only's."""
-    shares: dict[str, dict[str, list[float]]] = {policy: {"rt": [], "be": []} for policy in ("bros", "bros-plus")}
+    which there is a distance. RT: attainment up, and normalized latency down, to rt-only's. BE: output tokens/s up to
+    be-only's, which serves no RT at all."""
+    targets = {"rt_attainment": ("rt.slo_attainment", "rt-only"),
+               "rt_latency": ("rt.normalized_latency_ms_per_token", "rt-only"),
+               "be": ("be.output_throughput", "be-only")}
+    shares: dict[str, dict[str, list[float]]] = {policy: {name: [] for name in targets}
+                                                 for policy in ("bros", "bros-plus")}
     for system in SYSTEMS:
         for dataset in RT_LENGTHS:
             for rate in rates:
-                for name, metric, bound in (("rt", "rt.normalized_latency_ms_per_token", "rt-only"),
-                                            ("be", "be.output_throughput", "be-only")):
+                for name, (metric, bound) in targets.items():
                     start, end = (_value(runs[_name(system, dataset, rate, policy)], metric)
                                   for policy in ("vllm-priority", bound))
                     if abs(start - end) < 0.02 * end:
@@ -216,3 +320,18 @@ def _coverage(runs: Runs, rates: Iterable[float]) -> dict[str, Any]:
                         covered[name].append((ours - start) / (end - start))
     return {policy: {name: statistics.median(values) if values else None for name, values in covered.items()}
             for policy, covered in shares.items()}
+
+
+def _be_of_reference(duration_s: float, seed: int, rates: Iterable[float], runs: Runs) -> dict[str, Any]:
+    """BE tokens/s as a share of what serving RT leaves of the ceiling (`rt_work_share`): median and least."""
+    shares: dict[str, list[float]] = {policy: [] for policy in ("vllm-priority", "bros", "bros-plus")}
+    for system, settings in SYSTEMS.items():
+        for dataset in RT_LENGTHS:
+            for rate in rates:
+                left = 1 - rt_work_share(replace(settings, seed=seed), PaperWorkload(rate, duration_s, 0,
+                                                                                     rt_lengths=dataset))
+                ceiling = _value(runs[_name(system, dataset, rate, "be-only")], "be.output_throughput")
+                for policy, values in shares.items():
+                    ours = _value(runs[_name(system, dataset, rate, policy)], "be.output_throughput")
+                    values.append(ours / (ceiling * left))
+    return {policy: {"median": statistics.median(values), "least": min(values)} for policy, values in shares.items()}

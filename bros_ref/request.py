@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -92,7 +93,7 @@ class Request:
     # set by the user
     request_id: str
     request_class: RequestClass
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     arrival_s: float = 0.0
     slo: SLO | None = None
@@ -131,4 +132,4 @@ class Request:
     @property
     def token_ids(self) -> list[int]:
         """Prompt and output so far, [num_tokens]."""
-        return self.prompt_token_ids + self.output_token_ids
+        return [*self.prompt_token_ids, *self.output_token_ids]

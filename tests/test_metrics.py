@@ -87,6 +87,30 @@ def test_best_effort_by_hand(trace: Trace) -> None:
         assert be[key] is None
 
 
+def test_rates_until_a_moment_leave_out_what_came_later_and_nothing_else(trace: Trace) -> None:
+    run, whole = summarise(trace, until_s=3.0), summarise(trace)
+    rt, be = run["classes"]["rt"], run["classes"]["be"]
+    assert (run["throughput_s"], run["duration_s"], whole["throughput_s"]) == (2.0, 4.0, 4.0)
+    # By 3.0: five RT tokens of a, b and d; a has ended on time, b ends at 4.0; BE has not begun to emit.
+    assert (rt["request_throughput"], rt["output_throughput"], rt["request_goodput"]) == (1 / 2, 5 / 2, 1 / 2)
+    assert (be["output_throughput"], be["total_token_throughput"], be["request_throughput"]) == (0, 0, 0)
+    for name in ("rt", "be"):
+        for key, value in whole["classes"][name].items():
+            if not key.endswith(("throughput", "goodput")):
+                assert run["classes"][name][key] == value
+
+
+@given(seed=st.integers(0, 1000), share=st.floats(0.01, 1.2))
+@settings(max_examples=25, deadline=None)
+def test_tokens_until_a_moment_are_those_of_the_steps_that_ended_by_then(seed: int, share: float) -> None:
+    trace = make_trace("bros", seed=seed)
+    until_s = trace.start_s + share * (trace.end_s - trace.start_s)
+    run = summarise(trace, until_s)
+    emitted = sum(len(step.emitted) for step in trace.steps if step.end_s <= until_s)
+    counted = sum(run["classes"][name]["output_throughput"] * run["throughput_s"] for name in ("rt", "be"))
+    assert counted == pytest.approx(emitted)
+
+
 def test_kv_scheduler_and_prediction_by_hand(trace: Trace) -> None:
     run = summarise(trace)
     assert run["duration_s"] == 4.0
@@ -117,8 +141,8 @@ def test_overwritten_slots_leave_out_whole_swaps_and_forget_dropped_tables() -> 
 def test_every_key_is_there_and_the_json_is_strict(policy: str) -> None:
     for trace in (make_trace(policy), Trace(policy, "none", "cpu", 1, 1, 1, 0)):
         run = json.loads(json.dumps(summarise(trace), allow_nan=False))
-        assert set(run) == {"policy", "model", "device", "seed", "duration_s", "classes", "kv", "scheduler",
-                            "prediction"}
+        assert set(run) == {"policy", "model", "device", "seed", "duration_s", "throughput_s", "classes", "kv",
+                            "scheduler", "prediction"}
         assert set(run["classes"]) == {"rt", "be"}
         for summary in run["classes"].values():
             assert set(summary) >= CLASS_KEYS

@@ -283,8 +283,9 @@ class BidirectionalKVCacheManager(KVCacheManager):
         if host_block is None:
             host_block = sequence.host_blocks[index] = self.host.free_ids.pop()
         live, copies = sequence.live(index), self._changes.copies
-        for offset in range(live - count, live):
-            copies.checkpoint.append((sequence.slot(index, offset), host_block * self.block_size + offset))
+        first = host_block * self.block_size
+        copies.checkpoint += zip(sequence.slots(index, live - count, live), range(first + live - count, first + live),
+                                 strict=True)
         copies.checkpointed_requests.add(sequence.request_id)
         sequence.lost[index] = sequence.lost.get(index, 0) + count
         self.lost_tokens[sequence.request_id] = self.lost_tokens.get(sequence.request_id, 0) + count
@@ -293,21 +294,21 @@ class BidirectionalKVCacheManager(KVCacheManager):
 
     def _relocate(self, sequence: KVSequence, index: int) -> None:
         """Gives a logical block an empty block of its own and orders the copy of its survivors."""
-        sources = []
+        sources = range(0)
         if sequence.block_ids[index] != ON_HOST:
-            sources = [sequence.slot(index, offset) for offset in range(sequence.live(index))]
+            sources = sequence.slots(index, 0, sequence.live(index))
             self.pool.detach(sequence, index)
         self.pool.replace(sequence, index, self.pool.take_free())
         self._log_block(sequence, index)
-        self._changes.copies.relocate += [(source, sequence.slot(index, offset))
-                                          for offset, source in enumerate(sources)]
+        self._changes.copies.relocate += zip(sources, sequence.slots(index, 0, len(sources)), strict=True)
 
     def _restore(self, sequence: KVSequence, index: int) -> None:
         """Orders the copy of a logical block's lost tokens back to the device; its host block is done with."""
         lost, fill = sequence.lost.pop(index), sequence.fill(index)
         host_block = sequence.host_blocks.pop(index)
-        self._changes.copies.restore += [(host_block * self.block_size + offset, sequence.slot(index, offset))
-                                         for offset in range(fill - lost, fill)]
+        first = host_block * self.block_size
+        self._changes.copies.restore += zip(range(first + fill - lost, first + fill),
+                                            sequence.slots(index, fill - lost, fill), strict=True)
         self.lost_tokens[sequence.request_id] -= lost
         if not self.lost_tokens[sequence.request_id]:
             del self.lost_tokens[sequence.request_id]

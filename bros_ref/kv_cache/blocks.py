@@ -52,6 +52,11 @@ class KVSequence:
         """Physical slot of a token, RT counting from the left end of its block and BE from the right."""
         return self.block_ids[index] * self.block_size + (offset if self.is_rt else self.block_size - 1 - offset)
 
+    def slots(self, index: int, start: int, stop: int) -> range:
+        """`slot` of the offsets [start, stop) of a logical block."""
+        first = self.slot(index, start)
+        return range(first, first + stop - start) if self.is_rt else range(first, first - stop + start, -1)
+
 
 @dataclass(eq=False, slots=True)
 class KVBlock:

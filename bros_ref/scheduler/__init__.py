@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.kv_cache.bidirectional import BidirectionalKVCacheManager
@@ -31,7 +32,19 @@ POLICIES: dict[str, tuple[type[Scheduler], Callable[[KVCacheConfig], KVCacheMana
     "bros-swap-block": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "block")),
 }
 CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the systems that they stand for
+# What `bros-plus` adds to the paper's form (our decisions); one alone, for ablations, is the policy `bros+NAME`.
+PLUS: dict[str, dict[str, Any]] = {
+    "chunks": {"chunked_prefill": True},  # prompts are cut to what the deadlines leave
+    "seats": {"batch_slow_start": False},  # the deadlines bound the batch, and no cap besides
+    "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
+    "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
+}
 BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
+
+
+def known_policies() -> list[str]:
+    """Every name that `make_scheduler` takes."""
+    return [*POLICIES, *BOUNDS, *(f"bros+{option}" for option in PLUS)]
 
 
 def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfig,
@@ -41,11 +54,11 @@ def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfi
     Raises:
         ValueError: unknown policy; the message lists the known ones.
     """
-    if policy in BOUNDS:
-        policy = "bros"
-    if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r}; known are {', '.join([*POLICIES, *BOUNDS])}")
-    scheduler, manager = POLICIES[policy]
-    if policy == "bros-plus":
-        config = replace(config, chunked_prefill=True)  # prompts are cut to what the deadlines leave
+    if policy not in known_policies():
+        raise ValueError(f"unknown policy {policy!r}; known are {', '.join(known_policies())}")
+    base, _, option = policy.partition("+")
+    changes = [PLUS[option]] if option else PLUS.values() if base == "bros-plus" else []
+    for change in changes:
+        config = replace(config, **change)
+    scheduler, manager = POLICIES["bros" if base in BOUNDS else base]
     return scheduler(config, manager(kv_config), latency, eos_token_ids)

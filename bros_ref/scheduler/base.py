@@ -22,6 +22,7 @@ from bros_ref.scheduler.output import SchedulerOutput
 from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS, TOKEN_BUDGET
 
 ITERATION_EMA = 0.1  # weight of the newest step in the moving average of iteration time
+BANKED_SHARE = 0.9  # of TPOT, that time is banked against; the rest is for iterations longer than predicted
 
 
 class Scheduler:
@@ -279,7 +280,7 @@ class Scheduler:
             The requests that ended with this step.
         """
         ended: list[Request] = []
-        eos = self.eos_token_ids
+        eos, banks_time = self.eos_token_ids, self.config.rt_banks_time
         for request, count, token_id in zip(output.requests, output.num_scheduled_tokens, token_ids, strict=True):
             request.num_computed_tokens += count
             if token_id is None:
@@ -292,7 +293,11 @@ class Scheduler:
                 request.first_token_s = now_s
             if request.is_rt:
                 assert request.slo is not None
-                request.deadline_s = request.due_s = now_s + request.slo.tpot_s
+                deadline_s = now_s + request.slo.tpot_s
+                if banks_time:
+                    banked_s = BANKED_SHARE * request.slo.tpot_s * len(request.output_token_ids)
+                    deadline_s = max(deadline_s, request.first_token_s + banked_s)
+                request.deadline_s = request.due_s = deadline_s
             if token_id in eos and not request.sampling.ignore_eos:
                 request.status = RequestStatus.FINISHED_STOP
                 ended.append(request)

@@ -24,6 +24,17 @@ Ours, where the paper is silent:
   cannot be put there (then it keeps no seat empty). If no BE holds KV, the head of the BE queue is due after N steps.
   Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, one a step is exempt likewise.
 - A batch that is still empty takes its first request whatever the bound: an idle machine helps nobody.
+
+`bros-plus` is this class with four rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
+
+- Prompts are cut to what the deadlines leave, where the paper's form leaves a long BE prompt out until no RT is near.
+- No cap bounds the batch besides the deadlines.
+- An RT banks the time it is ahead: TPOT is a mean, so token k is due at first token + k * TPOT (nine tenths of it), if
+  that is later than the paper's last token + TPOT. Whoever is ahead can sit out for a burst of others, and be on time.
+- RT displace RT as late as they can. In the paper's form whoever comes first in slack order takes blocks from the one
+  with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross PCIe
+  in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two more
+  iterations, and one that has not started displaces only RT that can wait as long as its TTFT.
 """
 
 from __future__ import annotations
@@ -84,7 +95,7 @@ class BROSScheduler(Scheduler):
         base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
         self._batch_cap = base if self._deadline_bound else min(2 * self._batch_cap, ceiling)
         self._deadline_bound = False
-        self.seats = self._batch_cap
+        self.seats = self._batch_cap if self.config.batch_slow_start else ceiling
 
     def _sorted_be(self) -> list[Request]:
         """BE that hold KV, by (tokens to restore - aging * steps waited); a due one goes to the very front."""
@@ -239,10 +250,12 @@ class BROSScheduler(Scheduler):
     def _best_effort(self) -> Iterator[Request]:
         self.bound_s = min(self.bound_s, self._newcomer_bound_s())
         yield from self._offer_due_be()
-        starved = False
+        starved, left_out = False, self.output.left_out
         for request in self._be_order:
             if request.last_step == self.step:
                 continue  # the one that was due
+            if left_out:
+                left_out.pop(request.request_id, None)  # due, but its exempt chunk had no blocks: a smaller one may
             self.exempt = not self.output.requests
             yield request
             starved = starved or self.refusal == NO_BLOCKS
@@ -251,6 +264,7 @@ class BROSScheduler(Scheduler):
                 if not self._a_decode_fits():
                     return
         while not starved and (newcomer := self._be_waiting.head()):
+            left_out.pop(newcomer.request_id, None)
             self.exempt = not self.output.requests
             yield newcomer
             if self.refusal:
@@ -312,9 +326,21 @@ class BROSScheduler(Scheduler):
         def rank(rt: Request) -> tuple[bool, float, float, str]:  # total: of any two, one must give way
             return (rt.due_s - now_s < self._alone_s(rt), rt.due_s, rt.arrival_s, rt.request_id)
 
-        idle = [other for other in self.running if other.is_rt and self._can_give(other)]
+        spared_s = -math.inf
+        if not self.config.rt_displaces_eagerly:
+            if request.request_id in self.kv.lost_tokens and self._can_wait(request):
+                return None
+            if request.status is RequestStatus.WAITING and request.slo is not None:
+                spared_s = request.slo.ttft_s
+        idle = [other for other in self.running
+                if other.is_rt and other.due_s - now_s > spared_s and self._can_give(other)]
         victim = max(idle, key=rank, default=None)
         return victim if victim is not None and rank(victim) > rank(request) else None
+
+    def _can_wait(self, request: Request) -> bool:
+        """Whether it is on time still if it sits out two iterations."""
+        soonest_s = 2 * self.iteration_s * self.latency.safety + self._alone_s(request)
+        return request.due_s - self.output.now_s > soonest_s
 
     def _can_give(self, other: Request) -> bool:
         """Holds blocks, and sits out this step."""

@@ -1,5 +1,6 @@
 """BROS's rules, one by one and as properties: the constraints of the paper, and the bound on waiting that is ours."""
 
+import copy
 import random
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bros_ref.request import SLO
+from bros_ref.scheduler.base import BANKED_SHARE
 from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS
 
 
@@ -69,6 +71,30 @@ def test_the_last_resort_swaps_out_the_real_time_request_with_the_most_slack():
     decider.kv.check_integrity()
 
 
+@pytest.mark.parametrize("policy", ["bros", "bros-plus", "bros-recompute", "bros-swap-block"])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**32))
+def test_a_real_time_request_out_of_slack_never_waits_behind_best_effort(policy, seed):
+    """Each decision is taken a second time on a copy from which all best-effort requests are gone: whoever is out of
+    slack and gets its place there has it in the presence of best-effort too. (No BE is due here: that is the one
+    exception, by the bound on its waiting.)"""
+    rng = random.Random(seed)
+    decider = Decider(policy, rng.choice([8, 20, 400]), num_host_blocks=rng.choice([None, 0, 2]),
+                      max_num_seqs=rng.choice([1, 2, 4, 8]), max_num_batched_tokens=rng.choice([8, 64]),
+                      base_batch_cap=rng.choice([1, 128]), be_max_wait_steps=10**6)
+    for step in range(25):
+        for i in range(rng.randint(0, 2)):
+            slo = SLO(rng.choice([0.001, 0.03, 0.06, 0.2, 1.0]), rng.choice([0.001, 0.015, 0.03, 0.1]))
+            decider.add(f"{rng.choice(['rt', 'be'])}{step}-{i}", rng.randint(1, 30), rng.randint(1, 20), slo=slo)
+        without_be = copy.deepcopy(decider)
+        for request in list(without_be.scheduler.requests.values()):
+            if not request.is_rt:
+                without_be.abort(request)
+        placed, decided = without_be.decide(), decider.step()
+        for name in placed.keys() - decided.keys():
+            assert without_be.output.slack_s[name] > 0, f"{name} in step {step}: {decider.output.left_out}"
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), longest_wait=st.sampled_from([3, 8]))
 def test_a_best_effort_request_that_holds_kv_runs_within_n_plus_s_steps(seed, longest_wait):
@@ -101,3 +127,82 @@ def test_an_iteration_leaves_room_for_a_real_time_request_that_has_not_arrived_y
     own_s = 0.010 + 0.001 * 20 + 0.00001 * 20 * 10
     assert decider.output.bound_s == pytest.approx(0.1 - own_s)
     assert decider.output.predicted_s <= 0.1 - own_s
+
+
+# -- what bros-plus changes -----------------------------------------------------------------------------------------
+
+
+@given(durations_s=st.lists(st.floats(0.001, 0.5), min_size=1, max_size=12), tpot_s=st.floats(0.01, 0.3))
+@settings(max_examples=40)
+def test_banked_time_moves_a_deadline_later_never_earlier(durations_s, tpot_s):
+    """Due: the paper's last token + TPOT, or first token + k * 0.9 TPOT if that is later."""
+    deadlines = {}
+    for policy in ("bros", "bros+bank"):
+        decider = Decider(policy)
+        request = decider.add("rt0", prompt_tokens=4, slo=SLO(10.0, tpot_s))
+        deadlines[policy] = []
+        for duration_s in durations_s:
+            decider.decide()
+            decider.now_s += duration_s - decider.truth.predict(decider.output.features)  # the step takes so long
+            decider.compute()
+            deadlines[policy].append(request.deadline_s)
+            paper_s = decider.now_s + tpot_s
+            schedule_s = request.first_token_s + BANKED_SHARE * tpot_s * len(request.output_token_ids)
+            assert request.deadline_s == pytest.approx(paper_s if policy == "bros" else max(paper_s, schedule_s))
+    assert all(later >= paper for later, paper in zip(deadlines["bros+bank"], deadlines["bros"], strict=True))
+
+
+@pytest.mark.parametrize(("policy", "started", "displaced"), [
+    ("bros", SLO(5.0, 0.4), True), ("bros+lazy", SLO(5.0, 0.4), False), ("bros+lazy", SLO(5.0, 0.9), True)])
+def test_a_lazy_newcomer_displaces_only_a_real_time_request_that_can_wait_as_long_as_it(policy, started, displaced):
+    decider = Decider(policy, num_blocks=4)
+    decider.add("rt-started", prompt_tokens=8, max_tokens=8, slo=started)
+    decider.step()
+    decider.add("rt-newcomer", prompt_tokens=12, max_tokens=4, slo=SLO(0.3 if displaced else 0.5, 0.3))
+    decider.decide()
+    assert ("rt-started" in decider.kv.lost_tokens) is displaced
+    assert (decider.output.left_out.get("rt-newcomer") == NO_BLOCKS) is not displaced
+
+
+@pytest.mark.parametrize(("policy", "comes_back"), [("bros", True), ("bros+lazy", False)])
+def test_a_swapped_out_request_that_can_wait_comes_back_at_nobodys_cost_if_lazy(policy, comes_back):
+    decider = Decider(policy, num_blocks=4)
+    waiting = decider.add("rt-waiting", prompt_tokens=8, max_tokens=8, slo=SLO(9.0, 9.0))
+    decider.step()
+    decider.add("rt-holding", prompt_tokens=12, max_tokens=4, slo=SLO(0.5, 0.5))
+    decider.step()
+    assert decider.kv.lost_tokens["rt-waiting"] > 0
+    holding = decider.scheduler.requests["rt-holding"]
+    holding.deadline_s = holding.due_s = waiting.due_s + 1.0  # now the other is the more urgent one, though not urgent
+    assert ("rt-waiting" in decider.decide()) is comes_back
+    decider.compute()
+    waiting.deadline_s = waiting.due_s = decider.now_s + 0.03
+    assert "rt-waiting" in decider.step(), "it cannot wait any longer"
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=30)
+def test_a_lazy_pool_full_of_real_time_requests_serves_every_one_to_its_end(seed):
+    """More RT than the pool holds, targets tight and loose: nobody waits for ever, and the accounts hold."""
+    rng = random.Random(seed)
+    decider = Decider("bros-plus", num_blocks=rng.choice([6, 10]), num_host_blocks=rng.choice([0, 4, None]))
+    for i in range(12):
+        decider.add(f"rt{i}", prompt_tokens=rng.randint(1, 12), max_tokens=rng.randint(1, 10),
+                    slo=SLO(rng.choice([0.05, 0.5]), rng.choice([0.02, 0.2])))
+    for _ in range(1500):
+        decider.step()
+        if not decider.scheduler.requests:
+            return
+    raise AssertionError(f"still there: {list(decider.scheduler.requests)}")
+
+
+@pytest.mark.parametrize(("policy", "seats"), [("bros", 2), ("bros+seats", 8)])
+def test_the_batch_cap_is_the_papers_and_an_option(policy, seats):
+    decider = Decider(policy, base_batch_cap=2, max_num_batched_tokens=1000, num_blocks=400)
+    decider.add("rt-urgent", slo=SLO(0.05, 0.05))
+    decider.add("rt-long", prompt_tokens=100, slo=SLO(9.0, 9.0))
+    decider.decide()
+    assert decider.output.left_out == {"rt-long": DEADLINE}
+    decider.compute()
+    decider.decide()
+    assert decider.scheduler.seats == seats
