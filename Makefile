@@ -1,11 +1,15 @@
-# make demo | test | lab | kernels | lint | bench     each does its own set-up in .venv; a second call installs nothing
+# make demo | test | lab | book | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
+# installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 PYTEST_ARGS ?=
 
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120 -p no:cacheprovider
+# Two workers, a file at a time (a notebook's cells belong together); one torch thread each, as two cores would have it.
+WORKERS ?= 2
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -p no:cacheprovider
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
 .PHONY: demo test lint lab notebooks kernels bench lock clean
 
@@ -13,10 +17,10 @@ demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest $(NBVAL) tests notebooks $(PYTEST_ARGS)
+	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
 
 lab: $(VENV)/.installed-dev
-	$(BIN)/jupyter lab notebooks/
+	$(BIN)/jupyter lab notebooks/00_the_whole_game.ipynb
 
 # Runs every notebook and leaves it as it is to be committed.
 notebooks: $(VENV)/.installed-dev

@@ -34,6 +34,7 @@ from bros_ref.cli_common import (
     app,
     bench_app,
     make_console,
+    output_file,
     parse_policies,
     progress,
     write_json,
@@ -43,12 +44,12 @@ from bros_ref.cli_common import (
 def main() -> None:
     """The console script."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))  # None, or the status of a command that ended by typer.Exit or Ctrl-C
     except typer.TyperException as error:
         _quit(f"bros-ref: {error.format_message()}")
     except (ValueError, OSError) as error:
         _quit(f"bros-ref: {' '.join(str(error).split())}")
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # outside a command
         sys.exit(130)
 
 
@@ -74,7 +75,8 @@ def generate(prompt: str, model: ModelOption = "smollm2",
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     loaded = _load(model, device, threads, seed, backend)
     token_ids = loaded.tokenizer.chat(prompt)
-    settings = LiveSettings(kv_blocks=-(-(len(token_ids) + max_tokens) // 16), seed=seed)
+    longest = min(len(token_ids) + max_tokens, loaded.config.max_context_tokens)  # more is refused by the engine
+    settings = LiveSettings(kv_blocks=-(-longest // 16), seed=seed)
     engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
     request = Request("prompt", RequestClass.BEST_EFFORT, token_ids, sampling)
     out = sys.stderr if json_path == "-" else sys.stdout
@@ -102,7 +104,6 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     from bros_ref.workload import Workload
 
     names, console = parse_policies(policies), make_console(json_path)
-    out.mkdir(parents=True, exist_ok=True)
     loaded = _load(model, device, threads, seed)
     items = demo_items(loaded, seed)
     settings = LiveSettings(kv_blocks=pool_blocks(items, 8, 16), max_num_seqs=8, max_num_batched_tokens=256,
@@ -114,8 +115,10 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
         engine = make_engine(policy, loaded, runner, settings, copy.deepcopy(latency))
         chosen = keep_class(items, policy)
         with progress(console, f"{policy}: {len(chosen)} requests", len(chosen)) as advance:
-            serve(engine, Workload(chosen), lambda item: request_from_item(item, loaded, seed, to_length=False),
-                  on_step=lambda ended: advance(len(ended)))
+            failures = serve(engine, Workload(chosen),
+                             lambda item: request_from_item(item, loaded, seed, to_length=False),
+                             on_step=lambda ended: advance(len(ended)))
+        _tell(failures, console)
         assert engine.trace is not None
         engine.trace.save(out / f"trace-{policy}.json")
         traces.append(engine.trace)
@@ -141,8 +144,9 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
                 max_num_seqs: CountOption = 8,
                 max_num_batched_tokens: CountOption = 256,
                 chunked_prefill: ChunkedOption = None,
-                until_s: Annotated[float, typer.Option(help="Stop after this many seconds.")] = float("inf"),
-                trace_path: Annotated[Path | None, typer.Option("--trace", help="Save the trace here.")] = None,
+                until_s: Annotated[float, typer.Option(min=0.0, help="Stop after this many seconds.")] = float("inf"),
+                trace_path: Annotated[Path | None, typer.Option("--trace", callback=output_file,
+                                                                help="Save the trace here.")] = None,
                 threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
                 json_path: JsonOption = None) -> None:
     """The live engine on a workload file, wall clock."""
@@ -154,6 +158,8 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     from bros_ref.workload import Workload, merge
     from bros_ref.workload_files import read_workload
 
+    if "," in policy:
+        raise ValueError(f"--policy takes one policy, got {policy!r}; `demo` and `bench hybrid` compare several")
     [name], console, slo = parse_policies(policy), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     if request_class not in (None, "rt", "be"):
         raise ValueError(f"--class must be rt or be, got {request_class!r}")
@@ -167,8 +173,9 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     latency = _fit(runner, max_num_seqs, loaded.name, refit, console)
     engine = make_engine(name, loaded, runner, settings, latency)
     with progress(console, f"{name}: {len(items)} requests", len(items)) as advance:
-        serve(engine, Workload(items), lambda item: request_from_item(item, loaded, seed), until_s,
-              on_step=lambda ended: advance(len(ended)))
+        failures = serve(engine, Workload(items), lambda item: request_from_item(item, loaded, seed), until_s,
+                         on_step=lambda ended: advance(len(ended)))
+    _tell(failures, console)
     assert engine.trace is not None
     for request_id, reason in engine.trace.rejected.items():
         console.print(f"refused {request_id}: {reason}", style="yellow", highlight=False)
@@ -190,8 +197,8 @@ def bench_scheduler_command(policies: Annotated[str, typer.Option()] = "bros,vll
     from bros_ref.bench.scheduler import as_json, bench_scheduler
     from bros_ref.tables import scheduler_table
 
-    if not all(size.strip().isdigit() and int(size) > 0 for size in running.split(",")):
-        raise ValueError(f"--running needs positive numbers separated by commas, got {running!r}")
+    if not all(size.strip().isdecimal() and 0 < int(size) <= 100_000 for size in running.split(",")):
+        raise ValueError(f"--running needs numbers from 1 to 100000 separated by commas, got {running!r}")
     names, sizes = parse_policies(policies), [int(size) for size in running.split(",")]
     rows, slopes = bench_scheduler(names, sizes, waiting, rounds)
     result = as_json(rows, slopes)
@@ -221,7 +228,8 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
                          model: ModelOption = "smollm2", rounds: CountOption = 1,
                          ttft_slo_s: TtftOption = 0.6, tpot_slo_s: TpotOption = 0.4, device: DeviceOption = "auto",
                          threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
-                         report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+                         report: Annotated[Path | None, typer.Option(callback=output_file,
+                                                                     help="Write an HTML report here.")] = None,
                          json_path: JsonOption = None) -> None:
     """Every policy serves the same hybrid workload live, under KV pressure."""
     from bros_ref.bench.hybrid import ALL, bench_hybrid
@@ -249,8 +257,6 @@ def _load(model: str, device: str, threads: int, seed: int, backend: str = "auto
 
     from bros_ref.live import load_model
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
     if threads:
         torch.set_num_threads(threads)
     return load_model(model, device, seed, backend)
@@ -268,6 +274,12 @@ def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Consol
             last = done
 
         return fit_latency_model(runner, max_num_seqs, name, refit=refit, on_progress=on_progress)
+
+
+def _tell(failures: list[Any], console: Console) -> None:
+    """Steps that failed ended their requests only; what went wrong must not be lost with them."""
+    for failure in failures:
+        console.print(str(failure), style="red", highlight=False, markup=False)
 
 
 def _sample_answers(engine: Any, items: list[Any]) -> dict[str, str]:

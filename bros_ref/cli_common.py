@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,36 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The project's own measurements.")
 app.add_typer(bench_app, name="bench")
 
-JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON here; - is stdout.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def output_file(value: Any) -> Any:
+    """Refuses, before any work is done, a file that could not be written after it; "-" is standard output."""
+    if value is None or str(value) == "-":
+        return value
+    path = Path(value)
+    if str(value) == "" or path.is_dir():
+        raise typer.BadParameter(f"{str(value)!r} is no name of a file")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {path.parent} does not exist; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written; choose another place")
+    return value
+
+
+def output_folder(value: Path) -> Path:
+    """Makes the folder, or refuses before any work is done."""
+    try:
+        value.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{value} cannot be made a folder ({error.strerror}); choose another place") from None
+    if not os.access(value, os.W_OK):
+        raise typer.BadParameter(f"nothing can be written in {value}; choose another place")
+    return value
+
+
+JsonOption = Annotated[str | None, typer.Option("--json", metavar="FILE", callback=output_file,
+                                                help="Write JSON here; - is stdout.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of everything random.")]
 ModelOption = Annotated[str, typer.Option(help="smollm2, random:<family>, checksum, a HF folder or a .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BackendOption = Annotated[str, typer.Option(help="Attention: auto, torch, cupy or cpu-emulated.")]
@@ -29,19 +58,22 @@ TtftOption = Annotated[float, typer.Option(help="TTFT target of real-time reques
 ClassOption = Annotated[str | None, typer.Option("--class", help="rt or be, for files that do not say.")]
 ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
 CountOption = Annotated[int, typer.Option(min=1)]
-OutOption = Annotated[Path, typer.Option(help="Folder for the report, the traces and the summary.")]
+OutOption = Annotated[Path, typer.Option(callback=output_folder,
+                                         help="Folder for the report, the traces and the summary.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
 TpotOption = Annotated[float, typer.Option(help="TPOT target of real-time requests that bring none, seconds.")]
 
 
 def parse_policies(names: str) -> list[str]:
-    """Names from a comma-separated list. Raises ValueError for an unknown one."""
+    """Names from a comma-separated list. Raises ValueError for an unknown one, or one named twice."""
     from bros_ref.scheduler import known_policies
 
     chosen = [name.strip() for name in names.split(",")]
     for name in chosen:
         if name not in known_policies():
             raise ValueError(f"unknown policy {name!r}; known are {', '.join(known_policies())}")
+        if chosen.count(name) > 1:
+            raise ValueError(f"policy {name!r} is named twice; its second run would replace the first")
     return chosen
 
 

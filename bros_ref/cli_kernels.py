@@ -1,5 +1,6 @@
-"""The command `kernels`: compiles every kernel for every architecture, runs it emulated against the contract, prints
-the ladder, tries the seeded defects. It measures no time: no GPU figure comes from here unless a GPU is there."""
+"""The command `kernels`: compiles every kernel for every architecture, runs its text emulated and its PTX interpreted
+against the contract, prints the ladder, tries the seeded defects. It measures no time: no GPU figure comes from here
+unless a GPU is there."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ LADDER_ARCHITECTURE = 90
 def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no seeded defects.")] = False,
             write_readme: Annotated[bool, typer.Option(help="Rewrite the ladder in kernels_cupy/README.md.")] = False,
             seed: SeedOption = 0, json_path: JsonOption = None) -> None:
-    """Proves the CUDA kernels without a GPU: compiled for every architecture, emulated against float64, mutated."""
+    """Proves the CUDA kernels without a GPU: compiled, emulated and their PTX run against float64, mutated."""
     import kernels_cupy
     from kernels_cupy.compile import ARCHITECTURES, why_unavailable
     from kernels_cupy.static_report import LADDER
@@ -38,8 +39,9 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
         rows = [row for job in jobs for row in _rows(*job, seed, advance)]
     mutations = None if quick else _mutations(console)
     console.print(_table(rows))
-    console.print("Direction: instructions of the main loop more than with one direction known when compiling. "
-                  "On a GPU: not measured here.")
+    console.print("Instr / KiB: warp instructions of its PTX that a whole kernel executed, moves left out, per KiB of K "
+                  "and V. Loop: those of the main loop's machine code. Direction: executed instructions more than with "
+                  "one direction known when compiling. On a GPU: not measured here.")
     if mutations is not None:
         console.print(f"Seeded defects: {mutations['seeded']}, flagged by the check that was named beforehand: "
                       f"{mutations['flagged']}; beside them {len(mutations['equivalent'])} that change nothing.")
@@ -103,19 +105,21 @@ def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if not pattern.search(readme):
         raise ValueError(f"kernels_cupy/README.md has no {BEGIN} ... {END}")
-    header = ("| step | idea | sectors / minimum | warp instructions per KiB | registers | worst bank conflict | "
-              "direction, instructions | issuing would limit at, of DRAM (A100, H100; estimate) | on a GPU |")
-    lines = [header, "|" + "---|" * 9]
+    header = ("| step | idea | sectors / minimum | warp instructions per KiB, executed | main loop, machine code | "
+              "registers | worst bank conflict | direction, instructions | mma and what feeds it | issuing would limit "
+              "at, of DRAM (A100, H100; estimate) | on a GPU |")
+    lines = [header, "|" + "---|" * 11]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows
               if (row["dtype"], row["head_dim"], row["arch"]) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
     return pattern.sub(lambda _: "\n".join([BEGIN, *lines, END]), readme)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    caps, per_kib, overhead = row["issue_cap_estimate"], row["warp_instructions_per_kib"], row["direction_overhead"]
-    return [row["step"], row["name"], _number(row["sectors_over_minimum"], ".2f"), _number(per_kib, ".0f"),
+    caps, feeding = row["issue_cap_estimate"], row["mma_feeding_share"]
+    return [row["step"], row["name"], _number(row["sectors_over_minimum"], ".2f"),
+            _number(row["warp_instructions_per_kib"], ".0f"), _number(row["main_loop_instructions_per_kib"], ".0f"),
             str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
-            "-" if overhead is None else f"{overhead:+.1%}",
+            _number(row["direction_overhead"], "+.1%"), _number(feeding, ".0%") if row["mma_instructions"] else "-",
             "-" if caps is None else ", ".join(f"{cap:.0%}" for cap in caps.values()), "not measured here"]
 
 
@@ -130,33 +134,42 @@ def _shape(text: str) -> tuple[str, int]:
 
 def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], seed: int,
           advance: Callable[[int], None]) -> list[dict[str, Any]]:
-    """One row an architecture; what the emulator counts is the same for all."""
+    """One row an architecture; what the emulator counts is the same for all. A row is verified if both executions are
+    within the contract: that of the text on the emulator, and that of its PTX."""
     import numpy as np
     import torch
 
     from kernels_cupy.contract import Heads
-    from kernels_cupy.static_report import GPUS, compiled, error_of, issue_cap, traffic, verified
+    from kernels_cupy.emulator import Emulator
+    from kernels_cupy.ptx import PtxDevice
+    from kernels_cupy.static_report import GPUS, compiled, error_of, executed, issue_cap, traffic, verified
 
     heads = Heads(8, 2, head_dim, 16, getattr(torch, dtype))
     targets = [arch for arch in architectures if rung.supports(heads, arch)]
     if not targets:
         advance(1)
         return []
-    error = error_of(rung, heads, np.random.default_rng(seed))
-    counted = traffic(rung, heads) if (dtype, head_dim) == ("float16", 128) and not rung.is_prefill else None
+    error = error_of(rung, heads, np.random.default_rng(seed), Emulator())
+    on_ladder = (dtype, head_dim) == ("float16", 128)
+    counted = traffic(rung, heads) if on_ladder and not rung.is_prefill else None
     rows = []
     for arch in targets:
         row = compiled(rung, heads, arch)
-        loop = row.loop
+        loop, run = row.loop, executed(rung, heads, arch) if on_ladder else None
+        ptx_error = error_of(rung, heads, np.random.default_rng(seed), PtxDevice(arch))
         rows.append({
             "name": rung.idea, "step": rung.name, "dtype": dtype, "head_dim": head_dim, "arch": f"sm_{arch}",
             "registers": row.used.registers, "spill_bytes": row.used.spill_bytes, "shared_bytes": row.used.shared_bytes,
-            "occupancy": row.occupancy, "max_error": error, "verified": verified(error, heads),
+            "occupancy": row.occupancy, "max_error": max(error, ptx_error), "ptx_error": ptx_error,
+            "verified": verified(error, heads) and verified(ptx_error, heads),
             "sectors_over_minimum": counted and counted.sectors_over_minimum,
             "reversed_sectors_over_minimum": counted and counted.reversed_sectors_over_minimum,
-            "warp_instructions_per_kib": loop and loop.per_kib, "direction_overhead": row.direction_overhead,
+            "warp_instructions_per_kib": run and run.per_kib, "with_moves_per_kib": run and run.with_moves_per_kib,
+            "main_loop_instructions_per_kib": loop and loop.per_kib,
+            "direction_overhead": run and run.direction_overhead,
             "worst_bank_conflict": counted and counted.worst_bank_conflict,
-            "mma_instructions": loop and loop.multiplications, "mma_feeding_share": loop and loop.feeding_share,
+            "mma_instructions": loop and loop.multiplications, "mma_feeding_share": run and run.feeding_share,
+            "main_loop_feeding_share": loop and loop.feeding_share,
             "issue_cap_estimate": loop and {gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
             if not rung.is_prefill else None,
             "measured_on_gpu": None})
@@ -179,14 +192,14 @@ def _mutations(console: Any) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="CUDA kernels, compiled and emulated; nothing here was timed")
+    table = Table(title="CUDA kernels, compiled, emulated, their PTX executed; nothing here was timed")
     for column in ("step", "dtype", "D", "arch", "registers", "spills", "occupancy", "max error", "sectors / min",
-                   "instr / KiB", "direction", "bank"):
+                   "instr / KiB", "loop", "direction", "bank"):
         table.add_column(column, justify="left" if column in ("step", "dtype", "arch") else "right")
     for row in rows:
-        overhead = row["direction_overhead"]
         table.add_row(row["step"], row["dtype"], str(row["head_dim"]), row["arch"], str(row["registers"]),
                       str(row["spill_bytes"]), f"{row['occupancy']:.0%}", f"{row['max_error']:.1e}",
                       _number(row["sectors_over_minimum"], ".2f"), _number(row["warp_instructions_per_kib"], ".0f"),
-                      "-" if overhead is None else f"{overhead:+.1%}", _number(row["worst_bank_conflict"], "d"))
+                      _number(row["main_loop_instructions_per_kib"], ".0f"),
+                      _number(row["direction_overhead"], "+.1%"), _number(row["worst_bank_conflict"], "d"))
     return table

@@ -19,6 +19,8 @@ from bros_ref.cli_common import (
     app,
     bench_app,
     make_console,
+    output_file,
+    output_folder,
     parse_policies,
     progress,
     write_json,
@@ -44,7 +46,8 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
              chunked_prefill: ChunkedOption = None, request_class: ClassOption = None,
              seeds: Annotated[int, typer.Option(min=1, help="Runs a policy, seeds --seed, --seed + 1, ...")] = 1,
              processes: ProcessesOption = 0,
-             report: Annotated[Path | None, typer.Option(help="Write an HTML report of the first seed here.")] = None,
+             report: Annotated[Path | None, typer.Option(callback=output_file,
+                                                         help="Write an HTML report of the first seed here.")] = None,
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The live system's scheduler and KV accounting, on a virtual clock and a GPU cost model."""
     from bros_ref.request import SLO
@@ -101,7 +104,8 @@ def _write_report(path: Path, names: list[str], settings: Any, arrivals: Any, ti
 
 
 @app.command()
-def reproduce(out: Annotated[Path, typer.Option(help="Folder for the report and the JSON.")] = Path("out/reproduce"),
+def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
+                                                help="Folder for the report and the JSON.")] = Path("out/reproduce"),
               duration_s: Annotated[float, typer.Option(help="Simulated seconds a run; the paper's is 600.")] = 600.0,
               quick: Annotated[bool, typer.Option("--quick", help="60 s a run and fewer rates.")] = False,
               processes: ProcessesOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
@@ -111,7 +115,6 @@ def reproduce(out: Annotated[Path, typer.Option(help="Folder for the report and 
     from bros_ref.viz.reproduction import write_reproduction
 
     console = make_console(json_path)
-    out.mkdir(parents=True, exist_ok=True)
     with progress(console, "reproduce", 1.0) as advance:
         result = reproduce_paper(60.0 if quick else duration_s, seed, quick=quick, processes=processes,
                                  on_progress=advance)

@@ -6,18 +6,32 @@ refused where it was written. Nothing here knows torch, files or policies.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+MAX_LAYERS = 10_000  # more than any model has: beyond it a config is damaged, and would be counted through for hours
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency-dependent stretching of rotary positions (Llama 3.1 model card)."""
+    """Llama-3's frequency-dependent stretching of rotary positions (Llama 3.1 model card).
+
+    Raises:
+        ValueError: a number is not positive and finite, or the two frequency factors do not ascend.
+    """
 
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_context_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_context_tokens"):
+            _check_positive(f"RopeScaling.{name}", getattr(self, name))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"RopeScaling.low_freq_factor must be below high_freq_factor, got {self.low_freq_factor} "
+                             f"and {self.high_freq_factor}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +39,7 @@ class ModelConfig:
     """The shape of one decoder-only transformer. Families differ by these fields alone, never by a class.
 
     Raises:
-        ValueError: a dimension is not positive, or the query heads do not divide over the KV heads.
+        ValueError: a dimension is no positive whole number, or the query heads do not divide over the KV heads.
     """
 
     family: str
@@ -55,8 +69,15 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim", "max_context_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"ModelConfig.{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"ModelConfig.{name} must be a positive whole number, got {value!r}")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"ModelConfig.num_layers must be at most {MAX_LAYERS}, got {self.num_layers}")
+        for name in ("norm_eps", "rope_theta"):
+            _check_positive(f"ModelConfig.{name}", getattr(self, name))
+        if not all(isinstance(token_id, int) for token_id in self.eos_token_ids):
+            raise ValueError(f"ModelConfig.eos_token_ids must be whole numbers, got {self.eos_token_ids!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads")
 
@@ -128,3 +149,8 @@ class SchedulerConfig:
                 raise ValueError(f"SchedulerConfig.{name} must be positive, got {getattr(self, name)}")
         if not self.be_aging_tokens_per_step >= 0:
             raise ValueError(f"be_aging_tokens_per_step must be at least 0, got {self.be_aging_tokens_per_step}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")

@@ -1,8 +1,8 @@
 """The engine: add requests, call `step()`, read tokens. Everything a step does is in its ten lines.
 
 It owns the order of events and the trace; the decisions are the scheduler's and the arithmetic is the runner's.
-Invariant: whatever happens inside a step (a runner that raises, a callback that aborts), afterwards the accounts
-add up, the blocks of ended requests are free, and every request that is not ended can go on.
+Invariant: whatever happens inside a step (a runner that raises or is interrupted, a callback that aborts), afterwards
+the accounts add up, the blocks of ended requests are free, and every request that is not ended can go on.
 """
 
 from __future__ import annotations
@@ -51,18 +51,22 @@ class LLMEngine:
 
     Attributes:
         trace: every step's decision with its reason; None if not wanted.
+        vocab_size: prompts with other token ids are refused, for one of them would fail its whole batch; None if the
+            runner takes any.
         streams: request id -> text so far, of requests that were added with a tokenizer at hand.
         aborted: ids of the requests that `abort` ended.
         callback_errors: request id -> what its `on_text` raised; such a request has failed, the others go on.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock | None = None,
-                 tokenizer: Tokenizer | None = None, trace: Trace | None = None) -> None:
+                 tokenizer: Tokenizer | None = None, trace: Trace | None = None,
+                 vocab_size: int | None = None) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.clock = clock or WallClock()
         self.tokenizer = tokenizer
         self.trace = trace
+        self.vocab_size = vocab_size
         self.streams: dict[str, TextStream] = {}
         self.callback_errors: dict[str, Exception] = {}
         self.aborted: set[str] = set()
@@ -74,7 +78,8 @@ class LLMEngine:
         """Accepts a request; it competes from the next step on. `on_text(request, piece)` receives text as it comes.
 
         Raises:
-            RequestRefused: a duplicate id, or a request that could never finish in this pool or context.
+            RequestRefused: a duplicate id, tokens outside the vocabulary, a request that has run before, or one that
+                could never finish in this pool or context.
         """
         record = RequestRecord(request.request_id, request.request_class.value, request.arrival_s,
                                request.num_prompt_tokens, request.sampling.max_tokens)
@@ -93,6 +98,7 @@ class LLMEngine:
             self._on_text[request.request_id] = on_text
         if self.trace is not None:
             self.trace.requests[request.request_id] = record
+            self.trace.rejected.pop(request.request_id, None)  # it was refused before, and has been shortened since
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
@@ -130,8 +136,13 @@ class LLMEngine:
         execute_s = self.clock.now_s()
         try:
             token_ids = self.runner.execute(output)
+            if len(token_ids) != len(output.requests):
+                raise RuntimeError(f"the runner returned {len(token_ids)} tokens for {len(output.requests)} requests")
         except Exception as error:
             raise self._fail(output, error) from error
+        except BaseException as interrupt:  # Ctrl-C in the middle of a forward pass: as a failure, but passed on
+            self._fail(output, interrupt)
+            raise
         end_s, cpu_s = self.clock.now_s(), time.thread_time()
         ended = self.scheduler.update_from_output(output, token_ids, end_s, end_s - execute_s)
         schedule_s += time.thread_time() - cpu_s
@@ -182,7 +193,7 @@ class LLMEngine:
                                 f"behind them: {output.num_behind}, free blocks: {self.scheduler.kv.num_free_blocks}")
         return []
 
-    def _fail(self, output: SchedulerOutput, error: Exception) -> StepFailed:
+    def _fail(self, output: SchedulerOutput, error: BaseException) -> StepFailed:
         """Ends the batch's requests, and has those recomputed whose checkpoints may not have been written."""
         for request in output.requests:
             self.scheduler.finish(request, RequestStatus.FAILED)
@@ -202,6 +213,11 @@ class LLMEngine:
         needed = f"{request.num_prompt_tokens} prompt + {request.sampling.max_tokens} new tokens"
         if request.request_id in self._known_ids:
             return "that id was used before; ids must be unique within an engine"
+        if request.status is not RequestStatus.WAITING or request.output_token_ids:
+            return "it has run before; make a new Request of its prompt"
+        if self.vocab_size is not None and not (min(request.prompt_token_ids) >= 0
+                                                and max(request.prompt_token_ids) < self.vocab_size):
+            return f"its prompt has token ids outside the vocabulary of 0 to {self.vocab_size - 1}"
         if request.max_total_tokens > scheduler.config.max_context_tokens:
             return f"{needed} exceed the model's context of {scheduler.config.max_context_tokens} tokens"
         if request.max_total_tokens > pool_tokens:

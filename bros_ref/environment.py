@@ -1,7 +1,7 @@
 """What a result was measured on: enough to judge a number later, and to try it again.
 
-It reads versions, the CPU and the commit; it imports no heavy package for that. Invariant: strict JSON, and it never
-fails: what cannot be found out is None.
+It reads versions, the CPU and the commit; it imports no heavy package for that. Invariant of the stamp: strict JSON,
+and it never fails: what cannot be found out is None.
 """
 
 from __future__ import annotations
@@ -32,6 +32,25 @@ def environment_stamp() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def compute_device(wanted: str = "auto") -> str:
+    """Where a live run computes, "cpu" or "cuda". "auto" is what the variable BROS_REF_DEVICE says (auto, cpu, cuda),
+    and without it a GPU if there is one.
+
+    Raises:
+        ValueError: another name, or cuda where torch finds no CUDA device: a CPU must not pass for a GPU.
+    """
+    import torch
+
+    source = "--device"
+    if wanted == "auto":
+        wanted, source = os.environ.get("BROS_REF_DEVICE", "auto"), "BROS_REF_DEVICE"
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"{source} must be auto, cpu or cuda, got {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{source} is cuda, but torch finds no CUDA device; use cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _version(package: str) -> str | None:

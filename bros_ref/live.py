@@ -10,7 +10,7 @@ import torch
 from bros_ref.clock import Clock, WallClock
 from bros_ref.config import KVCacheConfig, ModelConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine
-from bros_ref.environment import environment_stamp
+from bros_ref.environment import compute_device, environment_stamp
 from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
@@ -58,18 +58,20 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
 
     Raises:
         WeightsError: see `bros_ref.model.weights`.
-        ValueError: device "cuda" without a CUDA device; an unknown backend, or one that does not fit the device.
+        ValueError: an unknown device, or "cuda" without a CUDA device; an unknown backend, or one that does not fit.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
+    device = compute_device(device)
     if name == "checksum":
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
     dtype = torch.float16 if device == "cuda" else torch.float32
-    parameters = load_weights(name, dtype, device, seed)
-    model = Decoder(load_model_config(name), parameters, dtype, device, attention_backend(backend, device))
-    return LoadedModel(name, model, load_tokenizer(name), torch.device(device), dtype, parameters)
+    attention, config, tokenizer = attention_backend(backend, device), load_model_config(name), load_tokenizer(name)
+    try:
+        parameters = load_weights(name, dtype, device, seed)
+        model = Decoder(config, parameters, dtype, device, attention)
+    except (MemoryError, RuntimeError, OverflowError) as error:  # what torch raises for more than there is
+        raise ValueError(f"model {name!r} cannot be put into the memory of {device}: "
+                         f"{str(error).splitlines()[0]}") from error
+    return LoadedModel(name, model, tokenizer, torch.device(device), dtype, parameters)
 
 
 def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
@@ -96,7 +98,7 @@ def make_engine(policy: str, loaded: LoadedModel, runner: ModelRunner, settings:
                   runner.kv.slot_bytes, settings.seed,
                   {**environment_stamp(), "threads": torch.get_num_threads(), "settings": asdict(settings),
                    "chunked_prefill": chunked})
-    return LLMEngine(scheduler, runner, clock or WallClock(), loaded.tokenizer, trace)
+    return LLMEngine(scheduler, runner, clock or WallClock(), loaded.tokenizer, trace, loaded.config.vocab_size)
 
 
 def request_from_item(item: WorkloadItem, loaded: LoadedModel, seed: int = 0, *, to_length: bool = True) -> Request:

@@ -18,14 +18,20 @@ def keep_class(items: list[WorkloadItem], policy: str) -> list[WorkloadItem]:
 
 def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadItem], Request],
           until_s: float = float("inf"), on_step: Callable[[list[Request]], None] | None = None,
-          on_text: OnText | None = None) -> None:
+          on_text: OnText | None = None) -> list[StepFailed]:
     """Serves a workload: adds requests as they come due, steps while there is work, sleeps in between.
 
     A refused request and a failed step are recorded in the trace and end nobody else. `on_step` is called after each
     step with the requests that ended in it.
+
+    Returns:
+        The steps that failed, each with its cause and the requests that it ended: for the caller to tell.
     """
     clock = engine.clock
+    failures: list[StepFailed] = []
     while clock.now_s() < until_s:
+        for request_id in workload.out & engine.aborted:  # by a callback: no step returns them
+            workload.on_finished(request_id, clock.now_s())
         for item in workload.due(clock.now_s()):
             try:
                 engine.add_request(to_request(item), on_text)
@@ -40,10 +46,11 @@ def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadI
                     on_step(finished)
             except StepFailed as failure:
                 ended = failure.failed
+                failures.append(failure)
         elif (next_s := workload.next_arrival_s()) is not None:
             clock.sleep_until(min(next_s, until_s))
         elif workload.exhausted:
-            return
+            break
         for request_id in ended:
             workload.on_finished(request_id, clock.now_s())
-
+    return failures

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -170,10 +171,18 @@ def _results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str,
     if workers <= 1:
         yield from ((index, _summary(job)) for index, job in enumerate(jobs))
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=_end_by_interrupt) as pool:
         futures = {pool.submit(_summary, job): index for index, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # after a failure or Ctrl-C, runs that have not begun are of no use
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_by_interrupt() -> None:
+    """Ctrl-C ends a worker at once; Python's own handler would end its run and let it begin the next."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float | None]:

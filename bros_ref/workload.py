@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, KeysView
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -220,6 +220,11 @@ class Workload:
         self._num_open[loop] -= 1
         if self._num_open[loop] == 0:
             self._start_batch(loop, now_s)
+
+    @property
+    def out(self) -> KeysView[str]:
+        """Ids of the items that were given out and whose end has not been told."""
+        return self._loop_of.keys()
 
     @property
     def exhausted(self) -> bool:

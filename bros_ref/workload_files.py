@@ -33,7 +33,7 @@ from bros_ref.trace import write_text
 from bros_ref.workload import WorkloadError, WorkloadItem, merge
 
 Row = dict[str, Any]
-MAX_TOKENS = 10**9  # more than any model reads: a length beyond it is a slip, and would fill the memory
+MAX_TOKENS = 10**7  # more than any model reads: a length beyond it is a slip, and its prompt would fill the memory
 OWN_COLUMNS = ("arrival_s", "request_class", "prompt_tokens", "output_tokens", "ttft_slo_s", "tpot_slo_s", "prompt")
 
 

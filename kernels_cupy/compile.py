@@ -63,17 +63,18 @@ def _toolkit() -> Path:
     raise FileNotFoundError("NVRTC, cuobjdump, nvdisasm or the CUDA headers are missing: pip install bros-ref[kernels]")
 
 
-def compile_ptx(kernel: Kernel, arch: int, sources: Mapping[str, str] | None = None) -> str:
+def compile_ptx(kernel: Kernel, arch: int, sources: Mapping[str, str] | None = None, line_info: bool = False) -> str:
     """The PTX text that NVRTC emits for sm_`arch`.
 
     Args:
         sources: texts that stand in for files of the same name.
+        line_info: name the source line of every instruction (.loc); the instructions stay the same.
 
     Raises:
         CompileError: NVRTC refused the text.
         FileNotFoundError: `why_unavailable` says what is missing.
     """
-    return _compiled(kernel, f"compute_{arch}", sources).read_bytes().rstrip(b"\0").decode()
+    return _compiled(kernel, f"compute_{arch}", sources, line_info).read_bytes().rstrip(b"\0").decode()
 
 
 def compile_cubin(kernel: Kernel, arch: int, sources: Mapping[str, str] | None = None) -> Path:
@@ -106,11 +107,11 @@ def machine_code(cubin: Path, function: str) -> tuple[list[str], dict[str, int]]
     return instructions, labels
 
 
-def _compiled(kernel: Kernel, target: str, sources: Mapping[str, str] | None) -> Path:
+def _compiled(kernel: Kernel, target: str, sources: Mapping[str, str] | None, line_info: bool = False) -> Path:
     """The binary (sm_) or PTX (compute_) file, from the cache or made now."""
     texts = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.cu*"))} | dict(sources or {})
     options = (f"-arch={target}", "-std=c++17", "-ftz=true", f"-I{_toolkit() / 'include'}",
-               *(f"-D{name}={value}" for name, value in kernel.defines))
+               *(f"-D{name}={value}" for name, value in kernel.defines), *(["-lineinfo"] if line_info else []))
     headers = {name: text for name, text in texts.items() if name.endswith(".cuh")}
     key = hashlib.sha256(repr((_version(), options, texts[kernel.file], sorted(headers.items()))).encode()).hexdigest()
     path = cache_folder() / f"{target}-{key[:32]}"

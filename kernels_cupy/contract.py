@@ -20,6 +20,7 @@ from kernels_cupy.device import Argument, Device, Dim3, Kernel
 from kernels_cupy.emulator import Emulator
 from kernels_cupy.launch import paged_attention, workspace
 from kernels_cupy.launch_prefill import SCALARS, choose_kernel, prefill_attention
+from kernels_cupy.ptx import PtxDevice
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the output's largest value
 
@@ -140,8 +141,11 @@ class _FirstLaunch:
     recorded accesses are those of the kernel itself."""
 
     def __init__(self, first: Device) -> None:
-        self._device = first
-        self._then: Device = Emulator(sources=first.sources) if isinstance(first, Emulator) else first
+        self._device = self._then = first
+        if isinstance(first, Emulator):
+            self._then = Emulator(sources=first.sources)
+        elif isinstance(first, PtxDevice):
+            self._then = PtxDevice(first.arch, sources=first.sources)
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int,
                arguments: Sequence[Argument]) -> None:

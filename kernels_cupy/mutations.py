@@ -145,9 +145,9 @@ MUTANTS = [
            "race"),
     Mutant("step 4", STEP_4, "stage == 0 ? STAGES - 1 : stage - 1);\n        const", "stage);\n        const", "race"),
     # guards and tails
-    Mutant("step 4", TILES, "full || (row ^ flip) < tokens ? 16 : 0", "16", "foreign slot"),
-    Mutant("step 4", TILES, "(row ^ flip) < tokens ? 16", "row < tokens ? 16", "foreign slot"),
-    Mutant("step 4", TILES, "(row ^ flip) < tokens ? 16", "(row ^ flip) <= tokens ? 16", "foreign slot"),
+    Mutant("step 4", TILES, "(present >> (WHOLE_ROWS ? i / PIECES : row) & 1) * 16", "16", "foreign slot"),
+    Mutant("step 4", TILES, "flip ? 0xffffu << gap : 0xffffu >> gap", "0xffffu >> gap", "foreign slot"),
+    Mutant("step 4", TILES, "max(TOKENS - tokens, 0)", "max(TOKENS - 1 - tokens, 0)", "foreign slot"),
     Mutant("step 4", STEP_4, "tiles = (s.length + TOKENS - 1) / TOKENS", "tiles = s.length / TOKENS", "numerics"),
     Mutant("step 4, two splits", STEP_4, "begin + share, tiles)", "begin + share, tiles + 1)", "out of bounds"),
     Mutant("step 4, two splits", STEP_4, "        if (num_splits > 1 && threadIdx.x < heads)", "        if (false)",

@@ -1,7 +1,8 @@
-"""What can be known about a kernel's speed without a GPU, exactly: registers, spills, occupancy, instructions of the
-main loop, sectors, bank conflicts, the price of directions. And one estimate, labelled so: when issuing would limit.
+"""What can be known about a kernel's speed without a GPU, exactly: registers, spills, occupancy, instructions, sectors,
+bank conflicts, the price of directions. And one estimate, labelled so: when issuing would limit.
 
-It compiles (compile.py), reads machine code, and counts on the emulator. It times nothing.
+It compiles (compile.py), reads machine code, and counts what runs on the emulator and on the PTX interpreter. It times
+nothing.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import torch
 from kernels_cupy import tensor_core_shapes as shapes
 from kernels_cupy.compile import Resources, compile_cubin, machine_code, resources
 from kernels_cupy.contract import TOLERANCE, Batch, Heads, decode, prefill
-from kernels_cupy.device import FOLDER, Kernel
+from kernels_cupy.device import FOLDER, Device, Kernel
 from kernels_cupy.emulator import Emulator
 from kernels_cupy.launch import DECODE_STEPS, STEP_5, Problem
+from kernels_cupy.ptx import PtxCounters, PtxDevice
 
 WARP = 32
 # Of a multiprocessor, by compute capability: threads, blocks, KB of shared memory (CUDA programming guide, table of
@@ -31,6 +33,7 @@ REGISTERS, REGISTER_UNIT = 65_536, 256  # registers are given to warps in units 
 # Multiprocessors, boost clock, DRAM bandwidth (data sheets of the SXM cards); four warp instructions a clock.
 GPUS = {"A100": (108, 1.41e9, 2.039e12), "H100": (132, 1.755e9, 3.35e12)}
 ISSUES_PER_CLOCK = 4
+FEEDING = ("tensor core", "matrix load", "asynchronous copy", "packing")  # classes of ptx/device.py
 
 
 @dataclass(frozen=True)
@@ -192,13 +195,12 @@ def without_direction(rung: Rung) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StaticRow:
-    """One kernel compiled for one architecture. `loop` and `direction_overhead` are None where nothing is counted."""
+    """One kernel compiled for one architecture. `loop` is None where loops nest."""
 
     cubin: Path
     used: Resources
     occupancy: float
     loop: MainLoop | None
-    direction_overhead: float | None
 
 
 def compiled(rung: Rung, heads: Heads, arch: int) -> StaticRow:
@@ -206,25 +208,75 @@ def compiled(rung: Rung, heads: Heads, arch: int) -> StaticRow:
     kernel = kernel_of(rung, heads)
     cubin = compile_cubin(kernel, arch)
     used = resources(cubin, rung.function)
-    loop = overhead = None
-    if rung.load:
-        loop = main_loop(*machine_code(cubin, rung.function), rung.load)
-        plain = compile_cubin(kernel, arch, without_direction(rung))
-        plain_loop = main_loop(*machine_code(plain, rung.function), rung.load)
-        overhead = loop.per_kib / plain_loop.per_kib - 1
-    return StaticRow(cubin, used, occupancy(used, *launch_sizes(rung, heads), arch), loop, overhead)
+    loop = main_loop(*machine_code(cubin, rung.function), rung.load) if rung.load else None
+    return StaticRow(cubin, used, occupancy(used, *launch_sizes(rung, heads), arch), loop)
 
 
-def error_of(rung: Rung, heads: Heads, rng: np.random.Generator) -> float:
-    """The rung's largest error against float64 on a ragged batch, on the checked emulator; relative to the largest
-    output. Raises KernelFault if a check fires."""
+def error_of(rung: Rung, heads: Heads, rng: np.random.Generator, device: Device) -> float:
+    """The rung's largest error against float64 on a ragged batch, on a device; relative to the largest output. Raises
+    KernelFault if a check fires."""
     size = heads.block_size
     lengths = [1, size - 1, size, size + 1, int(rng.integers(2 * size, 8 * size))]
     if rung.is_prefill:
         batch = Batch.draw(rng, heads, [1, size - 1, 3, 1, int(rng.integers(1, 2 * size))], lengths)
-        return batch.error(prefill(Emulator(), batch, rung.tensor_cores))
+        return batch.error(prefill(device, batch, rung.tensor_cores))
     batch = Batch.draw(rng, heads, [1] * len(lengths), lengths)
-    return batch.error(decode(Emulator(), batch, int(rung.name)))
+    return batch.error(decode(device, batch, int(rung.name)))
+
+
+@dataclass(frozen=True)
+class Executed:
+    """Warp instructions that a whole kernel executed, counted by running its PTX on one reversed sequence.
+
+    Attributes:
+        tokens: of the sequence; queries: its new tokens.
+        per_kib: of K and V, without moves: between registers or of a constant into one, they are gone once registers
+            are given out. None for a prefill, which reads K and V once for many queries.
+        with_moves_per_kib: all of them.
+        classes: warp instructions by class.
+        direction_overhead: how many more (without moves) than the same text executes with one direction known when
+            compiling.
+    """
+
+    tokens: int
+    queries: int
+    per_kib: float | None
+    with_moves_per_kib: float | None
+    classes: Mapping[str, int]
+    direction_overhead: float
+
+    @property
+    def feeding_share(self) -> float:
+        """Of instructions without moves, those that multiply on tensor cores or bring and make their operands."""
+        return sum(self.classes.get(name, 0) for name in FEEDING) / _without_moves(self.classes)
+
+
+def executed(rung: Rung, heads: Heads, arch: int) -> Executed:
+    """Runs a rung's PTX: 2,048 tokens for the steps that have targets, shorter sequences where threads do much alone."""
+    tokens = {"0": 32, "1": 128, "2": 128, "prefill 0": 128, "prefill 1": 512}.get(rung.name, 2048)
+    queries = 1 if not rung.is_prefill else 64 if rung.tensor_cores else 8
+    batch = Batch.draw(np.random.default_rng(0), heads, [queries], [tokens], [True])
+    plain = Batch.draw(np.random.default_rng(0), heads, [queries], [tokens], [False])
+
+    def run(one: Batch, sources: Mapping[str, str] | None) -> PtxCounters:
+        device = PtxDevice(arch, counters=True, sources=sources)
+        if rung.is_prefill:
+            prefill(device, one, rung.tensor_cores)
+        else:
+            decode(device, one, int(rung.name), 1, num_sms=1)
+        assert device.counters is not None
+        return device.counters
+
+    counters = run(batch, None)
+    classes, base = counters.classes(), run(plain, without_direction(rung)).classes()
+    kib = 2 * tokens * heads.num_kv_heads * heads.head_dim * heads.dtype.itemsize / 1024
+    return Executed(tokens, queries, None if rung.is_prefill else _without_moves(classes) / kib,
+                    None if rung.is_prefill else counters.instructions / kib, classes,
+                    _without_moves(classes) / _without_moves(base) - 1)
+
+
+def _without_moves(classes: Mapping[str, int]) -> int:
+    return sum(count for name, count in classes.items() if name != "move")
 
 
 @dataclass(frozen=True)

@@ -55,19 +55,26 @@ template <int THREADS> __device__ __forceinline__ int thread_offset(int thread) 
     return THREADS % PIECES == 0 ? thread / PIECES * ROW_STRIDE + thread % PIECES * 8 : 0;
 }
 
+// Bit r says whether row r of a tile holds a token, of which `tokens` are left: the first rows, or, reversed, the last.
+__device__ __forceinline__ unsigned rows_with_tokens(int tokens, int flip) {
+    int gap = min(max(TOKENS - tokens, 0), TOKENS);
+    return flip ? 0xffffu << gap : 0xffffu >> gap;
+}
+
 // Starts this thread's copies of a tile; `source` is the tile's first row at its head, plus thread_offset. Rows of
-// tokens past the sequence's end are not read, they may be another owner's: they become zero.
+// tokens past the sequence's end are not read, they may be another owner's: they become zero. One bit a row says which:
+// so a copy costs the same whatever the direction, which is looked at once a tile.
 template <int THREADS>
 __device__ __forceinline__ void load_tile(scalar_t* tile, const scalar_t* source, int tokens, int flip, int thread) {
     constexpr bool WHOLE_ROWS = THREADS % PIECES == 0;
-    bool full = tokens >= TOKENS;
+    unsigned present = rows_with_tokens(tokens, flip) >> (WHOLE_ROWS ? thread / PIECES : 0);
 #pragma unroll
     for (int i = 0; i < TOKENS * PIECES; i += THREADS) {
         if (TOKENS * PIECES % THREADS != 0 && i + thread >= TOKENS * PIECES) break;
         int row = WHOLE_ROWS ? thread / PIECES + i / PIECES : (i + thread) / PIECES;
         int piece = WHOLE_ROWS ? thread % PIECES : (i + thread) % PIECES;
         int offset = WHOLE_ROWS ? i / PIECES * ROW_STRIDE : row * ROW_STRIDE + piece * 8;
-        copy_async(tile + place(row, piece), source + offset, full || (row ^ flip) < tokens ? 16 : 0);
+        copy_async(tile + place(row, piece), source + offset, (present >> (WHOLE_ROWS ? i / PIECES : row) & 1) * 16);
     }
 }
 

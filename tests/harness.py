@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 
 import torch
 
 from bros_ref.clock import VirtualClock
 from bros_ref.config import KVCacheConfig, SchedulerConfig
-from bros_ref.engine import LLMEngine
+from bros_ref.engine import LLMEngine, Runner, StepFailed
 from bros_ref.model.checksum import VOCAB_SIZE, ChecksumModel, next_token
 from bros_ref.model_runner import ModelRunner
-from bros_ref.request import SLO, Request, RequestClass, SamplingParams
+from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import make_scheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
 from bros_ref.scheduler.output import SchedulerOutput
@@ -70,7 +71,8 @@ def random_requests(rng: random.Random, count: int, longest: int, block_size: in
 
 def run(engine: LLMEngine, requests: list[Request], rng: random.Random | None = None, abort_rate: float = 0.0,
         max_steps: int = 20_000) -> None:
-    """Serves to the end, checking the accounts after every step. With `rng`, aborts at random moments."""
+    """Serves to the end, checking the accounts after every step. With `rng`, aborts at random moments. Steps of a
+    `FailingRunner` may fail."""
     clock = engine.clock
     pending = list(requests)
     for _ in range(max_steps):
@@ -78,15 +80,49 @@ def run(engine: LLMEngine, requests: list[Request], rng: random.Random | None = 
             engine.add_request(pending.pop(0))
         if rng is not None and engine.has_unfinished and rng.random() < abort_rate:
             assert engine.abort(rng.choice(sorted(engine.scheduler.requests)))
-            engine.scheduler.kv.check_integrity()
+            check_accounts(engine)
         if not engine.has_unfinished:
             if not pending:
                 return
             clock.sleep_until(pending[0].arrival_s)
             continue
-        engine.step()
-        engine.scheduler.kv.check_integrity()
+        with suppress(StepFailed) if isinstance(engine.runner, FailingRunner) else nullcontext():
+            engine.step()
+        check_accounts(engine)
     raise AssertionError(f"not done after {max_steps} steps: {sorted(engine.scheduler.requests)}")
+
+
+def check_accounts(engine: LLMEngine) -> None:
+    """Between two steps: the blocks add up, every RUNNING request's KV holds exactly its computed tokens and a WAITING
+    one's holds none, and whoever was left out of the last step did not run in it."""
+    scheduler, output = engine.scheduler, engine.scheduler.output
+    scheduler.kv.check_integrity()
+    for request in scheduler.requests.values():
+        sequence = scheduler.kv._sequences.get(request.request_id)
+        stored = None if sequence is None else sequence.num_slots
+        expected = request.num_computed_tokens if request.status is RequestStatus.RUNNING else None
+        assert stored == expected, f"{request.request_id}, {request.status}: {stored} tokens stored, not {expected}"
+    running = [request for request in scheduler.requests.values() if request.status is RequestStatus.RUNNING]
+    assert sorted(map(id, scheduler.running)) == sorted(map(id, running))
+    assert not output.left_out.keys() & {request.request_id for request in output.requests}
+    assert output.num_behind >= 0
+    assert len(output.requests) <= scheduler.config.max_num_seqs
+
+
+class FailingRunner:
+    """Raises in a share of the steps, half of them before anything was copied, half after everything was computed."""
+
+    def __init__(self, runner: Runner, rng: random.Random, rate: float = 0.1) -> None:
+        self.runner, self.rng, self.rate = runner, rng, rate
+
+    def execute(self, output: SchedulerOutput) -> Sequence[int | None]:
+        luck = self.rng.random()
+        if luck < self.rate / 2:
+            raise RuntimeError("before the copies")
+        result = self.runner.execute(output)
+        if luck < self.rate:
+            raise RuntimeError("after the forward pass")
+        return result
 
 
 def alone(request: Request) -> list[int]:

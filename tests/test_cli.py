@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import typer
+
+from bros_ref.cli import main
+from bros_ref.scheduler.latency_model import StepFeatures
 
 RT_KEYS = {"completed", "failed", "request_throughput", "output_throughput", "normalized_latency_ms_per_token",
            "ttft_attainment", "tpot_attainment", "slo_attainment",
@@ -52,6 +56,64 @@ def test_bad_usage_is_one_line_and_status_2(arguments, expected):
     assert len(result.stderr.strip().splitlines()) == 1
     assert expected in result.stderr
     assert result.stdout == ""
+
+
+TOY = ["--model", "random:llama"]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["serve-trace", "--workload", "W", *TOY, "--policy", "bros,tgi"], "--policy takes one policy, got 'bros,tgi'"),
+    (["serve-trace", "--workload", "W", *TOY, "--until-s", "nan"], "--until-s"),
+    (["serve-trace", "--workload", "W", *TOY, "--until-s", "-1"], "--until-s"),
+    (["serve-trace", "--workload", "W", *TOY, "--seed", "-1"], "--seed"),
+    (["serve-trace", "--workload", "W", *TOY, "--trace", "no/such/trace.json"], "folder no/such does not exist"),
+    (["serve-trace", "--workload", "W", *TOY, "--json", "."], "'--json': '.' is no name of a file"),
+    (["serve-trace", "--workload", "W", *TOY, "--kv-blocks", str(10**13)], "GB, which cpu cannot give"),
+    (["serve-trace", "--workload", "W", *TOY, "--kv-blocks", str(10**30)], "GB, which cpu cannot give"),
+    (["generate", "hi", *TOY, "--max-tokens", str(10**12)], "exceed the model's context"),
+    (["generate", "hi", *TOY, "--seed", str(2**63)], "--seed"),
+    (["generate", "hi", *TOY, "--json", "no/such/x.json"], "folder no/such does not exist"),
+    (["demo", *TOY, "--out", "W"], "cannot be made a folder"),
+    (["bench", "hybrid", *TOY, "--policies", "bros,bros"], "'bros' is named twice"),
+    (["simulate", "--workload", "W", "--json", "no/such/x.json"], "folder no/such does not exist"),
+    (["simulate", "--workload", "W", "--report", "."], "'.' is no name of a file"),
+    (["reproduce", "--out", "W"], "cannot be made a folder"),
+    (["bench", "scheduler", "--running", str(10**20)], "from 1 to 100000"),
+])
+def test_what_could_not_be_done_is_said_before_anything_is_done(workload, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(workload.parent)
+    monkeypatch.setattr("sys.argv", ["bros-ref", *(workload.name if word == "W" else word for word in arguments)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    printed = capsys.readouterr()
+    assert expected in printed.err
+    assert len(printed.err.strip().splitlines()) == 1
+    assert printed.out == ""
+    assert [path.name for path in workload.parent.iterdir()] == [workload.name], "nothing was written"
+
+
+@pytest.mark.parametrize(("ends", "status"), [(KeyboardInterrupt(), 130), (typer.Exit(1), 1)])
+def test_the_exit_status_tells_how_a_command_ended(monkeypatch, ends, status):
+    def end(*_):
+        raise ends
+
+    monkeypatch.setattr("bros_ref.live.load_model", end)
+    monkeypatch.setattr("sys.argv", ["bros-ref", "generate", "hi"])
+    with pytest.raises(SystemExit) as quitting:
+        main()
+    assert quitting.value.code == status
+
+
+def test_steps_that_fail_are_told_with_their_cause(workload, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("bros_ref.model_runner.sample", lambda *_: 1 / 0)
+    monkeypatch.setattr("bros_ref.profiling.profile", lambda *_: [(StepFeatures(1), 0.01)] * 4)
+    monkeypatch.setattr("sys.argv", ["bros-ref", "serve-trace", "--workload", str(workload), *TOY, "--json", "-"])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr()
+    assert "ZeroDivisionError: division by zero; failed requests: be-0, be-1" in printed.err
+    assert json.loads(printed.out)["runs"][0]["classes"]["be"]["failed"] == 2
 
 
 def test_a_bad_workload_line_is_named(tmp_path):

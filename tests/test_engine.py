@@ -3,17 +3,22 @@
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from harness import alone, checksum_engine, make_request, random_requests, run
+from harness import FailingRunner, alone, check_accounts, checksum_engine, make_request, random_requests, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
+from bros_ref.metrics import summarise
 from bros_ref.model.tokenizer import ByteTokenizer
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import POLICIES
+from bros_ref.serving import serve
 from bros_ref.streaming import TextStream
+from bros_ref.workload import ClosedLoopBatches, Workload, uniform_lengths
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
@@ -55,6 +60,32 @@ def test_a_prompt_larger_than_the_pool_is_refused():
     engine = checksum_engine("bros", num_blocks=2, block_size=4)
     with pytest.raises(RequestRefused, match="KV pool of 8 tokens"):
         engine.add_request(make_request("r", True, [1] * 8, 1))
+
+
+def test_a_refused_request_that_comes_again_shorter_counts_as_what_it_becomes():
+    engine = checksum_engine("bros", num_blocks=2, block_size=4)
+    with pytest.raises(RequestRefused):
+        engine.add_request(make_request("r", True, [1] * 9, 1))
+    engine.add_request(shorter := make_request("r", True, [1] * 4, 1))
+    run(engine, [])
+    assert shorter.output_token_ids == alone(shorter)
+    assert (summarise(engine.trace)["classes"]["rt"]["completed"], engine.trace.rejected) == (1, {})
+
+
+def test_a_request_that_has_run_is_refused_by_the_next_engine():
+    request = make_request("r", False, [1, 2], 3)
+    run(checksum_engine("bros"), [request])
+    with pytest.raises(RequestRefused, match="has run before"):
+        checksum_engine("bros").add_request(request)
+
+
+@pytest.mark.parametrize("token_id", [-1, 997])
+def test_a_prompt_outside_the_vocabulary_is_refused_before_it_can_fail_a_batch(token_id):
+    plain = checksum_engine("bros")
+    engine = LLMEngine(plain.scheduler, plain.runner, plain.clock, vocab_size=997)
+    engine.add_request(make_request("good", False, [0, 996], 1))
+    with pytest.raises(RequestRefused, match="vocabulary of 0 to 996"):
+        engine.add_request(make_request("bad", False, [1, token_id], 1))
 
 
 # -- aborts -----------------------------------------------------------------------------------------------------------
@@ -115,22 +146,6 @@ def test_an_abort_in_any_state_frees_everything_and_disturbs_nobody(state):
 # -- failing steps ----------------------------------------------------------------------------------------------------
 
 
-class FailingRunner:
-    """Raises in some steps, before anything was copied or after everything was computed."""
-
-    def __init__(self, runner, rng):
-        self.runner, self.rng = runner, rng
-
-    def execute(self, output):
-        luck = self.rng.random()
-        if luck < 0.05:
-            raise RuntimeError("before the copies")
-        result = self.runner.execute(output)
-        if luck < 0.1:
-            raise RuntimeError("after the forward pass")
-        return result
-
-
 @pytest.mark.parametrize("policy", ["bros", "bros-swap-block", "vllm-priority"])
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**32))
@@ -154,6 +169,43 @@ def test_a_failing_step_fails_its_batch_by_name_and_nobody_else(policy, seed):
     for request in requests:
         if request.status is not RequestStatus.FAILED:
             assert request.output_token_ids == alone(request)
+
+
+@pytest.mark.parametrize("policy", ["bros", "tgi"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_in_the_runner_is_passed_on_and_leaves_the_engine_usable(policy, when):
+    engine = checksum_engine(policy, max_num_seqs=2)
+    requests = [make_request(f"r{i}", False, [i + 1, 2, 3], 4) for i in range(4)]
+    for request in requests:
+        engine.add_request(request)
+    execute = engine.runner.execute
+
+    def interrupted(output):
+        engine.runner.execute = execute
+        if when == "after":
+            execute(output)
+        raise KeyboardInterrupt
+
+    engine.step()
+    engine.runner.execute = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    check_accounts(engine)
+    run(engine, [])
+    failed = [request for request in requests if request.status is RequestStatus.FAILED]
+    assert len(failed) == 2, "the batch that was interrupted, and nobody else"
+    assert all(request.output_token_ids == alone(request) for request in requests if request not in failed)
+
+
+def test_a_runner_that_returns_too_few_tokens_fails_its_batch():
+    engine = checksum_engine("bros")
+    for i in range(3):
+        engine.add_request(make_request(f"r{i}", False, [i + 1], 2))
+    engine.runner = SimpleNamespace(execute=lambda output: [1])
+    with pytest.raises(StepFailed, match=r"returned 1 tokens for 3 requests.*r0, r1, r2"):
+        engine.step()
+    check_accounts(engine)
+    assert not engine.has_unfinished
 
 
 def test_a_policy_that_schedules_nobody_is_reported_instead_of_spinning():
@@ -227,6 +279,39 @@ def test_a_callback_may_abort_itself_and_others():
     run(engine, [])
     assert [r.status for r in requests[:2]] == [RequestStatus.ABORTED] * 2
     assert requests[2].output_token_ids == alone(requests[2])
+
+
+# -- the serving loop -------------------------------------------------------------------------------------------------
+
+
+def to_request(item):
+    return Request(item.request_id, item.request_class, [1] * item.prompt_tokens,
+                   SamplingParams(max_tokens=item.output_tokens, ignore_eos=True), item.arrival_s, item.slo)
+
+
+def closed_loop(num_batches):
+    prompt_tokens, output_tokens = uniform_lengths(1, 4), uniform_lengths(40, 40)  # enough for some to be text
+    return ClosedLoopBatches(3, prompt_tokens, output_tokens, np.random.default_rng(0), num_batches=num_batches)
+
+
+def test_a_closed_loop_goes_on_when_a_callback_aborts_its_requests():
+    engine = byte_engine()
+    loop = closed_loop(num_batches=3)
+    serve(engine, Workload(closed_loops=[loop]), to_request, on_text=lambda request, _: engine.abort("be-4"))
+    assert loop.num_started == 3
+    assert engine.trace.ended_outside.keys() == {"be-4"}
+    assert summarise(engine.trace)["classes"]["be"]["completed"] == 8
+
+
+def test_the_serving_loop_tells_which_steps_failed_and_why():
+    engine = checksum_engine("bros")
+    engine.runner = FailingRunner(engine.runner, random.Random(1), rate=0.3)
+    failures = serve(engine, Workload(closed_loops=[closed_loop(num_batches=4)]), to_request)
+    assert failures
+    assert all("forward pass" in str(failure) or "copies" in str(failure) for failure in failures)
+    ended = summarise(engine.trace)["classes"]["be"]
+    assert ended["failed"] == sum(len(failure.failed) for failure in failures)
+    assert ended["completed"] + ended["failed"] == 12
 
 
 # -- determinism and the trace ----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from bros_ref.workload import (
     poisson_arrivals,
     uniform_lengths,
 )
-from bros_ref.workload_files import iter_workload, read_workload, save_workload
+from bros_ref.workload_files import MAX_TOKENS, iter_workload, read_workload, save_workload
 
 RT, BE = RequestClass.REAL_TIME, RequestClass.BEST_EFFORT
 TARGETS = SLO(0.4, 0.2)
@@ -202,7 +202,7 @@ def test_a_closed_loop_that_cannot_start_is_refused(changes: dict[str, float]) -
 items_strategy = st.lists(st.builds(
     lambda is_rt, arrival_s, prompt_tokens, output_tokens, ttft_s, tpot_s, prompt: WorkloadItem(
         arrival_s, RT if is_rt else BE, prompt_tokens, output_tokens, SLO(ttft_s, tpot_s) if is_rt else None, prompt),
-    st.booleans(), st.floats(0, 1e6), st.integers(1, 10**9), st.integers(1, 10**9), st.floats(1e-6, 1e3),
+    st.booleans(), st.floats(0, 1e6), st.integers(1, MAX_TOKENS), st.integers(1, MAX_TOKENS), st.floats(1e-6, 1e3),
     st.floats(1e-6, 1e3), st.none() | st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)),
     min_size=1, max_size=12)
 

@@ -89,8 +89,8 @@ def _index(found: list[Entry]) -> str:
                    f"<td>{entry.minutes}</td><td>{_plain(entry.need)}</td></tr>" for entry in found)
     body = (f"<h1>{TITLE}</h1><p>Step through a hybrid serving system: each notebook makes a claim, builds a part, "
             "shows it, measures it and breaks it. Here they are as pages, with the outputs of their last run; all "
-            f"together they take {sum(entry.minutes for entry in found)} minutes. <code>make lab</code> opens them to run "
-            "and change.</p><table><thead><tr><th>notebook</th><th>minutes</th><th>you need</th></tr></thead>"
+            f"together they take {sum(entry.minutes for entry in found)} minutes. <code>make lab</code> opens them to "
+            "run and change.</p><table><thead><tr><th>notebook</th><th>minutes</th><th>you need</th></tr></thead>"
             f"<tbody>{rows}</tbody></table>")
     return _page(TITLE, body, "")
 

@@ -126,10 +126,10 @@ class KVCacheManager:
         for block in self.pool.blocks:
             view = BlockView()
             if block.rt is not None:
-                view.rt_owner, view.rt_fill = block.rt.request_id, block.rt_fill
+                view.rt_owner, view.rt_fill, view.rt_index = block.rt.request_id, block.rt_fill, block.rt_index
             if block.be is not None:
                 view.be_owner, view.be_fill = block.be.request_id, block.be.fill(block.be_index)
-                view.overwritten = view.be_fill - block.be_live
+                view.be_index, view.overwritten = block.be_index, view.be_fill - block.be_live
             views.append(view)
         return views
 
@@ -166,11 +166,17 @@ class KVCacheManager:
         if len(sequence.block_ids) < self.blocks_for(sequence.num_slots):
             raise CacheIntegrityError(f"{who}: {sequence.num_slots} tokens do not fit its {len(sequence.block_ids)} "
                                       f"blocks of {self.block_size}")
+        if len(sequence.block_ids) != len(sequence.epochs):
+            raise CacheIntegrityError(f"{who}: {len(sequence.block_ids)} table entries, but {len(sequence.epochs)} "
+                                      "epochs: an entry was made or taken behind the manager's back")
         listed = 0
         for index, (block_id, epoch) in enumerate(zip(sequence.block_ids, sequence.epochs, strict=True)):
             if block_id < 0:
                 continue
             listed += 1
+            if block_id >= self.config.num_blocks:
+                raise CacheIntegrityError(f"{who}: table entry {index} says block {block_id}, but the pool has only "
+                                          f"blocks 0 to {self.config.num_blocks - 1}")
             block = self.pool.blocks[block_id]
             owner, owner_index = (block.rt, block.rt_index) if sequence.is_rt else (block.be, block.be_index)
             if owner is not sequence or owner_index != index or epoch != block.epoch:

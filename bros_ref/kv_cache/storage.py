@@ -44,15 +44,23 @@ class KVStorage:
         data: [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]. Starts as zeros; slots that no
             live token owns may hold anything, NaN included.
         slot_bytes: size of one token's K and V over all layers.
+
+    Raises:
+        ValueError: the device has no memory for a pool of that size; it says how much that is.
     """
 
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, config: KVCacheConfig,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = torch.device(device)
-        self.data = torch.zeros(num_layers, 2, config.num_blocks, config.block_size, num_kv_heads, head_dim,
-                                dtype=dtype, device=self.device)
-        self.slot_bytes = 2 * num_layers * num_kv_heads * head_dim * self.data.element_size()
+        self.slot_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        try:
+            self.data = torch.zeros(num_layers, 2, config.num_blocks, config.block_size, num_kv_heads, head_dim,
+                                    dtype=dtype, device=self.device)
+        except (RuntimeError, TypeError) as error:  # out of memory, or more elements than 64 bits count
+            raise ValueError(f"a KV pool of {config.num_blocks} blocks of {config.block_size} tokens takes "
+                             f"{config.num_slots * self.slot_bytes / 1e9:,.1f} GB, which {self.device} cannot give; "
+                             "use fewer KV blocks") from error
         self._slots = self.data.flatten(2, 3)  # [num_layers, 2, num_slots, num_kv_heads, head_dim], a view
         # Layer views are made once: a view costs microseconds, and a step asks for 4 * num_layers of them.
         self._blocks_of: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.data]

@@ -63,15 +63,17 @@ def assemble(config: ModelConfig, name_map: NameMap, source: TensorSource, dtype
     """
     parameters = {}
     for name, shape in parameter_shapes(config).items():
-        fused = torch.empty(shape, dtype=dtype, device=device)
-        start = 0
+        fused, start = None, 0
         for part_name, rows in zip(name_map.names(name), fused_rows(config, name), strict=True):
             part = source.read(part_name)
             expected = (rows, *shape[1:])
             if tuple(part.shape) != expected:
                 raise WeightsError(f"{source.describe(part_name)}: shape {tuple(part.shape)}, but the config asks for "
                                    f"{expected}; config and weights belong to different models")
+            if fused is None:  # not before the first part has the right shape: a wrong config may ask for terabytes
+                fused = torch.empty(shape, dtype=dtype, device=device)
             fused[start:start + rows] = part
             start += rows
+        assert fused is not None
         parameters[name] = fused
     return parameters

@@ -60,11 +60,14 @@ class Decoder:
     """The model. Holds the weights it is given (moved and cast only if need be), never a second copy.
 
     Raises:
-        ValueError: `weights` lacks a tensor of `parameter_shapes(config)`, or one has another shape.
+        ValueError: `weights` lacks a tensor of `parameter_shapes(config)`, or one has another shape; rotary positions
+            with an odd head_dim.
     """
 
     def __init__(self, config: ModelConfig, weights: Parameters, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu", attention: AttentionFn = paged_attention) -> None:
+        if config.positions == "rope" and config.head_dim % 2:
+            raise ValueError(f"{config.family}: rotary positions turn pairs, but head_dim {config.head_dim} is odd")
         for name, shape in parameter_shapes(config).items():
             found = tuple(weights[name].shape) if name in weights else "nothing"
             if found != shape:

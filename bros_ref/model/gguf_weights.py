@@ -7,6 +7,7 @@ checkpoint's Hugging Face form would hold, up to quantisation.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from functools import lru_cache
@@ -58,7 +59,7 @@ class GGUFFile:
         self._at = 0
         try:
             self._read_header()
-        except (struct.error, ValueError, IndexError) as error:
+        except (struct.error, ValueError, IndexError, OverflowError, RecursionError) as error:
             if isinstance(error, WeightsError):
                 raise
             raise WeightsError(f"{path} is truncated or damaged: its header ends at byte {self._at} "
@@ -75,9 +76,9 @@ class GGUFFile:
         try:
             quantisation = GGMLQuantizationType(type_number)
             byte_shape = quant_shape_to_byte_shape(shape, quantisation)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, IndexError) as error:  # IndexError: a shape without dimensions
             raise WeightsError(f"{self.describe(name)} has an unknown quantisation ({error})") from None
-        stop = start + int(np.prod(byte_shape))
+        stop = start + math.prod(byte_shape)
         if stop > self._bytes.size:
             raise WeightsError(f"{self.describe(name)} ends at byte {stop}, but the file has {self._bytes.size}: it is "
                                "truncated; download it again")
@@ -103,6 +104,8 @@ class GGUFFile:
             shape = self._unpack(f"<{num_dims}Q")[::-1]  # GGUF lists the fastest dimension first
             found[name] = shape, *self._unpack("<IQ")
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ValueError(f"general.alignment is {alignment!r}")
         data_start = -(-self._at // alignment) * alignment
         self.tensors = {name: (shape, kind, data_start + offset) for name, (shape, kind, offset) in found.items()}
 
@@ -160,9 +163,9 @@ def load_gguf_config(path: Path) -> ModelConfig:
             raise WeightsError(f"{path}: metadata key {arch}.{key} is missing")
         return meta[f"{arch}.{key}"]
 
-    heads, hidden = get("attention.head_count"), get("embedding_length")
     eos = meta.get("tokenizer.ggml.eos_token_id")
     try:
+        heads, hidden = get("attention.head_count"), get("embedding_length")
         return ModelConfig(
             family=arch, vocab_size=file.tensors["token_embd.weight"][0][0], hidden_size=hidden,
             intermediate_size=get("feed_forward_length"), num_layers=get("block_count"), num_heads=heads,
@@ -176,6 +179,10 @@ def load_gguf_config(path: Path) -> ModelConfig:
             bos_token_id=meta.get("tokenizer.ggml.bos_token_id"), eos_token_ids=() if eos is None else (eos,))
     except KeyError as error:
         raise WeightsError(f"{path}: tensor {error.args[0]} is missing") from None
+    except WeightsError:
+        raise
+    except (TypeError, ValueError, IndexError, ArithmeticError) as error:  # a value of a wrong type, or zero heads
+        raise WeightsError(f"{path}: its metadata is damaged or describes no model that can be run: {error}") from None
 
 
 def load_gguf_weights(path: Path, config: ModelConfig, dtype: torch.dtype,

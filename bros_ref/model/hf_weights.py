@@ -59,7 +59,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
         raise WeightsError(f"{path}: {error.args[0]} is missing") from None
     except WeightsError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a field of a wrong type, or zero heads
         raise WeightsError(f"{path}: {error}") from None
     raise WeightsError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(LLAMA_LIKE)}, opt")
 
@@ -77,7 +77,9 @@ class SafetensorsFolder:
         single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
         self._default = index if index.is_file() else single
         if index.is_file():
-            weight_map: dict[str, str] = read_json(index).get("weight_map", {})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise WeightsError(f"{index}: weight_map must say in which file each tensor is; download it again")
             self._file_of = {name: folder / file for name, file in weight_map.items()}
         elif single.is_file():
             self._file_of = dict.fromkeys(self._open(single).keys(), single)

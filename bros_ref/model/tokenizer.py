@@ -144,17 +144,23 @@ def _from_folder(folder: Path) -> CheckpointTokenizer:
 def _from_gguf(path: Path) -> CheckpointTokenizer:
     meta = open_gguf(path).metadata
     kind, split = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or split not in _PRE_TOKENIZERS:
+    if kind != "gpt2" or not isinstance(split, str) or split not in _PRE_TOKENIZERS:
         raise TokenizerError(f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not supported, only 'gpt2' "
                              f"with {', '.join(_PRE_TOKENIZERS)}; use the model's Hugging Face folder")
     try:
-        tokens: list[str] = meta["tokenizer.ggml.tokens"]
-        merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
-        types: list[int] = meta["tokenizer.ggml.token_type"]
+        return _from_metadata(path, meta, _PRE_TOKENIZERS[split])
     except KeyError as error:
         raise TokenizerError(f"{path}: metadata key {error.args[0]} is missing") from None
+    except Exception as error:  # the library raises bare Exception for merges that fit no vocabulary
+        raise TokenizerError(f"{path}: its vocabulary is damaged ({error}); download it again") from None
+
+
+def _from_metadata(path: Path, meta: Mapping[str, Any], pre_tokenizer: Any) -> CheckpointTokenizer:
+    tokens: list[str] = meta["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    types: list[int] = meta["tokenizer.ggml.token_type"]
     tokenizer = RustTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[split]
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
                                   for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL_TOKEN])

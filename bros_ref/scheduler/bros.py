@@ -250,10 +250,12 @@ class BROSScheduler(Scheduler):
     def _best_effort(self) -> Iterator[Request]:
         self.bound_s = min(self.bound_s, self._newcomer_bound_s())
         yield from self._offer_due_be()
-        starved = False
+        starved, left_out = False, self.output.left_out
         for request in self._be_order:
             if request.last_step == self.step:
                 continue  # the one that was due
+            if left_out:
+                left_out.pop(request.request_id, None)  # due, but its exempt chunk had no blocks: a smaller one may
             self.exempt = not self.output.requests
             yield request
             starved = starved or self.refusal == NO_BLOCKS
@@ -262,6 +264,7 @@ class BROSScheduler(Scheduler):
                 if not self._a_decode_fits():
                     return
         while not starved and (newcomer := self._be_waiting.head()):
+            left_out.pop(newcomer.request_id, None)
             self.exempt = not self.output.requests
             yield newcomer
             if self.refusal:

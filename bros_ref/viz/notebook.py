@@ -6,12 +6,11 @@ Notebooks import and never copy, so `show_source` prints what runs. Nothing here
 from __future__ import annotations
 
 import inspect
-import os
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from bros_ref.environment import environment_stamp
+from bros_ref.environment import compute_device, environment_stamp
 
 
 class Source:
@@ -45,13 +44,20 @@ def show_source(what: Callable[..., Any] | type, *, docstring: bool = False) -> 
     return Source(f"{path}: {what.__qualname__}", text)
 
 
+def device() -> str:
+    """Where this notebook's models run, "cpu" or "cuda"; the rule and its errors are `compute_device`'s."""
+    return compute_device()
+
+
 def device_line() -> str:
-    """Where the measurements of this notebook are made. `BROS_REF_DEVICE=cuda` asks for a GPU."""
-    stamp = environment_stamp()
-    wanted = os.environ.get("BROS_REF_DEVICE", "cpu")
-    if wanted == "cuda" and stamp["gpu"] is None:
-        return "BROS_REF_DEVICE=cuda, but torch finds no GPU: measured on the CPU instead"
-    return f"measured on {stamp['gpu'] if wanted == 'cuda' else stamp['cpu_model']}, torch {stamp['torch']}"
+    """Where the measurements of this notebook are made: a GPU where there is one, else the CPU, unless the variable
+    BROS_REF_DEVICE says which.
+
+    Raises:
+        ValueError: see `compute_device`.
+    """
+    on_gpu, stamp = device() == "cuda", environment_stamp()
+    return f"measured on {stamp['gpu'] if on_gpu else stamp['cpu_model']}, torch {stamp['torch']}"
 
 
 def check(answer: object, expected: object, hint: str) -> None:

@@ -90,8 +90,21 @@ class PoolManager(Protocol):
     def snapshot(self) -> list[BlockView]: ...
 
 
+def holdings(pool: Sequence[BlockView]) -> dict[str, tuple[int, list[int]]]:
+    """Request -> how many tokens it has on the device, and its blocks in logical order."""
+    entries: dict[str, list[tuple[int, int, int]]] = {}
+    for block_id, view in enumerate(pool):
+        if view.rt_owner is not None:
+            entries.setdefault(view.rt_owner, []).append((view.rt_index, block_id, view.rt_fill))
+        if view.be_owner is not None:
+            entries.setdefault(view.be_owner, []).append((view.be_index, block_id, view.be_fill - view.overwritten))
+    return {name: (sum(tokens for _, _, tokens in mine), [block_id for _, block_id, _ in sorted(mine)])
+            for name, mine in entries.items()}
+
+
 class PoolPanel:
-    """Three buttons on a KV manager: a new request, a token for each, and the oldest leaves.
+    """Three buttons on a KV manager: a new request, a token for each, and the oldest leaves. Below the pool stands the
+    block table of each request.
 
     Args:
         kv: the manager; it may hold requests already, which the panel leaves alone.
@@ -111,7 +124,7 @@ class PoolPanel:
             self.buttons[label] = ipywidgets.Button(description=label, layout={"width": "auto"})
             self.buttons[label].on_click(lambda _, press=press: self._show(press()))
         self.widget = ipywidgets.VBox([ipywidgets.HBox(list(self.buttons.values())), self.picture])
-        self._show("an empty pool")
+        self._show("press a button")
 
     def allocate(self) -> str:
         """A new request with its whole prompt; says so if there is no room."""
@@ -138,7 +151,12 @@ class PoolPanel:
         return f"{oldest.request_id} left"
 
     def _show(self, note: str) -> None:
-        self.picture.value = _shown("pool", self.made, note, pool_svg(self.kv.snapshot(), self.kv.block_size))
+        pool = self.kv.snapshot()
+        used = sum(view.state != "empty" for view in pool)
+        tables = "".join(f"<li>{escape(name)}: {tokens} tokens, block table {table}</li>"
+                         for name, (tokens, table) in sorted(holdings(pool).items()))
+        self.picture.value = _shown("pool", self.made, f"{note}; {used} of {len(pool)} blocks in use",
+                                    pool_svg(pool, self.kv.block_size) + (f"<ul>{tables}</ul>" if tables else ""))
 
     def __repr__(self) -> str:
         return "a panel of a KV pool and three buttons"

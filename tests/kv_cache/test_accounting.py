@@ -218,12 +218,21 @@ def break_length(manager):
     manager._sequences["be"].num_slots += 8
 
 
+def break_entry_too_many(manager):
+    manager.block_table("be").append(0)
+
+
+def break_entry_outside(manager):
+    manager.block_table("be")[0] = 99
+
+
 def break_host(manager):
     manager.host.free_ids.pop()
 
 
 @pytest.mark.parametrize("damage", [break_double_free, break_stale_epoch, break_foreign_owner, break_lost_count,
-                                    break_overlap, break_length, break_host])
+                                    break_overlap, break_length, break_entry_too_many, break_entry_outside,
+                                    break_host])
 def test_check_integrity_sees_each_kind_of_damage(damage):
     manager, memory, _be = pending_be(6, num_blocks=2)
     manager.allocate_slots(rt := make_request("rt", True), 2)

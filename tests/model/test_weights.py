@@ -1,6 +1,8 @@
 """Every way a model is named, every way a checkpoint can be wrong: the right tensors, or one clear error."""
 
+import contextlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bros_ref.model import weights as weights_module
 from bros_ref.model.parameters import RANDOM_FAMILIES, Parameters, parameter_shapes
+from bros_ref.model.tokenizer import TokenizerError, load_tokenizer
 from bros_ref.model.weights import WeightsError, load_model_config, load_weights
 
 from .checkpoints import make_hf, save
@@ -82,6 +87,18 @@ def write_gguf(path: Path, model: Any, arch: str, quantisation: gguf.GGMLQuantiz
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def llama_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a small vocabulary."""
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    vocabulary = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["a b"],
+                  "tokenizer.ggml.tokens": ["a", "b", "ab", "</s>"], "tokenizer.ggml.token_type": [1, 1, 1, 3],
+                  "tokenizer.ggml.eos_token_id": 3}
+    write_gguf(path, make_hf("llama-gqa-tied"), "llama", F32, **vocabulary)
+    assert load_tokenizer(str(path)).encode("ab") == [2]
+    return path
 
 
 def largest_error(one: Parameters, other: Parameters) -> float:
@@ -166,6 +183,18 @@ def test_without_its_package_smollm2_names_both_ways_out(monkeypatch: pytest.Mon
     ({"vocab_size": None}, "vocab_size is missing"),
     ({"num_key_value_heads": 4}, "6 query heads do not divide over 4 KV heads"),
     ({"hidden_size": "wide"}, r"config\.json: "),
+    ({"num_attention_heads": 0, "head_dim": None}, r"config\.json: "),
+    ({"num_hidden_layers": 10**12}, "num_layers must be at most"),
+    ({"num_hidden_layers": 2.5}, r"num_layers must be a positive whole number, got 2\.5"),
+    ({"head_dim": math.inf}, "head_dim must be a positive whole number, got inf"),
+    ({"rms_norm_eps": math.nan}, "norm_eps must be a positive finite number, got nan"),
+    ({"rope_theta": "much"}, "rope_theta must be a positive finite number, got 'much'"),
+    ({"eos_token_id": "</s>"}, "eos_token_ids must be whole numbers"),
+    ({"rope_scaling": ["llama3"]}, r"config\.json: "),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 64}}, r"RopeScaling\.factor must be .*got 0"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                       "original_max_position_embeddings": 64}}, "low_freq_factor must be below"),
 ])
 def test_configs_that_cannot_be_run_are_refused(edit: Callable[..., str], changes: dict[str, Any],
                                                 message: str) -> None:
@@ -199,6 +228,7 @@ def test_a_bad_config_file_is_named(tmp_path: Path, text: str | None, message: s
 @pytest.mark.parametrize(("changes", "message"), [
     ({"num_hidden_layers": 4}, r"model\.safetensors: tensor model\.layers\.3\.input_layernorm\.weight is missing"),
     ({"tie_word_embeddings": False}, r"tensor lm_head\.weight is missing"),
+    ({"head_dim": 10**12}, r"q_proj\.weight: shape \(48, 48\), but the config asks for \(6000000000000, 48\)"),
     ({"intermediate_size": 81}, r"mlp\.gate_proj\.weight: shape \(80, 48\), but the config asks for \(81, 48\)"),
 ])
 def test_tensors_that_do_not_fit_the_config_are_named(edit: Callable[..., str], changes: dict[str, Any],
@@ -220,6 +250,14 @@ def test_a_truncated_safetensors_file_is_named(edit: Callable[..., str], kept: i
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(WeightsError, match=r"model\.safetensors is truncated"):
         load_weights(str(file.parent))
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"lm_head.weight": 3}}'])
+def test_an_index_that_maps_nothing_is_named(edit: Callable[..., str], index: str) -> None:
+    folder = Path(edit())
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=r"index\.json: weight_map must say"):
+        load_weights(str(folder))
 
 
 def test_a_folder_without_weights_says_what_it_looked_for(edit: Callable[..., str]) -> None:
@@ -271,3 +309,41 @@ def test_files_that_are_no_gguf_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(WeightsError, match="no GGUF file of version 2 or 3"):
         load_weights(str(file))
+
+
+def loads_or_names(culprit: str, model: Path) -> bool:
+    """Whether the model loads whole, or is refused with one error that names the damaged file."""
+    try:
+        weights = load_weights(str(model))
+    except WeightsError as error:
+        return culprit in str(error)
+    return list(weights) == list(parameter_shapes(load_model_config(str(model))))
+
+
+@settings(max_examples=150)
+@given(damage=st.lists(st.tuples(st.integers(0, 2_600), st.sampled_from(
+    [b"\0", b"\1", b"\x08", b"\x09", b"\xff", b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f"])),
+    min_size=1, max_size=3))
+def test_a_damaged_gguf_header_is_one_error_or_still_a_model(llama_gguf: Path, damage: list[tuple[int, bytes]],
+                                                             tmp_path_factory: pytest.TempPathFactory) -> None:
+    damaged = bytearray(llama_gguf.read_bytes())
+    for position, value in damage:
+        damaged[position:position + len(value)] = value
+    file = tmp_path_factory.mktemp("damaged") / "model.gguf"
+    file.write_bytes(damaged)
+    assert loads_or_names("model.gguf", file)
+    with contextlib.suppress(TokenizerError, WeightsError):
+        load_tokenizer(str(file))
+
+
+@settings(max_examples=100)
+@given(damage=st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_safetensors_header_is_one_error_or_still_a_model(llama: Path, damage: list[tuple[int, int]],
+                                                                    tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+    damaged = bytearray((llama / "model.safetensors").read_bytes())
+    for position, value in damage:
+        damaged[position] = value
+    (folder / "model.safetensors").write_bytes(damaged)
+    assert loads_or_names("model.safetensors", folder)

@@ -1,5 +1,6 @@
 """BROS's rules, one by one and as properties: the constraints of the paper, and the bound on waiting that is ours."""
 
+import copy
 import random
 
 import pytest
@@ -68,6 +69,30 @@ def test_the_last_resort_swaps_out_the_real_time_request_with_the_most_slack():
     assert "rt-urgent" in decider.step()
     assert decider.kv.lost_tokens["rt-easy"] > 0
     decider.kv.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["bros", "bros-plus", "bros-recompute", "bros-swap-block"])
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**32))
+def test_a_real_time_request_out_of_slack_never_waits_behind_best_effort(policy, seed):
+    """Each decision is taken a second time on a copy from which all best-effort requests are gone: whoever is out of
+    slack and gets its place there has it in the presence of best-effort too. (No BE is due here: that is the one
+    exception, by the bound on its waiting.)"""
+    rng = random.Random(seed)
+    decider = Decider(policy, rng.choice([8, 20, 400]), num_host_blocks=rng.choice([None, 0, 2]),
+                      max_num_seqs=rng.choice([1, 2, 4, 8]), max_num_batched_tokens=rng.choice([8, 64]),
+                      base_batch_cap=rng.choice([1, 128]), be_max_wait_steps=10**6)
+    for step in range(25):
+        for i in range(rng.randint(0, 2)):
+            slo = SLO(rng.choice([0.001, 0.03, 0.06, 0.2, 1.0]), rng.choice([0.001, 0.015, 0.03, 0.1]))
+            decider.add(f"{rng.choice(['rt', 'be'])}{step}-{i}", rng.randint(1, 30), rng.randint(1, 20), slo=slo)
+        without_be = copy.deepcopy(decider)
+        for request in list(without_be.scheduler.requests.values()):
+            if not request.is_rt:
+                without_be.abort(request)
+        placed, decided = without_be.decide(), decider.step()
+        for name in placed.keys() - decided.keys():
+            assert without_be.output.slack_s[name] > 0, f"{name} in step {step}: {decider.output.left_out}"
 
 
 @settings(max_examples=40)

@@ -5,7 +5,8 @@ from harness import checksum_engine, make_request
 
 from bros_ref.config import KVCacheConfig
 from bros_ref.kv_cache.manager import KVCacheManager
-from bros_ref.viz.panels import InjectPanel, PoolPanel
+from bros_ref.trace import BlockView
+from bros_ref.viz.panels import InjectPanel, PoolPanel, holdings
 
 
 def panel(num_blocks=12):
@@ -55,7 +56,8 @@ def test_the_pool_panel_allocates_appends_and_frees():
     kv = KVCacheManager(KVCacheConfig(num_blocks=3, block_size=4))
     made = PoolPanel(kv, lambda n: (make_request(f"r{n}", False, range(7), 5), 7))
     made.buttons["new request"].click()
-    assert "r0 came with 7 tokens" in made.picture.value
+    assert "r0 came with 7 tokens; 2 of 3 blocks in use" in made.picture.value
+    assert f"r0: 7 tokens, block table {kv.block_table('r0')}" in made.picture.value
     made.buttons["new request"].click()
     assert "no room for 7 tokens" in made.picture.value
     made.buttons["one token each"].click()
@@ -64,6 +66,20 @@ def test_the_pool_panel_allocates_appends_and_frees():
     assert len(kv.block_table("r0")) == 3
     made.buttons["oldest leaves"].click()
     assert kv.num_free_blocks == 3
+    assert "block table" not in made.picture.value
     made.buttons["oldest leaves"].click()
     assert "nobody" in made.picture.value
     kv.check_integrity()
+
+
+def test_holdings_are_the_block_tables_in_logical_order():
+    kv = KVCacheManager(KVCacheConfig(num_blocks=3, block_size=4))
+    first, second = make_request("first", True, range(3), 1), make_request("second", False, range(4), 9)
+    kv.allocate_slots(first, 3)
+    kv.allocate_slots(second, 4)
+    kv.free("first")
+    kv.allocate_slots(second, 3)  # into the block that the first has left, which comes before its own
+    assert holdings(kv.snapshot()) == {"second": (7, [1, 0])}
+    assert kv.block_table("second") == [1, 0]
+    pool = [BlockView("a", 2, "b", 4, 1, 1, 0), BlockView(), BlockView("a", 4, None, 0, 0, 0, 0)]
+    assert holdings(pool) == {"a": (6, [2, 0]), "b": (3, [0])}
