@@ -50,6 +50,8 @@ def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
              "gaps", gap_histogram(result["bounds"]["iteration_optimum"]), "Greedy against the exact 0/1 optimum",
              "Iterations in which nobody gives way. Greedy takes BE by the KV they must get back and newcomers by "
              "arrival; the program takes whichever fit best, and counts a prompt's tokens as work.")]),
+        ("runs", "All runs", "The paper's sweep in numbers", "Every run behind the figures above; real-time requests "
+         "alone at the end.", _run_tables([_by_system(row) for row in result["systems"]])),
         ("options", "Options", "What each option of bros-plus gives", "bros is the paper's form; then each option "
          "alone, then all of them.", _run_tables(result["ablation"])),
         ("sweeps", "Sweeps", "Beyond the paper", "OPT-13B on two A100-40GB unless said otherwise; one thing is changed "
@@ -194,6 +196,14 @@ def gap_histogram(gaps: Row) -> go.Figure:
 
 def _share(value: float | None) -> str:
     return "none" if value is None else f"{value:.0%}"
+
+
+def _by_system(row: Row) -> Row:
+    """A run of the paper's sweep, named as the tables want it: group/table/point/policy."""
+    group, system, dataset, rate, policy = row["name"].split("/")
+    dataset, alone, _ = dataset.partition("-rt")
+    table = f"Real-time requests alone, {dataset} lengths" if alone else f"{system}, {dataset} lengths"
+    return row | {"name": f"{group}/{table}/{f'{system}, ' if alone else ''}{rate} RT per s/{policy}"}
 
 
 def _run_tables(rows: list[Row]) -> list[str]:
