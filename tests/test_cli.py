@@ -194,9 +194,29 @@ def test_simulate_reads_published_traces(tmp_path):
     assert (empty.returncode, "nothing to simulate" in empty.stderr) == (2, True)
 
 
+def test_options_of_simulate_that_do_not_go_together_are_refused(tmp_path, workload):
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("conv,in,out\n0,9,3\n1,3000,3\n")
+    columns = tmp_path / "columns.csv"
+    columns.write_text("long,short\n9,3\n")
+    for arguments, expected in (
+            (["--workload", workload, "--seeds", 2], "nothing random"),
+            (["--workload", workload, "--rt-lengths", lengths], "lengths of its own"),
+            (["--workload", "paper", "--rt-lengths", columns], "prompt_tokens"),
+            (["--workload", "paper", "--policies", "bros+speed"], "bros+chunks")):
+        result = bros_ref("simulate", *arguments)
+        assert (result.returncode, expected in result.stderr) == (2, True), result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_bench_simulator_reports_cpu_time():
-    result = bros_ref("bench", "simulator", "--policies", "bros", "--duration-s", 2, "--json", "-")
+    result = bros_ref("bench", "simulator", "--policies", "bros", "--duration-s", 2, "--file-requests", 40,
+                      "--json", "-")
     assert result.returncode == 0, result.stderr
-    [row] = json.loads(result.stdout)["rows"]
-    assert row["request_steps"] > 0
-    assert row["request_steps_per_s"] == pytest.approx(row["request_steps"] / row["cpu_s"])
+    rows = json.loads(result.stdout)["rows"]
+    for row in rows:
+        assert row["request_steps"] > 0
+        assert row["request_steps_per_s"] == pytest.approx(row["request_steps"] / row["cpu_s"])
+        assert row["peak_rss_bytes"] > 1_000_000
+    assert [row["model"] for row in rows] == ["opt-13b", "llama-3-8b"]
+    assert rows[1]["requests"] == 40, "the trace file's, all of them"
