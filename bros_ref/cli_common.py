@@ -56,6 +56,8 @@ ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads torch may use; 
 RefitOption = Annotated[bool, typer.Option("--refit", help="Measure this machine again for the latency model.")]
 TtftOption = Annotated[float, typer.Option(help="TTFT target of real-time requests that bring none, seconds.")]
 ClassOption = Annotated[str | None, typer.Option("--class", help="rt or be, for files that do not say.")]
+TimeUnitOption = Annotated[float | None, typer.Option(
+    help="Seconds in one unit of `timestamp`, for files that do not tell: 1 or 0.001.")]
 ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
 CountOption = Annotated[int, typer.Option(min=1)]
 OutOption = Annotated[Path, typer.Option(callback=output_folder,

@@ -194,6 +194,18 @@ def test_simulate_reads_published_traces(tmp_path):
     assert (empty.returncode, "nothing to simulate" in empty.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(("unit", "duration_s"), [("1", 90), ("0.001", 0.09)])
+def test_the_unit_of_whole_timestamps_can_be_told(tmp_path, monkeypatch, capsys, unit, duration_s):
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(f'{{"timestamp": {time}, "input_length": 9, "output_length": 1}}\n' for time in (0, 90)))
+    monkeypatch.setattr("sys.argv", ["bros-ref", "simulate", "--workload", str(path), "--class", "be", "--policies",
+                                     "tgi", "--time-unit-s", unit, "--json", "-"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    assert json.loads(capsys.readouterr().out)["runs"][0]["duration_s"] == pytest.approx(duration_s, abs=0.05)
+
+
 def test_bench_simulator_reports_cpu_time():
     result = bros_ref("bench", "simulator", "--policies", "bros", "--duration-s", 2, "--json", "-")
     assert result.returncode == 0, result.stderr
