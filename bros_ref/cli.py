@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from bros_ref import cli_kernels as cli_kernels  # adds its command to `app`
 from bros_ref import cli_simulation as cli_simulation
@@ -127,7 +128,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     runs = [summarise(trace) for trace in traces]
     title = f"{loaded.name} on {loaded.device}, {settings.kv_blocks} blocks of {settings.block_size}, seed {seed}"
     for question, answer in list(samples.items())[:3]:
-        console.print(f"[bold]{question}[/bold] {answer}", highlight=False)
+        console.print(Text.assemble((question, "bold"), " ", answer), soft_wrap=True)
     console.print(results_table(runs, title))
     write_report(out / "report.html", traces, runs, "Real-time and best-effort on one model", samples)
     result = write_json(str(out / "summary.json"), "demo", seed, runs=runs)
@@ -280,9 +281,9 @@ def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Consol
 def _tell(trace: Any, failures: list[Any], console: Console) -> None:
     """Refused requests and failed steps ended nobody else; why they did must not be lost with them."""
     for request_id, reason in trace.rejected.items():
-        console.print(f"refused {request_id}: {reason}", style="yellow", highlight=False, markup=False)
+        console.print(f"refused {request_id}: {reason}", style="yellow", highlight=False)
     for failure in failures:
-        console.print(str(failure), style="red", highlight=False, markup=False)
+        console.print(str(failure), style="red", highlight=False)
 
 
 def _sample_answers(engine: Any, items: list[Any]) -> dict[str, str]:

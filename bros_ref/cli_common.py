@@ -80,8 +80,8 @@ def parse_policies(names: str) -> list[str]:
 
 
 def make_console(json_path: str | None) -> Console:
-    """Where tables go: standard output, unless the JSON goes there."""
-    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 140)
+    """Where tables go: standard output, unless the JSON goes there. Brackets in a path or an answer are just text."""
+    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 140, markup=False)
 
 
 @contextmanager

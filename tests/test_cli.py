@@ -6,9 +6,14 @@ import sys
 
 import pytest
 import typer
+from rich.text import Text
 
 from bros_ref.cli import main
+from bros_ref.cli_common import make_console
+from bros_ref.metrics import summarise
 from bros_ref.scheduler.latency_model import StepFeatures
+from bros_ref.tables import results_table
+from bros_ref.trace import Trace
 
 RT_KEYS = {"completed", "failed", "request_throughput", "output_throughput", "normalized_latency_ms_per_token",
            "ttft_attainment", "tpot_attainment", "slo_attainment",
@@ -104,8 +109,8 @@ def test_the_exit_status_tells_how_a_command_ended(monkeypatch, ends, status):
     assert quitting.value.code == status
 
 
-def test_steps_that_fail_are_told_with_their_cause(workload, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_steps_that_fail_are_told_with_their_cause(workload, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workload))  # a file: the fit cannot be kept, and that is no reason to stop
     monkeypatch.setattr("bros_ref.model_runner.sample", lambda *_: 1 / 0)
     monkeypatch.setattr("bros_ref.profiling.profile", lambda *_: [(StepFeatures(1), 0.01)] * 4)
     monkeypatch.setattr("sys.argv", ["bros-ref", "serve-trace", "--workload", str(workload), *TOY, "--json", "-"])
@@ -114,6 +119,17 @@ def test_steps_that_fail_are_told_with_their_cause(workload, monkeypatch, capsys
     printed = capsys.readouterr()
     assert "ZeroDivisionError: division by zero; failed requests: be-0, be-1" in printed.err
     assert json.loads(printed.out)["runs"][0]["classes"]["be"]["failed"] == 2
+
+
+def test_brackets_in_what_a_model_or_a_path_says_are_just_text(capsys):
+    run = summarise(Trace("bros-swap-request", "m", "cpu", 1, 1, 1, 0))
+    console = make_console(None)
+    console.print(results_table([run], "folder/[/red]"))
+    console.print(Text.assemble(("question", "bold"), " ", "[/INST] answer"), soft_wrap=True)
+    printed = capsys.readouterr().out
+    assert "folder/[/red]" in printed
+    assert "[/INST] answer" in printed
+    assert "bros-swap-request" in printed, "the longest name is not cut"
 
 
 def test_a_bad_workload_line_is_named(tmp_path):
