@@ -1,0 +1,35 @@
+"""What every notebook leans on: the device it asks for, the checks of its exercises, the source it shows."""
+
+import pytest
+
+from bros_ref.request import Request
+from bros_ref.viz import notebook
+from bros_ref.viz.notebook import check, device, show_source
+
+
+@pytest.mark.parametrize(("asked", "gpu", "given"), [(None, "a GPU", "cpu"), ("cpu", "a GPU", "cpu"),
+                                                     ("cuda", None, "cpu"), ("cuda", "a GPU", "cuda")])
+def test_a_gpu_is_used_only_where_it_is_asked_for_and_there(monkeypatch, asked, gpu, given):
+    monkeypatch.setattr(notebook, "environment_stamp", lambda: {"gpu": gpu})
+    monkeypatch.delenv("BROS_REF_DEVICE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("BROS_REF_DEVICE", asked)
+    assert device() == given
+
+
+def test_a_check_says_what_is_wrong(capsys):
+    check([1, 2], [1, 2], "count")
+    assert capsys.readouterr().out == "right\n"
+    with pytest.raises(AssertionError, match=r"no answer yet.*Hint: count"):
+        check(..., 3, "count")
+    with pytest.raises(AssertionError, match=r"got 4, .*Hint: count"):
+        check(4, 3, "count")
+
+
+def test_source_is_the_packages_own_without_its_docstring():
+    shown = show_source(Request)
+    assert shown.name == "bros_ref/request.py: Request"
+    assert "num_computed_tokens" in shown.text
+    assert Request.__doc__ not in shown.text
+    with pytest.raises(ValueError, match="bros_ref's own"):
+        show_source(pytest.fixture)
