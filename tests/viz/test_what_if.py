@@ -2,14 +2,18 @@
 
 import json
 import re
+import time
 from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bros_ref.paper import PaperWorkload, be_batch_for
+from bros_ref.simulate import SimulationSettings, run
 from bros_ref.viz.what_if import LEFT, PLANE_H, PLANE_W, TOP, Choice, WhatIf, answers_svg, facts, sentence
 
+MAX_ANSWER_CPU_S = 1.0 * 2  # a second on a quiet machine; a test machine is not
 CHOICES = (Choice("rate", "RT a second", (1, 2.5, 10), "/s"), Choice("policy", "policy", ("vllm-fcfs", "bros")))
 
 
@@ -114,3 +118,13 @@ def test_what_could_not_work_is_refused_before_anything_is_asked(choices, before
 def test_a_choice_without_values_is_refused():
     with pytest.raises(ValueError, match="no values"):
         Choice("rate", "rate", ())
+
+
+@pytest.mark.parametrize("policy", ["vllm-priority", "bros-rr", "bros"])
+def test_the_simulator_answers_while_one_waits(policy):
+    """The heaviest corner of the settings that notebook 06 offers."""
+    settings = SimulationSettings("a100-40gb", "opt-13b", 2, kv_tokens=51_408)
+    start_s = time.process_time()
+    summary, _ = run(policy, settings, PaperWorkload(10.0, 20.0, be_batch_for(51_408)))
+    assert time.process_time() - start_s < MAX_ANSWER_CPU_S
+    assert facts(summary)["RT on time"].endswith("%")
