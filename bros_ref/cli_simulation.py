@@ -14,6 +14,7 @@ from bros_ref.cli_common import (
     CountOption,
     JsonOption,
     SeedOption,
+    TimeUnitOption,
     TpotOption,
     TtftOption,
     app,
@@ -47,6 +48,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
              be_batch: Annotated[int | None, typer.Option(min=0, help="paper: BE requests of a batch.")] = None,
              block_size: CountOption = 16, max_num_seqs: CountOption = 256, max_num_batched_tokens: CountOption = 2048,
              chunked_prefill: ChunkedOption = None, request_class: ClassOption = None,
+             time_unit_s: TimeUnitOption = None,
              seeds: Annotated[int, typer.Option(min=1, help="Runs a policy, seeds --seed, --seed + 1, ...")] = 1,
              processes: ProcessesOption = 0,
              report: Annotated[Path | None, typer.Option(callback=output_file,
@@ -60,7 +62,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
     names, console, slo = parse_policies(policies), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     settings = SimulationSettings(gpu, model, tp, kv_tokens, block_size, max_num_seqs, max_num_batched_tokens,
                                   chunked_prefill, seed)
-    arrivals = _arrivals(workload, settings, rt_rate, duration_s, be_batch, slo, request_class, rt_lengths)
+    arrivals = _arrivals(workload, settings, rt_rate, duration_s, be_batch, slo, request_class, time_unit_s, rt_lengths)
     if seeds > 1 and "paper" not in workload:
         raise ValueError(f"--seeds {seeds}: a workload file has nothing random in it, so every run would be the same; "
                          "leave it out, or use --workload paper")
@@ -80,7 +82,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
 
 
 def _arrivals(workload: list[str], settings: Any, rt_rate: float, duration_s: float | None, be_batch: int | None,
-              slo: Any, request_class: str | None, rt_lengths: Path | None) -> Any:
+              slo: Any, request_class: str | None, time_unit_s: float | None, rt_lengths: Path | None) -> Any:
     from bros_ref.cost_model import model_named
     from bros_ref.paper import PaperWorkload, be_batch_for
     from bros_ref.request import RequestClass
@@ -99,7 +101,7 @@ def _arrivals(workload: list[str], settings: Any, rt_rate: float, duration_s: fl
     if request_class not in (None, "rt", "be"):
         raise ValueError(f"--class must be rt or be, got {request_class!r}")
     chosen = None if request_class is None else RequestClass(request_class)
-    items = merge(*(read_workload(Path(path), chosen, slo) for path in workload))
+    items = merge(*(read_workload(Path(path), chosen, slo, time_unit_s) for path in workload))
     kept = tuple(item for item in items if duration_s is None or item.arrival_s < duration_s)
     if not kept:
         raise ValueError(f"nothing to simulate: {', '.join(workload)} has no request before --duration-s {duration_s}")

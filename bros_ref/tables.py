@@ -20,7 +20,7 @@ def results_table(runs: Sequence[Run], title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", caption=(
         "RT on time: share of all arrived real-time requests that met both targets. Preempted: by recomputation or "
         "whole swap. Slots to/from host: KV checkpointed and restored."), caption_justify="left")
-    table.add_column("policy")
+    table.add_column("policy", min_width=max((len(run["policy"]) for run in runs), default=0))  # names are never cut
     for name in ("RT on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "BE tokens/s", "BE longest wait s",
                  "KV peak", "preempted", "recomputed tokens", "slots to/from host"):
         table.add_column(name, justify="right")

@@ -237,8 +237,8 @@ class _RowReader:
             return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
         value = self._number(line, row, column)
         if self.format is _MOONCAKE and not value.is_integer():
-            self._refuse(line, column, "whole milliseconds, as in the lines before; if these are seconds, pass "
-                                       "time_unit_s=1", row[column])
+            self._refuse(line, column, "whole milliseconds, as in the lines before; if these are seconds, say "
+                                       "--time-unit-s 1, or pass time_unit_s=1", row[column])
         if value < 0:
             self._refuse(line, column, "a time, at least 0", row[column])
         return value * self.format.unit_s

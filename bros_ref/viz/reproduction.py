@@ -118,11 +118,11 @@ def _paper_table(figures: list[Row]) -> str:
         cells = [Cell(METRICS[figure["metric"]]), Cell(f"{figure['paper']:,.2f}{unit}"),
                  Cell("none" if figure["ours"] is None else f"{figure['ours']:,.2f}{unit}"),
                  Cell(" / ".join(f"{_absolute(value, figure['metric'])}" for value in figure["absolute"].values()),
-                      " / ".join(figure["absolute"])),
-                 Cell(figure["verdict"], figure["setting"] or ""), Cell(figure["why"], prose=True)]
+                      figure["setting"] or ""),
+                 Cell(figure["verdict"]), Cell(figure["why"], prose=True)]
         rows.append((figure["name"], cells))
-    return page.table("BROS against its baselines", ["comparison", "metric", "paper, up to", "ours", "absolute values",
-                                                     "verdict", "what it rests on"], rows)
+    return page.table("BROS against its baselines", ["comparison", "metric", "paper, up to", "ours",
+                                                     "absolute, bros / baseline", "verdict", "what it rests on"], rows)
 
 
 def _absolute(value: float, metric: str) -> str:
@@ -191,7 +191,7 @@ def gap_histogram(gaps: Row) -> go.Figure:
                               hovertemplate="%{x}: %{y:,} iterations<extra></extra>"))
     figure.update_xaxes(title_text="greedy / optimal BE tokens of an iteration")
     figure.update_yaxes(title_text="iterations")
-    return dress(figure, 340)
+    return dress(figure, 320).update_layout(margin_t=20)
 
 
 def _share(value: float | None) -> str:
