@@ -76,10 +76,11 @@ def profile(runner: ModelRunner, max_num_seqs: int, on_progress: Callable[[float
                 continue
             start_s = time.perf_counter()
             runner.execute(outputs[index])
-            if round_ >= 0:
-                fastest_s[index] = min(fastest_s[index], time.perf_counter() - start_s)
+            if round_ < 0:
+                continue
+            fastest_s[index] = min(fastest_s[index], time.perf_counter() - start_s)
             if on_progress is not None:
-                on_progress((max(round_, 0) * len(batches) + index + 1) / (ROUNDS * len(batches)))
+                on_progress((round_ * len(batches) + index + 1) / (ROUNDS * len(batches)))
     return [(output.features, seconds) for output, seconds in zip(outputs, fastest_s, strict=True)]
 
 

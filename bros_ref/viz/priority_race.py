@@ -167,7 +167,8 @@ class PriorityRace:
         if hidden > 0:
             note += f"; {hidden} more rows"
         height = top + min(len(rows), MAX_ROWS) * ROW_H + 4
-        return (f'<svg class="race" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(repr(self))}" '
+        return (f'<svg class="race" viewBox="0 0 {WIDTH} {height}" role="img" style="max-width:{WIDTH}px" '
+                f'aria-label="{escape(repr(self))}" '
                 f'xmlns="http://www.w3.org/2000/svg">{STYLE}{self.chart(self.start)}'
                 f'<text x="{LEFT}" y="{top - 8}">{escape(note)}</text>{"".join(parts)}</svg>')
 
