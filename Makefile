@@ -11,7 +11,7 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint lab notebooks kernels bench lock clean
+.PHONY: demo test lint lab notebooks book kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -25,6 +25,10 @@ lab: $(VENV)/.installed-dev
 # Runs every notebook and leaves it as it is to be committed.
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/run_notebooks.py
+
+# All notebooks as pages that open without Jupyter and without network: out/book/index.html.
+book: $(VENV)/.installed-dev
+	$(BIN)/python tools/make_book.py
 
 # Compiles every CUDA kernel for every architecture, runs it on the CPU, tries seeded defects; no GPU is needed.
 kernels: $(VENV)/.installed-dev

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from bros_ref import cli_kernels as cli_kernels  # adds its command to `app`
 from bros_ref import cli_simulation as cli_simulation
@@ -29,6 +30,7 @@ from bros_ref.cli_common import (
     SeedOption,
     StopOption,
     ThreadsOption,
+    TimeUnitOption,
     TpotOption,
     TtftOption,
     app,
@@ -118,15 +120,15 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
             failures = serve(engine, Workload(chosen),
                              lambda item: request_from_item(item, loaded, seed, to_length=False),
                              on_step=lambda ended: advance(len(ended)))
-        _tell(failures, console)
         assert engine.trace is not None
+        _tell(engine.trace, failures, console)
         engine.trace.save(out / f"trace-{policy}.json")
         traces.append(engine.trace)
         samples = samples or _sample_answers(engine, items)
     runs = [summarise(trace) for trace in traces]
     title = f"{loaded.name} on {loaded.device}, {settings.kv_blocks} blocks of {settings.block_size}, seed {seed}"
     for question, answer in list(samples.items())[:3]:
-        console.print(f"[bold]{question}[/bold] {answer}", highlight=False)
+        console.print(Text.assemble((question, "bold"), " ", answer), soft_wrap=True)
     console.print(results_table(runs, title))
     write_report(out / "report.html", traces, runs, "Real-time and best-effort on one model", samples)
     result = write_json(str(out / "summary.json"), "demo", seed, runs=runs)
@@ -138,7 +140,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
 def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file; repeat to merge several.")],
                 policy: Annotated[str, typer.Option()] = "bros", model: ModelOption = "smollm2",
                 device: DeviceOption = "auto", backend: BackendOption = "auto",
-                request_class: ClassOption = None,
+                request_class: ClassOption = None, time_unit_s: TimeUnitOption = None,
                 ttft_slo_s: TtftOption = 1.0, tpot_slo_s: TpotOption = 0.25,
                 kv_blocks: CountOption = 256, block_size: CountOption = 16,
                 max_num_seqs: CountOption = 8,
@@ -164,7 +166,7 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     if request_class not in (None, "rt", "be"):
         raise ValueError(f"--class must be rt or be, got {request_class!r}")
     chosen_class = None if request_class is None else RequestClass(request_class)
-    items = keep_class(merge(*(read_workload(path, chosen_class, slo) for path in workload)), name)
+    items = keep_class(merge(*(read_workload(path, chosen_class, slo, time_unit_s) for path in workload)), name)
     if not items:
         raise ValueError(f"policy {name} serves one class only, and the workload has no request of it")
     settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
@@ -175,10 +177,8 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     with progress(console, f"{name}: {len(items)} requests", len(items)) as advance:
         failures = serve(engine, Workload(items), lambda item: request_from_item(item, loaded, seed), until_s,
                          on_step=lambda ended: advance(len(ended)))
-    _tell(failures, console)
     assert engine.trace is not None
-    for request_id, reason in engine.trace.rejected.items():
-        console.print(f"refused {request_id}: {reason}", style="yellow", highlight=False)
+    _tell(engine.trace, failures, console)
     if trace_path is not None:
         engine.trace.save(trace_path)
     runs = [summarise(engine.trace)]
@@ -276,10 +276,12 @@ def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Consol
         return fit_latency_model(runner, max_num_seqs, name, refit=refit, on_progress=on_progress)
 
 
-def _tell(failures: list[Any], console: Console) -> None:
-    """Steps that failed ended their requests only; what went wrong must not be lost with them."""
+def _tell(trace: Any, failures: list[Any], console: Console) -> None:
+    """Refused requests and failed steps ended nobody else; why they did must not be lost with them."""
+    for request_id, reason in trace.rejected.items():
+        console.print(f"refused {request_id}: {reason}", style="yellow", highlight=False)
     for failure in failures:
-        console.print(str(failure), style="red", highlight=False, markup=False)
+        console.print(str(failure), style="red", highlight=False)
 
 
 def _sample_answers(engine: Any, items: list[Any]) -> dict[str, str]:

@@ -56,6 +56,8 @@ ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads torch may use; 
 RefitOption = Annotated[bool, typer.Option("--refit", help="Measure this machine again for the latency model.")]
 TtftOption = Annotated[float, typer.Option(help="TTFT target of real-time requests that bring none, seconds.")]
 ClassOption = Annotated[str | None, typer.Option("--class", help="rt or be, for files that do not say.")]
+TimeUnitOption = Annotated[float | None, typer.Option(
+    help="Seconds in one unit of `timestamp`, for files that do not tell: 1 or 0.001.")]
 ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
 CountOption = Annotated[int, typer.Option(min=1)]
 OutOption = Annotated[Path, typer.Option(callback=output_folder,
@@ -78,8 +80,8 @@ def parse_policies(names: str) -> list[str]:
 
 
 def make_console(json_path: str | None) -> Console:
-    """Where tables go: standard output, unless the JSON goes there."""
-    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 140)
+    """Where tables go: standard output, unless the JSON goes there. Brackets in a path or an answer are just text."""
+    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 140, markup=False)
 
 
 @contextmanager

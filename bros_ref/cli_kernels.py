@@ -39,9 +39,9 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
         rows = [row for job in jobs for row in _rows(*job, seed, advance)]
     mutations = None if quick else _mutations(console)
     console.print(_table(rows))
-    console.print("Instr / KiB: warp instructions of its PTX that a whole kernel executed, moves left out, per KiB of K "
-                  "and V. Loop: those of the main loop's machine code. Direction: executed instructions more than with "
-                  "one direction known when compiling. On a GPU: not measured here.")
+    console.print("Instr / KiB: warp instructions of its PTX that a whole kernel executed, moves left out, per KiB of "
+                  "K and V. Loop: those of the main loop's machine code. Direction: executed instructions more than "
+                  "with one direction known when compiling. On a GPU: not measured here.")
     if mutations is not None:
         console.print(f"Seeded defects: {mutations['seeded']}, flagged by the check that was named beforehand: "
                       f"{mutations['flagged']}; beside them {len(mutations['equivalent'])} that change nothing.")

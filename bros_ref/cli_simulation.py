@@ -14,6 +14,7 @@ from bros_ref.cli_common import (
     CountOption,
     JsonOption,
     SeedOption,
+    TimeUnitOption,
     TpotOption,
     TtftOption,
     app,
@@ -30,6 +31,8 @@ GpuOption = Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100-80gb, h
 ShapeOption = Annotated[str, typer.Option("--model", help="opt-13b, opt-30b, llama-3-70b, llama-3-8b, llama-2-7b, ...")]
 TpOption = Annotated[int, typer.Option(min=1, help="GPUs, by tensor parallelism.")]
 ProcessesOption = Annotated[int, typer.Option(min=0, help="Runs at a time; 0: one a core.")]
+RtLengthsOption = Annotated[Path | None, typer.Option(help=(
+    "paper: a file of prompt and output lengths to draw from, in the place of the fitted ShareGPT distribution."))]
 PAPER_POLICIES = "vllm-fcfs,vllm-priority,bros-rr,bros"
 
 
@@ -41,9 +44,11 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
              duration_s: Annotated[float | None, typer.Option(help="Default: 600 for paper, a file's end.")] = None,
              ttft_slo_s: TtftOption = 0.4, tpot_slo_s: TpotOption = 0.2,
              kv_tokens: Annotated[int | None, typer.Option(min=1, help="Default: what the memory leaves.")] = None,
+             rt_lengths: RtLengthsOption = None,
              be_batch: Annotated[int | None, typer.Option(min=0, help="paper: BE requests of a batch.")] = None,
              block_size: CountOption = 16, max_num_seqs: CountOption = 256, max_num_batched_tokens: CountOption = 2048,
              chunked_prefill: ChunkedOption = None, request_class: ClassOption = None,
+             time_unit_s: TimeUnitOption = None,
              seeds: Annotated[int, typer.Option(min=1, help="Runs a policy, seeds --seed, --seed + 1, ...")] = 1,
              processes: ProcessesOption = 0,
              report: Annotated[Path | None, typer.Option(callback=output_file,
@@ -57,7 +62,10 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
     names, console, slo = parse_policies(policies), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     settings = SimulationSettings(gpu, model, tp, kv_tokens, block_size, max_num_seqs, max_num_batched_tokens,
                                   chunked_prefill, seed)
-    arrivals = _arrivals(workload, settings, rt_rate, duration_s, be_batch, slo, request_class)
+    arrivals = _arrivals(workload, settings, rt_rate, duration_s, be_batch, slo, request_class, time_unit_s, rt_lengths)
+    if seeds > 1 and "paper" not in workload:
+        raise ValueError(f"--seeds {seeds}: a workload file has nothing random in it, so every run would be the same; "
+                         "leave it out, or use --workload paper")
     jobs = [Job(name, name, replace(settings, seed=seed + index), arrivals)
             for name in names for index in range(seeds)]
     with progress(console, f"{model} on {tp} x {gpu}", len(jobs)) as advance:
@@ -74,21 +82,26 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
 
 
 def _arrivals(workload: list[str], settings: Any, rt_rate: float, duration_s: float | None, be_batch: int | None,
-              slo: Any, request_class: str | None) -> Any:
+              slo: Any, request_class: str | None, time_unit_s: float | None, rt_lengths: Path | None) -> Any:
+    from bros_ref.cost_model import model_named
     from bros_ref.paper import PaperWorkload, be_batch_for
     from bros_ref.request import RequestClass
     from bros_ref.workload import merge
-    from bros_ref.workload_files import read_workload
+    from bros_ref.workload_files import read_lengths, read_workload
 
     if "paper" in workload:
         if len(workload) > 1:
             raise ValueError("--workload paper stands alone; it cannot be merged with files")
         batch = be_batch_for(settings.num_blocks * settings.block_size) if be_batch is None else be_batch
-        return PaperWorkload(rt_rate, 600.0 if duration_s is None else duration_s, batch, slo)
+        lengths = "sharegpt" if rt_lengths is None else read_lengths(
+            rt_lengths, model_named(settings.model).max_context_tokens)
+        return PaperWorkload(rt_rate, 600.0 if duration_s is None else duration_s, batch, slo, lengths)
+    if rt_lengths is not None:
+        raise ValueError("--rt-lengths goes with --workload paper; a workload file has lengths of its own")
     if request_class not in (None, "rt", "be"):
         raise ValueError(f"--class must be rt or be, got {request_class!r}")
     chosen = None if request_class is None else RequestClass(request_class)
-    items = merge(*(read_workload(Path(path), chosen, slo) for path in workload))
+    items = merge(*(read_workload(Path(path), chosen, slo, time_unit_s) for path in workload))
     kept = tuple(item for item in items if duration_s is None or item.arrival_s < duration_s)
     if not kept:
         raise ValueError(f"nothing to simulate: {', '.join(workload)} has no request before --duration-s {duration_s}")
@@ -108,16 +121,19 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
                                                 help="Folder for the report and the JSON.")] = Path("out/reproduce"),
               duration_s: Annotated[float, typer.Option(help="Simulated seconds a run; the paper's is 600.")] = 600.0,
               quick: Annotated[bool, typer.Option("--quick", help="60 s a run and fewer rates.")] = False,
+              rt_lengths: RtLengthsOption = None,
               processes: ProcessesOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The paper's evaluation, simulated: every figure and the ablation, our numbers beside the paper's."""
-    from bros_ref.reproduce import reproduce_paper
+    from bros_ref.reproduce import SHORTEST_CONTEXT_TOKENS, reproduce_paper
     from bros_ref.tables import figures_table
     from bros_ref.viz.reproduction import write_reproduction
+    from bros_ref.workload_files import read_lengths
 
     console = make_console(json_path)
     with progress(console, "reproduce", 1.0) as advance:
+        sharegpt = "sharegpt" if rt_lengths is None else read_lengths(rt_lengths, SHORTEST_CONTEXT_TOKENS)
         result = reproduce_paper(60.0 if quick else duration_s, seed, quick=quick, processes=processes,
-                                 on_progress=advance)
+                                 sharegpt=sharegpt, on_progress=advance)
     console.print(figures_table(result["figures"]))
     write_reproduction(out / "report.html", result)
     write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
@@ -128,14 +144,17 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
 @bench_app.command("simulator")
 def bench_simulator_command(policies: Annotated[str, typer.Option()] = "vllm-fcfs,vllm-priority,bros",
                             duration_s: Annotated[float, typer.Option(help="Simulated seconds.")] = 600.0,
-                            rt_rate: float = 4.0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
-    """What simulating costs: the paper's OPT-13B setting, CPU time of one core."""
+                            rt_rate: float = 4.0,
+                            file_requests: Annotated[int, typer.Option(min=0, help=(
+                                "Also a trace file of so many requests, under the last policy."))] = 0,
+                            seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+    """What simulating costs: the paper's OPT-13B setting, CPU time of one core, peak memory."""
     from bros_ref.bench.simulator import bench_simulator
     from bros_ref.tables import simulator_table
 
     names = parse_policies(policies)
     console = make_console(json_path)
     with progress(console, "simulator", len(names)) as advance:
-        rows = bench_simulator(names, duration_s, rt_rate, seed, on_row=lambda: advance(1))
+        rows = bench_simulator(names, duration_s, rt_rate, seed, file_requests, lambda: advance(1))
     console.print(simulator_table(rows))
     write_json(json_path, "bench simulator", seed, rows=rows)

@@ -58,13 +58,18 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
 
     Raises:
         WeightsError: see `bros_ref.model.weights`.
-        ValueError: an unknown device, or "cuda" without a CUDA device; an unknown backend, or one that does not fit.
+        ValueError: an unknown device, or "cuda" without a CUDA device; a backend that is unknown, does not fit the
+            device or is not installed; not enough memory.
     """
     device = compute_device(device)
     if name == "checksum":
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
     dtype = torch.float16 if device == "cuda" else torch.float32
-    attention, config, tokenizer = attention_backend(backend, device), load_model_config(name), load_tokenizer(name)
+    try:
+        attention = attention_backend(backend, device)
+    except RuntimeError as error:  # "cupy" where it cannot be used
+        raise ValueError(f"--backend {backend}: {error}") from error
+    config, tokenizer = load_model_config(name), load_tokenizer(name)
     try:
         parameters = load_weights(name, dtype, device, seed)
         model = Decoder(config, parameters, dtype, device, attention)

@@ -26,6 +26,7 @@ from bros_ref.workload import (
     ClosedLoopBatches,
     LengthSampler,
     Workload,
+    WorkloadItem,
     gamma_arrivals,
     lognormal_lengths,
     open_loop,
@@ -52,6 +53,7 @@ class PaperWorkload:
     Attributes:
         rt_rate_per_s: Poisson arrivals; 0 means no RT at all.
         be_batch: requests of one BE batch; 0 means no BE.
+        rt_lengths: a name of `RT_LENGTHS`, or a dataset's (prompt, output) pairs, drawn with replacement.
         cv: coefficient of variation of the gaps between RT arrivals; 1 is Poisson.
     """
 
@@ -59,7 +61,7 @@ class PaperWorkload:
     duration_s: float
     be_batch: int
     slo: SLO = PAPER_SLO
-    rt_lengths: str = "sharegpt"
+    rt_lengths: str | tuple[tuple[int, int], ...] = "sharegpt"
     be_lengths: str = "paper"
     cv: float = 1.0
 
@@ -78,7 +80,13 @@ class PaperWorkload:
         items, loops = [], []
         if self.rt_rate_per_s and only != "be":
             times = gamma_arrivals(self.rt_rate_per_s, self.cv, self.duration_s, rt_rng)
-            items = open_loop(times, RequestClass.REAL_TIME, *RT_LENGTHS[self.rt_lengths], rt_rng, self.slo)
+            if isinstance(self.rt_lengths, str):
+                items = open_loop(times, RequestClass.REAL_TIME, *RT_LENGTHS[self.rt_lengths], rt_rng, self.slo)
+            else:
+                drawn = rt_rng.integers(len(self.rt_lengths), size=len(times)).tolist()
+                pairs = [self.rt_lengths[index] for index in drawn]
+                items = [WorkloadItem(time_s, RequestClass.REAL_TIME, prompt, output, self.slo)
+                         for time_s, (prompt, output) in zip(times, pairs, strict=True)]
         if self.be_batch and only != "rt":
             loops = [ClosedLoopBatches(self.be_batch, *BE_LENGTHS[self.be_lengths], be_rng)]
         return Workload(items, loops)

@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,10 +52,11 @@ def fit_latency_model(runner: ModelRunner, max_num_seqs: int, name: str, *, refi
             pass  # unreadable or of an older version: measure again
     samples = profile(runner, max_num_seqs, on_progress)
     restore_s = measure_restore_s_per_token(runner)
-    path.parent.mkdir(parents=True, exist_ok=True)
     plain = [[{slot: getattr(features, slot) for slot in StepFeatures.__slots__}, seconds]
              for features, seconds in samples]
-    path.write_text(json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
+    with suppress(OSError):  # a home that cannot be written keeps nobody from serving: it is measured again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
     return StepLatencyModel.fit(samples, restore_s)
 
 

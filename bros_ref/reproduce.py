@@ -38,7 +38,9 @@ BASELINES = ("vllm-fcfs", "vllm-priority", "sglang-priority", "bros-rr")
 CONTENDERS = ("vllm-priority", "sglang-priority", "bros", "bros-plus")
 PLUS_ABLATION = ("bros", *(f"bros+{option}" for option in PLUS), "bros-plus")
 BASE_RATE = 6.0  # of the sweeps beyond the paper, OPT-13B
+SHORTEST_CONTEXT_TOKENS = 2048  # of its models, OPT's: what a dataset of lengths must fit
 MAX_BE_BATCH = 512  # Llama-3-70B's pool would ask for more than its seats can serve
+MAX_RECORDED_S = 120.0  # of each run whose states are solved exactly
 NEAR_ZERO = 0.05  # an attainment below this is no basis for a ratio
 RT_NOISE, BE_NOISE = 0.01, 0.02  # of an attainment; relative, of a throughput: seeds differ by as much
 PAPER_OVERHEAD = (0.076, 0.095)  # the paper's scheduler, of the time of an iteration
@@ -57,6 +59,7 @@ WHY = {  # what a comparison rests on, whatever its verdict
     "vllm-fcfs/rt.request_throughput/rt": "what arrives is served: arrivals are the limit, not the scheduler",
 }
 
+Lengths = str | tuple[tuple[int, int], ...]
 Runs = dict[str, dict[str, Any]]  # job name -> summary
 
 
@@ -96,9 +99,9 @@ FIGURES = (
     *_overall("sharegpt", "bros-rr", -54.31, 11.75, 1.47, -8.80),
     *_overall("lmsys", "vllm-fcfs", -69.61, 21.42, 2.62, -17.67),
     *_overall("lmsys", "bros-rr", -25.77, 14.23, 2.28, -15.18),
-    PaperFigure("Ablation: bidirectional KV against none", "rt.ttft_attainment", "bros-recompute", 1.23, "ratio",
+    PaperFigure("Bidirectional KV against none", "rt.ttft_attainment", "bros-recompute", 1.23, "ratio",
                 systems=("opt-30b",), rates=(10.0,)),
-    PaperFigure("Ablation: bidirectional KV against none", "rt.tpot_attainment", "bros-recompute", 1.63, "ratio",
+    PaperFigure("Bidirectional KV against none", "rt.tpot_attainment", "bros-recompute", 1.63, "ratio",
                 systems=("opt-30b",), rates=(10.0,)),
     PaperFigure("Real-time requests only", "rt.normalized_latency_ms_per_token", "vllm-fcfs", -29.36, "reduction",
                 only="rt"),
@@ -107,18 +110,24 @@ FIGURES = (
 
 
 def reproduce_paper(duration_s: float, seed: int, *, quick: bool = False, processes: int = 0,
-                    on_progress: Callable[[float], None] | None = None) -> dict[str, Any]:
-    """Runs everything. Returns "figures", "overhead", "bounds", "dominance", and the absolute values of every run:
-    "systems" (the paper's sweep), "sweeps" (beyond the paper) and "ablation" (the options of bros-plus); all JSON."""
+                    sharegpt: Lengths = "sharegpt", on_progress: Callable[[float], None] | None = None,
+                    ) -> dict[str, Any]:
+    """Runs everything; `sharegpt` stands for the lengths of that name.
+
+    Returns:
+        "figures", "overhead", "bounds", "dominance", and the absolute values of every run: "systems" (the paper's
+        sweep), "sweeps" (beyond the paper) and "ablation" (the options of bros-plus); all JSON.
+    """
     rates = RATES[::2] if quick else RATES
-    jobs = {job.name: job for job in (*_paper_jobs(duration_s, seed, rates), *_sweep_jobs(duration_s, seed, quick),
-                                    *_ablation_jobs(duration_s, seed, quick))}
+    jobs = {job.name: _with_lengths(job, sharegpt)
+            for job in (*_paper_jobs(duration_s, seed, rates), *_sweep_jobs(duration_s, seed, quick),
+                        *_ablation_jobs(duration_s, seed, quick))}
     share = 0.95 / len(jobs)
     summaries = run_all(list(jobs.values()), processes,
                         lambda _: on_progress(share) if on_progress is not None else None)
     runs: Runs = dict(zip(jobs, summaries, strict=True))
-    bounds = {"coverage": _coverage(runs, rates), "be_of_reference": _be_of_reference(duration_s, seed, rates, runs),
-              "iteration_optimum": distribution(_all_gaps(20.0 if quick else 120.0, seed, quick)),
+    bounds = {"coverage": _coverage(runs, rates), "be_of_reference": _be_of_reference(jobs, runs),
+              "iteration_optimum": distribution(_all_gaps(jobs)),
               "clairvoyant": small_instance_gaps(seed)}
     if on_progress is not None:
         on_progress(0.05)
@@ -199,11 +208,22 @@ def sweep_points(duration_s: float, seed: int) -> list[Point]:
     return points
 
 
-def _all_gaps(duration_s: float, seed: int, quick: bool) -> list[float]:
-    """States of the paper's setting, of tight targets and of a small pool: where time binds, and where memory does."""
-    points = {label: (settings, arrivals) for label, settings, arrivals in sweep_points(duration_s, seed)}
-    labels = ("SLO/0.4 s, 0.2 s", "SLO/0.4 s, 0.1 s", "KV pool/24,000 tokens")
-    return [ratio for label in labels[:1 if quick else None] for ratio in iteration_gaps(*points[label])]
+def _with_lengths(job: Job, sharegpt: Lengths) -> Job:
+    """The same job with a dataset's own lengths in the place of the fitted ones."""
+    assert isinstance(job.arrivals, PaperWorkload)
+    return replace(job, arrivals=replace(job.arrivals, rt_lengths=sharegpt)) if (
+        job.arrivals.rt_lengths == "sharegpt") else job
+
+
+def _all_gaps(jobs: dict[str, Job]) -> list[float]:
+    """States under loose targets, under tight ones and in a small pool: nothing binds, time does, memory does."""
+    ratios: list[float] = []
+    for label in ("SLO/1 s, 0.2 s", "SLO/0.4 s, 0.1 s", "KV pool/24,000 tokens"):
+        job = jobs.get(f"sweep/{label}/bros")  # the quick sweep has fewer
+        if job is not None and isinstance(job.arrivals, PaperWorkload):
+            ratios += iteration_gaps(job.settings, replace(
+                job.arrivals, duration_s=min(job.arrivals.duration_s, MAX_RECORDED_S)))
+    return ratios
 
 
 # -- what is said about it --------------------------------------------------------------------------------------------
@@ -322,16 +342,15 @@ def _coverage(runs: Runs, rates: Iterable[float]) -> dict[str, Any]:
             for policy, covered in shares.items()}
 
 
-def _be_of_reference(duration_s: float, seed: int, rates: Iterable[float], runs: Runs) -> dict[str, Any]:
-    """BE tokens/s as a share of what serving RT leaves of the ceiling (`rt_work_share`): median and least."""
+def _be_of_reference(jobs: dict[str, Job], runs: Runs) -> dict[str, Any]:
+    """BE tokens/s as a share of what serving RT leaves of the ceiling (`rt_work_share`), over the paper's sweep: median
+    and least."""
     shares: dict[str, list[float]] = {policy: [] for policy in ("vllm-priority", "bros", "bros-plus")}
-    for system, settings in SYSTEMS.items():
-        for dataset in RT_LENGTHS:
-            for rate in rates:
-                left = 1 - rt_work_share(replace(settings, seed=seed), PaperWorkload(rate, duration_s, 0,
-                                                                                     rt_lengths=dataset))
-                ceiling = _value(runs[_name(system, dataset, rate, "be-only")], "be.output_throughput")
-                for policy, values in shares.items():
-                    ours = _value(runs[_name(system, dataset, rate, policy)], "be.output_throughput")
-                    values.append(ours / (ceiling * left))
+    for name, job in jobs.items():
+        cell, _, policy = name.rpartition("/")
+        if name.startswith("paper/") and policy == "be-only" and isinstance(job.arrivals, PaperWorkload):
+            left = 1 - rt_work_share(job.settings, job.arrivals)
+            ceiling = _value(runs[name], "be.output_throughput")
+            for other, values in shares.items():
+                values.append(_value(runs[f"{cell}/{other}"], "be.output_throughput") / (ceiling * left))
     return {policy: {"median": statistics.median(values), "least": min(values)} for policy, values in shares.items()}

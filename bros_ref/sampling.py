@@ -9,12 +9,14 @@ import torch
 
 from bros_ref.request import Request
 
+GREEDY_BELOW = 1e-4  # a temperature at which only ties could be drawn, and at which logits / temperature may overflow
+
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """logits [num_rows, vocab], one row a request -> token ids. Greedy where `temperature == 0`."""
+    """logits [num_rows, vocab], one row a request -> token ids. Greedy where the temperature is (next to) 0."""
     token_ids: list[int] = logits.argmax(dim=-1).tolist()
     for row, request in enumerate(requests):
-        if request.sampling.temperature > 0:
+        if request.sampling.temperature >= GREEDY_BELOW:
             token_ids[row] = _draw(logits[row], request)
     return token_ids
 
@@ -25,7 +27,7 @@ def _draw(logits: torch.Tensor, request: Request) -> int:
     if params.top_p < 1:
         probabilities, order = probabilities.sort(descending=True)
         before = probabilities.cumsum(-1) - probabilities
-        probabilities[before >= params.top_p] = 0  # keeps the smallest set that reaches top_p
+        probabilities[1:][before[1:] >= params.top_p] = 0  # keeps the smallest set that reaches top_p, never none
     generator = torch.Generator().manual_seed((params.seed * 1_000_003 + request.num_tokens) % (1 << 63))
     choice = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
     return int(order[choice]) if params.top_p < 1 else choice

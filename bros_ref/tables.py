@@ -20,7 +20,7 @@ def results_table(runs: Sequence[Run], title: str) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", caption=(
         "RT on time: share of all arrived real-time requests that met both targets. Preempted: by recomputation or "
         "whole swap. Slots to/from host: KV checkpointed and restored."), caption_justify="left")
-    table.add_column("policy")
+    table.add_column("policy", min_width=max((len(run["policy"]) for run in runs), default=0))  # names are never cut
     for name in ("RT on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "BE tokens/s", "BE longest wait s",
                  "KV peak", "preempted", "recomputed tokens", "slots to/from host"):
         table.add_column(name, justify="right")
@@ -85,11 +85,13 @@ def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 def simulator_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What simulating costs."""
     table = Table(title="Simulator, one core", title_justify="left", header_style="bold")
-    for name in ("policy", "setting", "simulated s", "CPU s", "request-steps", "request-steps per CPU s"):
+    for name in ("policy", "setting", "requests", "simulated s", "CPU s", "request-steps", "request-steps per CPU s",
+                 "peak RSS MB"):
         table.add_column(name, justify="left" if name in ("policy", "setting") else "right")
     for row in rows:
-        table.add_row(row["policy"], f"{row['model']}, {row['gpu']}", number(row["simulated_s"]),
-                      number(row["cpu_s"], 1), number(row["request_steps"]), number(row["request_steps_per_s"]))
+        table.add_row(row["policy"], f"{row['model']}, {row['gpu']}", number(row["requests"]),
+                      number(row["simulated_s"]), number(row["cpu_s"], 1), number(row["request_steps"]),
+                      number(row["request_steps_per_s"]), number(row["peak_rss_bytes"], 0, 1e-6))
     return table
 
 

@@ -7,6 +7,7 @@
     Mooncake      timestamp, input_length, output_length (and hash_ids)                 milliseconds
     timed_trace   the same, of vLLM's `bench serve --dataset-name timed_trace`          seconds, unless told otherwise
     BurstGPT      Timestamp, Model, Request tokens, Response tokens, ...                seconds
+    plain         arrival_s, input_tokens, output_tokens                                seconds
 
 A file is recognised by its columns; CSV or JSONL by its first character, gzip by its first bytes. Columns that are
 not listed are ignored. Invariant: one line is held at a time, and whatever is wrong is one `WorkloadError` that
@@ -35,6 +36,9 @@ from bros_ref.workload import WorkloadError, WorkloadItem, merge
 Row = dict[str, Any]
 MAX_TOKENS = 10**7  # more than any model reads: a length beyond it is a slip, and its prompt would fill the memory
 OWN_COLUMNS = ("arrival_s", "request_class", "prompt_tokens", "output_tokens", "ttft_slo_s", "tpot_slo_s", "prompt")
+LENGTH_COLUMNS = (("prompt_tokens", "output_tokens"), ("input_tokens", "output_tokens"), ("in", "out"),
+                  ("num_prefill_tokens", "num_decode_tokens"), ("ContextTokens", "GeneratedTokens"),
+                  ("input_length", "output_length"), ("Request tokens", "Response tokens"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ _AZURE = _Format("Azure LLM trace", "TIMESTAMP", "ContextTokens", "GeneratedToke
 _MOONCAKE = _Format("Mooncake", "timestamp", "input_length", "output_length", 1e-3)
 _TIMED_TRACE = _Format("timed_trace", "timestamp", "input_length", "output_length", 1.0)
 _BURSTGPT = _Format("BurstGPT", "Timestamp", "Request tokens", "Response tokens", 1.0)
-_FORMATS = (_OWN, _AZURE, _MOONCAKE, _BURSTGPT)  # timed_trace has Mooncake's columns: see `_detect`
+_PLAIN = _Format("plain trace", "arrival_s", "input_tokens", "output_tokens", 1.0)
+_FORMATS = (_OWN, _AZURE, _MOONCAKE, _BURSTGPT, _PLAIN)  # timed_trace has Mooncake's columns: see `_detect`
 
 
 def read_workload(path: Path | str, request_class: RequestClass | None = None, slo: SLO | None = None,
@@ -84,6 +89,31 @@ def iter_workload(path: Path | str, request_class: RequestClass | None = None, s
     origin_s = _earliest(path, reader) if reader.format.unit_s is None else 0.0
     for line, row in chain([first], rows):
         yield reader.item(line, row, origin_s)
+
+
+def read_lengths(path: Path | str, max_total_tokens: int) -> tuple[tuple[int, int], ...]:
+    """(prompt, output) tokens of each row of a file of lengths or of a trace, those that fit a context of
+    `max_total_tokens`: a real dataset in the place of a fitted distribution.
+
+    Raises:
+        WorkloadError: no known columns, a bad line, or nothing that fits.
+    """
+    path, lengths = Path(path), []
+    reader: _RowReader | None = None
+    for line, row in _rows(path):
+        if reader is None:
+            columns = next((pair for pair in LENGTH_COLUMNS if row.keys() >= set(pair)), None)
+            if columns is None:
+                known = "; ".join(", ".join(pair) for pair in LENGTH_COLUMNS)
+                raise WorkloadError(f"{path}:{line}: no lengths among {', '.join(row)}; expected one of: {known}")
+            reader = _RowReader(path, _Format("lengths", "", *columns, None), None, None)
+        pair = (reader.tokens(line, row, reader.format.prompt_tokens),
+                reader.tokens(line, row, reader.format.output_tokens))
+        if sum(pair) <= max_total_tokens:
+            lengths.append(pair)
+    if not lengths:
+        raise WorkloadError(f"{path}: no lengths in it that fit a context of {max_total_tokens} tokens")
+    return tuple(lengths)
 
 
 def save_workload(items: Iterable[WorkloadItem], path: Path | str) -> None:
@@ -192,8 +222,8 @@ class _RowReader:
     def item(self, line: int, row: Row, origin_s: float) -> WorkloadItem:
         request_class = self._class(line, row)
         return WorkloadItem(self.time_s(line, row) - origin_s, request_class,
-                            self._tokens(line, row, self.format.prompt_tokens),
-                            self._tokens(line, row, self.format.output_tokens),
+                            self.tokens(line, row, self.format.prompt_tokens),
+                            self.tokens(line, row, self.format.output_tokens),
                             self._slo(line, row, request_class), self._prompt(line, row))
 
     def time_s(self, line: int, row: Row) -> float:
@@ -207,8 +237,8 @@ class _RowReader:
             return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
         value = self._number(line, row, column)
         if self.format is _MOONCAKE and not value.is_integer():
-            self._refuse(line, column, "whole milliseconds, as in the lines before; if these are seconds, pass "
-                                       "time_unit_s=1", row[column])
+            self._refuse(line, column, "whole milliseconds, as in the lines before; if these are seconds, say "
+                                       "--time-unit-s 1, or pass time_unit_s=1", row[column])
         if value < 0:
             self._refuse(line, column, "a time, at least 0", row[column])
         return value * self.format.unit_s
@@ -224,7 +254,8 @@ class _RowReader:
         except ValueError:
             self._refuse(line, "request_class", "rt or be", name)
 
-    def _tokens(self, line: int, row: Row, column: str) -> int:
+    def tokens(self, line: int, row: Row, column: str) -> int:
+        """A length in tokens."""
         value = self._number(line, row, column)
         if not (value.is_integer() and 1 <= value <= MAX_TOKENS):
             hint = " (this trace marks failed requests with 0: drop those lines)" if self.format is _BURSTGPT else ""

@@ -67,8 +67,9 @@ class Batch:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, heads: Heads, query_lens: list[int], context_lens: list[int],
-             directions: Sequence[bool] | None = None) -> Batch:
-        """Draws blocks, directions (unless given) and values; two blocks stay unused."""
+             directions: Sequence[bool] | None = None, steepness: float = 1.0) -> Batch:
+        """Draws blocks, directions (unless given) and values; two blocks stay unused. A `steepness` above 1 makes
+        scores differ more, so that a running maximum is passed by much, and often."""
         size = heads.block_size
         needs = [-(-length // size) for length in context_lens]
         num_blocks = sum(needs) + 2
@@ -86,7 +87,7 @@ class Batch:
             cache = torch.full((num_blocks * size, *rows), torch.nan)
             cache[mine] = torch.from_numpy(rng.standard_normal((int(mine.sum()), *rows))).float() * 1.3
             caches.append(cache.view(num_blocks, size, *rows).to(heads.dtype))
-        q = torch.from_numpy(rng.standard_normal((sum(query_lens), heads.num_heads, heads.head_dim))) * 1.3
+        q = torch.from_numpy(rng.standard_normal((sum(query_lens), heads.num_heads, heads.head_dim))) * 1.3 * steepness
         starts = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
         return cls(heads, query_lens, context_lens, lists, q.to(heads.dtype), caches[0], caches[1], tables,
                    torch.tensor(context_lens, dtype=torch.int32), torch.tensor(flips, dtype=torch.int32),

@@ -153,9 +153,9 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
             or k_cache.shape[3] != q.shape[2] or block_tables.dim() != 2:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, out {tuple(out.shape)}, k_cache "
                          f"{tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}, tables {tuple(block_tables.shape)}")
-    _check_integers("block_tables", block_tables, (len(q), block_tables.shape[1]))
-    _check_integers("context_lens", context_lens, (len(q),))
-    _check_integers("reversed", reversed, (len(q),))
+    _check_integers("block_tables", block_tables, (len(q), block_tables.shape[1]), q)
+    _check_integers("context_lens", context_lens, (len(q),), q)
+    _check_integers("reversed", reversed, (len(q),), q)
     p = Problem(len(q), q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], block_tables.shape[1], q.dtype)
     _check_problem(p)
     step = best_step(p) if step is None else step
@@ -211,7 +211,7 @@ def store_kv(device: Device, k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache
     if k.shape != v.shape or k_cache.shape != v_cache.shape or k.shape[1:] != k_cache.shape[2:]:
         raise ValueError(f"shapes do not fit: k {tuple(k.shape)}, v {tuple(v.shape)}, k_cache "
                          f"{tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}")
-    _check_integers("slot_mapping", slot_mapping, (len(k),))
+    _check_integers("slot_mapping", slot_mapping, (len(k),), k)
     vectors = _row_vectors(k)
     if len(k):
         device.launch(Kernel("store_kv.cu", "store_kv", (("ROW_VECTORS", str(vectors)),)),
@@ -273,11 +273,13 @@ def _check_vectors(name: str, tensor: Tensor, like: Tensor, same_device: bool = 
         raise ValueError(f"{name} must be contiguous, start at a multiple of 16 bytes, and lie on {like.device}")
 
 
-def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, not {tensor.dtype}")
     if tensor.shape != shape or not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous and of shape {shape}, not {tuple(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must lie on {like.device}, not on {tensor.device}")
 
 
 def _row_vectors(rows: Tensor) -> int:

@@ -34,15 +34,25 @@ constexpr unsigned ONES = 0x3f803f80u;
 
 #ifdef BROS_EMULATOR
 
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int source_bytes) {
-    emu_cp_async(shared, global, 16, source_bytes);
+typedef const char* shared_t;
+__device__ __forceinline__ shared_t shared_address(const void* p) { return (const char*)p; }
+template <int OFFSET> __device__ __forceinline__ void copy_async(shared_t shared, const void* global, int source_bytes) {
+    emu_cp_async((void*)shared, (const char*)global + OFFSET, 16, source_bytes);
 }
 __device__ __forceinline__ void copy_commit() { emu_cp_async_commit(); }
 template <int GROUPS_LEFT> __device__ __forceinline__ void copy_wait() { emu_cp_async_wait(GROUPS_LEFT); }
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) { emu_ldmatrix_x4(r, row); }
-__device__ __forceinline__ void load_matrices_trans(unsigned (&r)[4], const void* row) { emu_ldmatrix_x4_trans(r, row); }
-__device__ __forceinline__ void load_matrices(unsigned (&r)[2], const void* row) { emu_ldmatrix_x2(r, row); }
-__device__ __forceinline__ void load_matrices_trans(unsigned (&r)[2], const void* row) { emu_ldmatrix_x2_trans(r, row); }
+template <int OFFSET = 0> __device__ __forceinline__ void load_matrices(unsigned (&r)[4], shared_t row) {
+    emu_ldmatrix_x4(r, row + OFFSET);
+}
+template <int OFFSET = 0> __device__ __forceinline__ void load_matrices_trans(unsigned (&r)[4], shared_t row) {
+    emu_ldmatrix_x4_trans(r, row + OFFSET);
+}
+template <int OFFSET = 0> __device__ __forceinline__ void load_matrices(unsigned (&r)[2], shared_t row) {
+    emu_ldmatrix_x2(r, row + OFFSET);
+}
+template <int OFFSET = 0> __device__ __forceinline__ void load_matrices_trans(unsigned (&r)[2], shared_t row) {
+    emu_ldmatrix_x2_trans(r, row + OFFSET);
+}
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned* a, const unsigned* b) {
 #if SCALAR == 1
     emu_mma_m16n8k16_f16(d, a, b);
@@ -53,15 +63,21 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned* a, c
 
 #else
 
-__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+// An address in shared memory, as ldmatrix takes it: 32 bits, so that stepping through a tile is one addition.
+typedef unsigned shared_t;
+__device__ __forceinline__ shared_t shared_address(const void* p) { return (shared_t)__cvta_generic_to_shared(p); }
 
-// Starts a copy of 16 bytes from global to shared memory; bytes from `source_bytes` on become zero and are not read.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int source_bytes) {
+// Starts a copy of 16 bytes from OFFSET past `global` to shared memory; bytes from `source_bytes` on become zero and are
+// not read. Here and below, OFFSET is a part of the instruction: it costs none to add.
+template <int OFFSET> __device__ __forceinline__ void copy_async(shared_t shared, const void* global, int source_bytes) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(shared)), "l"(global), "r"(source_bytes) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1+%3], 16, %2;"
+                 :: "r"(shared), "l"(global), "r"(source_bytes), "n"(OFFSET) : "memory");
 #else
-    *reinterpret_cast<uint4*>(shared) = source_bytes ? *reinterpret_cast<const uint4*>(global) : make_uint4(0, 0, 0, 0);
+    const char* source = (const char*)global + OFFSET;
+    uint4 piece = source_bytes ? *reinterpret_cast<const uint4*>(source) : make_uint4(0, 0, 0, 0);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(shared), "r"(piece.x), "r"(piece.y), "r"(piece.z), "r"(piece.w) : "memory");
 #endif
 }
 // Closes a group of copies; copy_wait<n> waits until at most the n youngest groups of this thread are under way.
@@ -76,22 +92,26 @@ template <int GROUPS_LEFT> __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
-// Two or four 8 x 8 matrices from shared memory; lane l brings the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+// Two or four 8 x 8 matrices from shared memory; lane l brings the address of row l % 8 of matrix l / 8, less OFFSET.
+template <int OFFSET = 0>
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], shared_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row), "n"(OFFSET) : "memory");
 }
-__device__ __forceinline__ void load_matrices_trans(unsigned (&r)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+template <int OFFSET = 0>
+__device__ __forceinline__ void load_matrices_trans(unsigned (&r)[4], shared_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4+%5];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row), "n"(OFFSET) : "memory");
 }
-__device__ __forceinline__ void load_matrices(unsigned (&r)[2], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+template <int OFFSET = 0>
+__device__ __forceinline__ void load_matrices(unsigned (&r)[2], shared_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2+%3];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(row), "n"(OFFSET) : "memory");
 }
-__device__ __forceinline__ void load_matrices_trans(unsigned (&r)[2], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+template <int OFFSET = 0>
+__device__ __forceinline__ void load_matrices_trans(unsigned (&r)[2], shared_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2+%3];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(row), "n"(OFFSET) : "memory");
 }
 
 // d += a * b, of four and two registers.

@@ -25,9 +25,10 @@ TILES_OF_A_BLOCK = Heads(8, 2, 64, 32, HALF)
 LENGTHS, DIRECTIONS = [1, 15, 16, 17, 100, 170], [False, True, True, False, False, True]
 
 
-def _decode(heads: Heads, step: int, num_splits: int | None = 1) -> Callable[[Emulator], None]:
+def _decode(heads: Heads, step: int, num_splits: int | None = 1,
+            steepness: float = 1.0) -> Callable[[Emulator], None]:
     def run(device: Emulator) -> None:
-        batch = Batch.draw(np.random.default_rng(5), heads, [1] * len(LENGTHS), LENGTHS, DIRECTIONS)
+        batch = Batch.draw(np.random.default_rng(5), heads, [1] * len(LENGTHS), LENGTHS, DIRECTIONS, steepness)
         batch.check(decode(device, batch, step, num_splits, num_sms=1))
 
     return run
@@ -67,6 +68,7 @@ RUNS: dict[str, Callable[[Emulator], None]] = {
     "step 3, two splits": _decode(TINY, 3, 2), "step 3, blocks of 5": _decode(ODD, 3),
     "step 3, a group of 10": _decode(MANY, 3), "step 4": _decode(SMALL, 4), "step 4, two splits": _decode(SMALL, 4, 2),
     "step 4, two tiles a block": _decode(TILES_OF_A_BLOCK, 4), "step 4, D = 256": _decode(WIDE, 4),
+    "step 4, steep scores": _decode(SMALL, 4, steepness=8.0),
     "step 5": _decode(SMALL, 5), "prefill 0": _prefill(PLAIN), "prefill 1": _prefill(SMALL), "store_kv": _store,
     "copy_slots": _copies,
 }
@@ -145,7 +147,7 @@ MUTANTS = [
            "race"),
     Mutant("step 4", STEP_4, "stage == 0 ? STAGES - 1 : stage - 1);\n        const", "stage);\n        const", "race"),
     # guards and tails
-    Mutant("step 4", TILES, "(present >> (WHOLE_ROWS ? i / PIECES : row) & 1) * 16", "16", "foreign slot"),
+    Mutant("step 4", TILES, "FULL ? 16 : (present >> row & 1) * 16", "16", "foreign slot"),
     Mutant("step 4", TILES, "flip ? 0xffffu << gap : 0xffffu >> gap", "0xffffu >> gap", "foreign slot"),
     Mutant("step 4", TILES, "max(TOKENS - tokens, 0)", "max(TOKENS - 1 - tokens, 0)", "foreign slot"),
     Mutant("step 4", STEP_4, "tiles = (s.length + TOKENS - 1) / TOKENS", "tiles = s.length / TOKENS", "numerics"),
@@ -166,8 +168,8 @@ MUTANTS = [
            "numerics"),
     Mutant("step 4", STEP_4, "row = seq * NUM_HEADS + kv_head * GROUP",
            "row = seq * NUM_HEADS + (kv_head ^ 1) * GROUP", "numerics"),
-    Mutant("step 4", TILES, "return tile + (place(row, across ? high : low) ^ (16 * step))",
-           "return tile + place(row, across ? high : low) + 16 * step", "uninitialised read"),
+    Mutant("step 4", TILES, "return (place(row, across ? high : low) ^ (16 * step)) * 2",
+           "return (place(row, across ? high : low) + 16 * step) * 2", "uninitialised read"),
     Mutant("prefill 0", PREFILL_0, "flip ? BLOCK_SIZE - 1 - inside : inside", "flip ? BLOCK_SIZE - inside : inside",
            "foreign slot"),
     Mutant("prefill 0", PREFILL_0, "head / GROUP) * HEAD_DIM", "head % GROUP) * HEAD_DIM", "foreign slot"),
@@ -186,14 +188,17 @@ MUTANTS = [
     Mutant("prefill 0", PREFILL_0, "query_starts[seq + 1] - 1 - token", "query_starts[seq + 1] - 2 - token",
            "foreign slot"),
     # operands and arithmetic
-    Mutant("step 4", ROWS, "queries.fragment[step] : q, k + 2", "queries.fragment[step] : q, k", "numerics"),
-    Mutant("step 4", ROWS, "load_matrices_trans(v,", "load_matrices(v,", "numerics"),
-    Mutant("step 4", ROWS, "corner(k_tiles + part * TILE, step, lane, false)",
-           "corner(k_tiles + part * TILE, step, lane, true)", "numerics"),
+    Mutant("step 4", ROWS, "multiply_add(score[2 * PART + 1], q, k + 2)", "multiply_add(score[2 * PART + 1], q, k)",
+           "numerics"),
+    Mutant("step 4", ROWS, "load_matrices_trans<PART * TILE * 2>(v,", "load_matrices<PART * TILE * 2>(v,", "numerics"),
+    Mutant("step 4", ROWS, "corner(step, lane, false)",
+           "corner(step, lane, true)", "numerics"),
     Mutant("step 5", STEP_5, "load_matrices_trans(weights", "load_matrices(weights", "numerics"),
     Mutant("step 5", STEP_5, "multiply_add(c.out[step][column], v, weights + 2 * column)",
            "multiply_add(c.out[step][column], weights, v)", "numerics"),
-    Mutant("step 4", ROWS, "    rows.sum[2 * h] *= correction;\n", "", "numerics"),
+    Mutant("step 4, steep scores", ROWS, "    rows.sum[2 * h] *= correction;\n", "", "numerics"),
+    Mutant("step 4, steep scores", ROWS, "(rows.max[h] - top) * scale", "(top - rows.max[h]) * scale", "numerics"),
+    Mutant("step 4, steep scores", ROWS, "SLACK = 8;", "SLACK = 800;", "numerics"),
     Mutant("step 4", ROWS, "top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));", "", "numerics"),
     Mutant("step 4", STEP_4, "value / sum);\n        } else", "value);\n        } else", "numerics"),
     Mutant("step 4, two splits", "merge.cuh", "total += weight;", "total = weight;", "numerics"),

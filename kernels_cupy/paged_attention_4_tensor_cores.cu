@@ -60,7 +60,7 @@ __device__ __forceinline__ void merge_warps(const float* ring, int ring_stride, 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, HEAD_DIM <= 128 ? 3 : 1) paged_attention(
     const scalar_t* q, const scalar_t* k_cache, const scalar_t* v_cache, const int* block_tables,
     const int* context_lens, const int* reversed, scalar_t* out, float* workspace, float scale, int num_seqs,
     int max_blocks, int num_splits) {
@@ -87,8 +87,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
         if (tile < end) {
             long long offset = tile_offset(s, tile);
             scalar_t* k_tile = ring + stage * 2 * TILE;
-            load_tile<32>(k_tile, k_cache + offset, s.length - tile * TOKENS, s.flip, lane);
-            load_tile<32>(k_tile + TILE, v_cache + offset, s.length - tile * TOKENS, s.flip, lane);
+            load_tile<32>(k_tile, TILE, k_cache + offset, v_cache + offset, s.length - tile * TOKENS, s.flip, lane);
         }
         copy_commit();  // an empty group keeps the count of groups in step
     };

@@ -132,10 +132,11 @@ __device__ __forceinline__ void attend(Columns& c, const unsigned (&queries)[STE
                                        int lane) {
     // 1. Scores.
     float score[COLUMNS][4] = {};
+    shared_t keys = shared_address(k_tile), values = shared_address(v_tile);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         unsigned k[4];
-        load_matrices(k, corner(k_tile, step, lane, true));
+        load_matrices(k, keys + corner(step, lane, true));
 #pragma unroll
         for (int column = 0; column < COLUMNS; column++) multiply_add(score[column], k, queries[step][column]);
     }
@@ -166,7 +167,7 @@ __device__ __forceinline__ void attend(Columns& c, const unsigned (&queries)[STE
     }
     __syncwarp();
     unsigned weights[2 * COLUMNS];
-    load_matrices_trans(weights, scratch + lane % (16 * COLUMNS) * 4);
+    load_matrices_trans(weights, shared_address(scratch + lane % (16 * COLUMNS) * 4));
 
     // 4. Output and sums.
     const unsigned ones[4] = {ONES, ONES, ONES, ONES};
@@ -175,7 +176,7 @@ __device__ __forceinline__ void attend(Columns& c, const unsigned (&queries)[STE
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         unsigned v[4];
-        load_matrices_trans(v, corner(v_tile, step, lane, false));
+        load_matrices_trans(v, values + corner(step, lane, false));
 #pragma unroll
         for (int column = 0; column < COLUMNS; column++) multiply_add(c.out[step][column], v, weights + 2 * column);
     }
@@ -215,7 +216,7 @@ __device__ __forceinline__ void store_piece(const Columns& c, int heads, float s
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) paged_attention(
     const scalar_t* q, const scalar_t* k_cache, const scalar_t* v_cache, const int* block_tables,
     const int* context_lens, const int* reversed, scalar_t* out, float* workspace, float scale, int num_seqs,
     int max_blocks, int num_splits) {
@@ -250,8 +251,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
             long long offset = tile_offset(ahead.s, ahead.tile) + ahead.pair / HEAD_TILES * HEAD_DIM;
             int tokens = ahead.s.length - ahead.tile * TOKENS;
             scalar_t* k_tile = ring + stage * 2 * TILE;
-            load_tile<32>(k_tile, k_cache + offset, tokens, ahead.s.flip, lane);
-            load_tile<32>(k_tile + TILE, v_cache + offset, tokens, ahead.s.flip, lane);
+            load_tile<32>(k_tile, TILE, k_cache + offset, v_cache + offset, tokens, ahead.s.flip, lane);
             advance(ahead);
         }
         copy_commit();

@@ -46,12 +46,23 @@ __device__ __forceinline__ Work find_work(const int* query_starts, int num_seqs)
 // weight of 0 does not cancel a NaN that an earlier kernel left in shared memory.
 __device__ __forceinline__ void load_keys(scalar_t* stage, const scalar_t* k_cache, const scalar_t* v_cache,
                                           const Sequence& s, int tile) {
+    constexpr int THREADS = 32 * WARPS;
+    if ((tile + 1) * KEYS <= s.length) {  // all but the last: nothing to ask, part by part
+        shared_t keys = shared_address(stage);
 #pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            long long offset = tile_offset(s, tile * PARTS + part);
+            start_copies<THREADS, true>(keys + part * TILE * 2, k_cache + offset, 0, threadIdx.x);
+            start_copies<THREADS, true>(keys + (PARTS + part) * TILE * 2, v_cache + offset, 0, threadIdx.x);
+        }
+        return;
+    }
+#pragma unroll 1
     for (int part = 0; part < PARTS; part++) {
         int tokens = s.length - tile * KEYS - part * TOKENS;
         long long offset = tokens > 0 ? tile_offset(s, tile * PARTS + part) : 0;
-        load_tile<32 * WARPS>(stage + part * TILE, k_cache + offset, tokens, s.flip, threadIdx.x);
-        load_tile<32 * WARPS>(stage + (PARTS + part) * TILE, v_cache + offset, tokens, s.flip, threadIdx.x);
+        load_tile<THREADS>(stage + part * TILE, PARTS * TILE, k_cache + offset, v_cache + offset, tokens, s.flip,
+                           threadIdx.x);
     }
 }
 

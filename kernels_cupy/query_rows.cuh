@@ -66,12 +66,14 @@ __device__ __forceinline__ void raise_maximum(Rows& rows, int h, float top, floa
     for (int j = 0; j < 2 * STEPS; j++) rows.out[j][2 * h] *= correction, rows.out[j][2 * h + 1] *= correction;
 }
 
-// Raw scores to weights 2^((s - max) * scale), in place. Once a few tiles are through, scores seldom pass the maximum:
-// one vote then saves the shuffles and the rescaling.
+// Raw scores to weights 2^((s - max) * scale), in place. Any reference does for the maximum, as long as no weight leaves
+// fp16: so it is raised only if a score passes it by SLACK powers of two. Then, once a tile or two are through, one
+// vote saves the shuffles and the rescaling.
+constexpr float SLACK = 8;
 template <int HALVES, int PARTS>
 __device__ __forceinline__ void softmax_step(float (&score)[2 * PARTS][4], Rows& rows, float scale) {
     float top[2] = {highest<PARTS>(score, 0), HALVES == 2 ? highest<PARTS>(score, 1) : NO_SCORE};
-    if (__any_sync(ALL, top[0] > rows.max[0] || top[1] > rows.max[1]))
+    if (__any_sync(ALL, (top[0] - rows.max[0]) * scale > SLACK || (top[1] - rows.max[1]) * scale > SLACK))
 #pragma unroll
         for (int h = 0; h < HALVES; h++) raise_maximum(rows, h, top[h], scale);
 #pragma unroll
@@ -84,23 +86,49 @@ __device__ __forceinline__ void softmax_step(float (&score)[2 * PARTS][4], Rows&
     }
 }
 
+// One step of the head dimension of Q K^T: a piece of Q meets the keys of all parts. PART is a constant, so that an
+// address holds it for nothing; so too below.
+template <int PARTS, int PART = 0>
+__device__ __forceinline__ void add_scores(float (&score)[2 * PARTS][4], const unsigned* q, shared_t keys) {
+    unsigned k[4];
+    load_matrices<PART * TILE * 2>(k, keys);
+    multiply_add(score[2 * PART], q, k);
+    multiply_add(score[2 * PART + 1], q, k + 2);
+    if constexpr (PART + 1 < PARTS) add_scores<PARTS, PART + 1>(score, q, keys);
+}
+
+// P V, part by part.
+template <int HALVES, int PARTS, int PART = 0>
+__device__ __forceinline__ void add_outputs(Rows& rows, const float (&weight)[2 * PARTS][4], shared_t values, int lane) {
+    const unsigned ones[2] = {ONES, ONES};
+    unsigned weights[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        if (i % 2 < HALVES)
+            weights[i] = pack(weight[2 * PART + i / 2][i % 2 * 2], weight[2 * PART + i / 2][i % 2 * 2 + 1]);
+    multiply_add(rows.sum, weights, ones);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        unsigned v[4];
+        load_matrices_trans<PART * TILE * 2>(v, values + corner(step, lane, true));
+        multiply_add(rows.out[2 * step], weights, v);
+        multiply_add(rows.out[2 * step + 1], weights, v + 2);
+    }
+    if constexpr (PART + 1 < PARTS) add_outputs<HALVES, PARTS, PART + 1>(rows, weight, values, lane);
+}
+
 // PARTS tiles of 16 tokens meet the rows. HALVES = 1: rows 8 to 15 do not exist. If `masked`, `hides(token, half)`
 // says whether row lane / 4 + 8 * half may not see row `token` of the tiles.
 template <int HALVES, int PARTS, typename Hides>
 __device__ __forceinline__ void attend(Rows& rows, const Queries& queries, const scalar_t* k_tiles,
                                        const scalar_t* v_tiles, float scale, int lane, bool masked, Hides hides) {
     float score[2 * PARTS][4] = {};
+    shared_t keys = shared_address(k_tiles);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         unsigned q[4];
-        if constexpr (!Q_IN_REGISTERS) load_matrices(q, corner(queries.tile, step, lane, true));
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) {
-            unsigned k[4];
-            load_matrices(k, corner(k_tiles + part * TILE, step, lane, false));
-            multiply_add(score[2 * part], Q_IN_REGISTERS ? queries.fragment[step] : q, k);
-            multiply_add(score[2 * part + 1], Q_IN_REGISTERS ? queries.fragment[step] : q, k + 2);
-        }
+        if constexpr (!Q_IN_REGISTERS) load_matrices(q, shared_address(queries.tile) + corner(step, lane, true));
+        add_scores<PARTS>(score, Q_IN_REGISTERS ? queries.fragment[step] : q, keys + corner(step, lane, false));
     }
     if (masked) {
 #pragma unroll
@@ -110,21 +138,5 @@ __device__ __forceinline__ void attend(Rows& rows, const Queries& queries, const
                 if (hides(j * 8 + lane % 4 * 2 + e % 2, e / 2)) score[j][e] = MASKED;
     }
     softmax_step<HALVES, PARTS>(score, rows, scale);
-    const unsigned ones[2] = {ONES, ONES};
-#pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        unsigned weights[4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (i % 2 < HALVES)
-                weights[i] = pack(score[2 * part + i / 2][i % 2 * 2], score[2 * part + i / 2][i % 2 * 2 + 1]);
-        multiply_add(rows.sum, weights, ones);
-#pragma unroll
-        for (int step = 0; step < STEPS; step++) {
-            unsigned v[4];
-            load_matrices_trans(v, corner(v_tiles + part * TILE, step, lane, true));
-            multiply_add(rows.out[2 * step], weights, v);
-            multiply_add(rows.out[2 * step + 1], weights, v + 2);
-        }
-    }
+    add_outputs<HALVES, PARTS>(rows, score, shared_address(v_tiles), lane);
 }

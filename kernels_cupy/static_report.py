@@ -106,37 +106,67 @@ class MainLoop:
 
 
 def main_loop(instructions: Sequence[str], labels: Mapping[str, int], load: str) -> MainLoop:
-    """Finds the loop with the most 16-byte `load` instructions ("LDG" or "LDGSTS"), and in it the path from its head
-    to its end with the most loads and multiplications, and of those the shortest: what a turn in which nothing rare
-    happens executes.
+    """Finds the loop that loads 16 bytes a lane ("LDG" or "LDGSTS") and multiplies most, and in it the way around with
+    the most loads and multiplications, and of those the shortest: what a turn in which nothing rare happens executes.
+    Parts of it may stand behind its end in the text.
 
     Raises:
         LookupError: no loop loads anything.
     """
-    backs = [(labels[target], i) for i, text in enumerate(instructions)
-             if (target := _target(text)) is not None and labels.get(target, len(instructions)) <= i]
+    ways = [[j for j in _successors(text, i, labels) if j < len(instructions)] for i, text in enumerate(instructions)]
     wanted = [_opcode(text).split(".")[0] == load and "128" in _opcode(text).split(".") for text in instructions]
-    best = max(backs, key=lambda loop: (sum(wanted[loop[0]:loop[1] + 1]), loop[0] - loop[1]), default=(0, -1))
-    if not any(wanted[best[0]:best[1] + 1]):
+    products = [_opcode(text).startswith(("HMMA", "FFMA")) for text in instructions]
+    loops = [(head, tail, _body(ways, head, tail)) for tail in range(len(ways)) for head in ways[tail] if head <= tail]
+    loops = [loop for loop in loops if any(wanted[i] for i in loop[2])]
+    if not loops:
         raise LookupError(f"no loop has a 16-byte {load}")
-    head, tail = best
-    must = [wanted[i] or _opcode(text).startswith("HMMA") for i, text in enumerate(instructions)]
-    paths = {tail: (0, -1)}  # from an instruction to the tail: most musts, then fewest instructions
-    following: dict[int, int | None] = {tail: None}
-    for i in range(tail - 1, head - 1, -1):
-        options = [(*paths[j], j) for j in _successors(instructions[i], i, labels)
-                   if i < j <= tail and j in paths]
-        if options:
-            musts, length, j = max(options)
-            paths[i] = (musts + must[i], length - 1)
-            following[i] = j
-    path, at = [], head if head in paths else None
-    while at is not None:
-        path.append(at)
-        at = following[at]
+    head, tail, body = max(loops, key=lambda loop: (sum(products[i] for i in loop[2]), -len(loop[2])))
+    must = {i for i in body if wanted[i] or _opcode(instructions[i]).startswith("HMMA")}
+    path = _way_round(ways, body, head, tail, must)
     kinds = Counter(_opcode(instructions[i]).split(".")[0] for i in path)
     feeding = sum(kinds[kind] for kind in ("HMMA", "LDSM", "LDGSTS", "F2FP"))
     return MainLoop(len(path), sum(wanted[i] for i in path) * 16 * WARP / 1024, kinds["HMMA"], feeding)
+
+
+def _body(ways: Sequence[Sequence[int]], head: int, tail: int) -> set[int]:
+    """What can be executed between a loop's head and the jump back to it."""
+    before: dict[int, list[int]] = {}
+    for i, targets in enumerate(ways):
+        for j in targets:
+            before.setdefault(j, []).append(i)
+    body, left = {head, tail}, [tail]
+    while left:
+        at = left.pop()
+        new = [i for i in before.get(at, []) if i not in body] if at != head else []
+        body.update(new)
+        left += new
+    return body
+
+
+def _way_round(ways: Sequence[Sequence[int]], body: set[int], head: int, tail: int, must: set[int]) -> list[int]:
+    """From head to tail, inner loops once: through the most of `must`, and of such ways the shortest."""
+    paths: dict[int, tuple[int, int, int | None]] = {}  # to the tail: musts, minus instructions, the next one
+    entered, stack = {head}, [(head, iter(ways[head]))]
+    while stack:
+        at, left = stack[-1]
+        if at != tail and (way := next(left, None)) is not None:
+            if way in body and way not in entered:
+                entered.add(way)
+                stack.append((way, iter(ways[way])))
+            continue
+        stack.pop()
+        options = [(paths[j][0], paths[j][1], j) for j in ways[at] if j in paths and at != tail]
+        if at == tail:
+            paths[at] = (at in must, -1, None)
+        elif options:
+            musts, length, following = max(options)
+            paths[at] = (musts + (at in must), length - 1, following)
+    path: list[int] = []
+    step: int | None = head
+    while step is not None:
+        path.append(step)
+        step = paths[step][2]
+    return path
 
 
 def _successors(text: str, i: int, labels: Mapping[str, int]) -> list[int]:
@@ -252,7 +282,7 @@ class Executed:
 
 
 def executed(rung: Rung, heads: Heads, arch: int) -> Executed:
-    """Runs a rung's PTX: 2,048 tokens for the steps that have targets, shorter sequences where threads do much alone."""
+    """Runs a rung's PTX: 2,048 tokens for the steps that have targets, fewer where a thread does much alone."""
     tokens = {"0": 32, "1": 128, "2": 128, "prefill 0": 128, "prefill 1": 512}.get(rung.name, 2048)
     queries = 1 if not rung.is_prefill else 64 if rung.tensor_cores else 8
     batch = Batch.draw(np.random.default_rng(0), heads, [queries], [tokens], [True])

@@ -62,28 +62,42 @@ __device__ __forceinline__ unsigned rows_with_tokens(int tokens, int flip) {
 }
 
 // Starts this thread's copies of a tile; `source` is the tile's first row at its head, plus thread_offset. Rows of
-// tokens past the sequence's end are not read, they may be another owner's: they become zero. One bit a row says which:
-// so a copy costs the same whatever the direction, which is looked at once a tile.
-template <int THREADS>
-__device__ __forceinline__ void load_tile(scalar_t* tile, const scalar_t* source, int tokens, int flip, int thread) {
+// tokens past the sequence's end are not read, they may be another owner's: they become zero. Only a sequence's last
+// tile has such rows, so only there is it asked which.
+template <int THREADS, bool FULL, int DONE = 0>  // DONE pieces are; a constant, so that addresses hold it for nothing
+__device__ __forceinline__ void start_copies(shared_t tile, const scalar_t* source, unsigned present, int thread) {
     constexpr bool WHOLE_ROWS = THREADS % PIECES == 0;
-    unsigned present = rows_with_tokens(tokens, flip) >> (WHOLE_ROWS ? thread / PIECES : 0);
-#pragma unroll
-    for (int i = 0; i < TOKENS * PIECES; i += THREADS) {
-        if (TOKENS * PIECES % THREADS != 0 && i + thread >= TOKENS * PIECES) break;
-        int row = WHOLE_ROWS ? thread / PIECES + i / PIECES : (i + thread) / PIECES;
-        int piece = WHOLE_ROWS ? thread % PIECES : (i + thread) % PIECES;
-        int offset = WHOLE_ROWS ? i / PIECES * ROW_STRIDE : row * ROW_STRIDE + piece * 8;
-        copy_async(tile + place(row, piece), source + offset, (present >> (WHOLE_ROWS ? i / PIECES : row) & 1) * 16);
+    int row = WHOLE_ROWS ? thread / PIECES + DONE / PIECES : (DONE + thread) / PIECES;
+    int piece = WHOLE_ROWS ? thread % PIECES : (DONE + thread) % PIECES;
+    if (TOKENS * PIECES % THREADS == 0 || DONE + thread < TOKENS * PIECES)
+        copy_async<WHOLE_ROWS ? DONE / PIECES * ROW_STRIDE * 2 : 0>(
+            tile + place(row, piece) * 2, WHOLE_ROWS ? source : source + row * ROW_STRIDE + piece * 8,
+            FULL ? 16 : (present >> row & 1) * 16);
+    if constexpr (DONE + THREADS < TOKENS * PIECES) start_copies<THREADS, FULL, DONE + THREADS>(tile, source, present, thread);
+}
+
+// The same for K and V of a tile, which lie `between` values apart in shared memory.
+template <int THREADS>
+__device__ __forceinline__ void load_tile(scalar_t* tile, int between, const scalar_t* k, const scalar_t* v, int tokens,
+                                          int flip, int thread) {
+    shared_t keys = shared_address(tile), values = shared_address(tile + between);
+    if (tokens >= TOKENS) {
+        start_copies<THREADS, true>(keys, k, 0, thread);
+        start_copies<THREADS, true>(values, v, 0, thread);
+    } else {
+        unsigned present = rows_with_tokens(tokens, flip);
+        start_copies<THREADS, false>(keys, k, present, thread);
+        start_copies<THREADS, false>(values, v, present, thread);
     }
 }
 
-// The row this lane names to ldmatrix, and the piece of it, for four matrices that cover 16 rows x 16 dimensions:
-// matrix m = lane / 8 lies at rows 8 * (m / 2), dimensions 8 * (m % 2), or with `across` the other way round.
-__device__ __forceinline__ const scalar_t* corner(const scalar_t* tile, int step, int lane, bool across) {
+// How far into a tile, in bytes, the row lies that this lane names to ldmatrix, and the piece of it, for four matrices
+// that cover 16 rows x 16 dimensions: matrix m = lane / 8 lies at rows 8 * (m / 2), dimensions 8 * (m % 2), or with
+// `across` the other way round.
+__device__ __forceinline__ int corner(int step, int lane, bool across) {
     int low = lane / 8 % 2, high = lane / 16;
     int row = lane % 8 + 8 * (across ? low : high);
     // place(row, 2 * step + p) is place(row, p) with the bits of 16 * step flipped, if rows have a power of two of pieces.
-    if ((PIECES & (PIECES - 1)) == 0) return tile + (place(row, across ? high : low) ^ (16 * step));
-    return tile + place(row, 2 * step + (across ? high : low));
+    if ((PIECES & (PIECES - 1)) == 0) return (place(row, across ? high : low) ^ (16 * step)) * 2;
+    return place(row, 2 * step + (across ? high : low)) * 2;
 }

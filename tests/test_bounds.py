@@ -1,5 +1,6 @@
 """The bounds bound: exact packing against brute force, the clairvoyant against every policy, greedy never above."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -11,13 +12,17 @@ from bros_ref.bounds import (
     LinearCost,
     PackingProblem,
     clairvoyant_be_tokens,
+    distribution,
     iteration_gaps,
+    rt_work_share,
     served_be_tokens,
     small_instance,
     solve_packing,
 )
+from bros_ref.paper import PaperWorkload, be_batch_for
 from bros_ref.request import SLO, RequestClass
 from bros_ref.simulate import SimulationSettings
+from bros_ref.simulated_runner import fit_to
 from bros_ref.workload import WorkloadItem
 
 candidates = st.builds(Candidate, st.integers(1, 50), st.integers(1, 40).map(float), st.integers(0, 5))
@@ -39,10 +44,26 @@ def test_packing_is_what_brute_force_finds(problem):
 
 def test_greedy_is_compared_with_an_optimum_that_it_can_reach_but_not_exceed():
     setting = SimulationSettings("a100-80gb", "llama-2-7b", 1, kv_tokens=8_000, max_num_seqs=32)
-    gaps = iteration_gaps(setting, 3.0, 3.0)
+    gaps = distribution(iteration_gaps(setting, PaperWorkload(3.0, 3.0, be_batch_for(8_000))))
     assert gaps["states"] > 20
     assert 0 < gaps["p5"] <= gaps["mean"] <= 1
     assert gaps["share_optimal"] > 0
+
+
+def test_a_distribution_counts_every_state():
+    assert distribution([])["states"] == 0
+    found = distribution([0.05, 0.55, 1.0, 1.0])
+    assert (found["states"], found["share_optimal"], found["mean"]) == (4, 0.5, pytest.approx(0.65))
+    assert found["histogram"] == [1, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+
+
+def test_what_rt_leaves_is_counted_token_by_token():
+    setting = SimulationSettings("a100-80gb", "llama-2-7b", 1)
+    workload = PaperWorkload(2.0, 10.0, 0, rt_lengths=((30, 4),))
+    latency, arrived = fit_to(setting.cost), len(workload.build(0).due(10.0))
+    each_s = latency.cost_s(30, 0) + sum(latency.cost_s(1, 30 + token) for token in (1, 2, 3))
+    assert rt_work_share(setting, workload) == pytest.approx(arrived * each_s / 10.0)
+    assert rt_work_share(setting, replace(workload, rt_rate_per_s=0.0)) == 0
 
 
 def test_the_clairvoyant_of_a_hand_made_instance():

@@ -6,9 +6,14 @@ import sys
 
 import pytest
 import typer
+from rich.text import Text
 
 from bros_ref.cli import main
+from bros_ref.cli_common import make_console
+from bros_ref.metrics import summarise
 from bros_ref.scheduler.latency_model import StepFeatures
+from bros_ref.tables import results_table
+from bros_ref.trace import Trace
 
 RT_KEYS = {"completed", "failed", "request_throughput", "output_throughput", "normalized_latency_ms_per_token",
            "ttft_attainment", "tpot_attainment", "slo_attainment",
@@ -104,8 +109,8 @@ def test_the_exit_status_tells_how_a_command_ended(monkeypatch, ends, status):
     assert quitting.value.code == status
 
 
-def test_steps_that_fail_are_told_with_their_cause(workload, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_steps_that_fail_are_told_with_their_cause(workload, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workload))  # a file: the fit cannot be kept, and that is no reason to stop
     monkeypatch.setattr("bros_ref.model_runner.sample", lambda *_: 1 / 0)
     monkeypatch.setattr("bros_ref.profiling.profile", lambda *_: [(StepFeatures(1), 0.01)] * 4)
     monkeypatch.setattr("sys.argv", ["bros-ref", "serve-trace", "--workload", str(workload), *TOY, "--json", "-"])
@@ -114,6 +119,17 @@ def test_steps_that_fail_are_told_with_their_cause(workload, monkeypatch, capsys
     printed = capsys.readouterr()
     assert "ZeroDivisionError: division by zero; failed requests: be-0, be-1" in printed.err
     assert json.loads(printed.out)["runs"][0]["classes"]["be"]["failed"] == 2
+
+
+def test_brackets_in_what_a_model_or_a_path_says_are_just_text(capsys):
+    run = summarise(Trace("bros-swap-request", "m", "cpu", 1, 1, 1, 0))
+    console = make_console(None)
+    console.print(results_table([run], "folder/[/red]"))
+    console.print(Text.assemble(("question", "bold"), " ", "[/INST] answer"), soft_wrap=True)
+    printed = capsys.readouterr().out
+    assert "folder/[/red]" in printed
+    assert "[/INST] answer" in printed
+    assert "bros-swap-request" in printed, "the longest name is not cut"
 
 
 def test_a_bad_workload_line_is_named(tmp_path):
@@ -194,9 +210,41 @@ def test_simulate_reads_published_traces(tmp_path):
     assert (empty.returncode, "nothing to simulate" in empty.stderr) == (2, True)
 
 
+def test_options_of_simulate_that_do_not_go_together_are_refused(tmp_path, workload):
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("conv,in,out\n0,9,3\n1,3000,3\n")
+    columns = tmp_path / "columns.csv"
+    columns.write_text("long,short\n9,3\n")
+    for arguments, expected in (
+            (["--workload", workload, "--seeds", 2], "nothing random"),
+            (["--workload", workload, "--rt-lengths", lengths], "lengths of its own"),
+            (["--workload", "paper", "--rt-lengths", columns], "prompt_tokens"),
+            (["--workload", "paper", "--policies", "bros+speed"], "bros+chunks")):
+        result = bros_ref("simulate", *arguments)
+        assert (result.returncode, expected in result.stderr) == (2, True), result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(("unit", "duration_s"), [("1", 90), ("0.001", 0.09)])
+def test_the_unit_of_whole_timestamps_can_be_told(tmp_path, monkeypatch, capsys, unit, duration_s):
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(f'{{"timestamp": {time}, "input_length": 9, "output_length": 1}}\n' for time in (0, 90)))
+    monkeypatch.setattr("sys.argv", ["bros-ref", "simulate", "--workload", str(path), "--class", "be", "--policies",
+                                     "tgi", "--time-unit-s", unit, "--json", "-"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    assert json.loads(capsys.readouterr().out)["runs"][0]["duration_s"] == pytest.approx(duration_s, abs=0.05)
+
+
 def test_bench_simulator_reports_cpu_time():
-    result = bros_ref("bench", "simulator", "--policies", "bros", "--duration-s", 2, "--json", "-")
+    result = bros_ref("bench", "simulator", "--policies", "bros", "--duration-s", 2, "--file-requests", 40,
+                      "--json", "-")
     assert result.returncode == 0, result.stderr
-    [row] = json.loads(result.stdout)["rows"]
-    assert row["request_steps"] > 0
-    assert row["request_steps_per_s"] == pytest.approx(row["request_steps"] / row["cpu_s"])
+    rows = json.loads(result.stdout)["rows"]
+    for row in rows:
+        assert row["request_steps"] > 0
+        assert row["request_steps_per_s"] == pytest.approx(row["request_steps"] / row["cpu_s"])
+        assert row["peak_rss_bytes"] > 1_000_000
+    assert [row["model"] for row in rows] == ["opt-13b", "llama-3-8b"]
+    assert rows[1]["requests"] == 40, "the trace file's, all of them"

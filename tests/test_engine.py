@@ -351,6 +351,16 @@ def test_the_trace_replays_to_the_very_pool_and_the_same_seed_gives_the_same_tra
     assert trace == again
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-5, 1e-3])
+@pytest.mark.parametrize("top_p", [5e-324, 0.5, 1.0])
+def test_the_lowest_temperatures_are_greedy_and_fail_no_batch(temperature, top_p):
+    engine = checksum_engine("bros")
+    cold = Request("cold", RequestClass.BEST_EFFORT, [1, 2, 3], SamplingParams(6, temperature, top_p))
+    engine.add_request(cold)
+    run(engine, [])
+    assert cold.output_token_ids == alone(cold)
+
+
 @pytest.mark.parametrize("policy", ["tgi", "bros"])
 def test_sampled_tokens_depend_on_the_request_alone(policy):
     """One-hot logits at temperature 40 are nearly uniform: only the seed and the position decide."""

@@ -1,6 +1,10 @@
 """The simulator: a live run's decisions, a full trace's numbers from a streamed one, defined answers at the edges."""
 
+import cProfile
+import pstats
+import tracemalloc
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +23,22 @@ from bros_ref.paper import PaperWorkload, be_batch_for
 from bros_ref.request import SLO, RequestClass
 from bros_ref.scheduler import POLICIES, make_scheduler
 from bros_ref.serving import serve
-from bros_ref.simulate import Job, SimulationSettings, interval, request_of_length, run, run_all
+from bros_ref.simulate import (
+    Job,
+    SimulationSettings,
+    Zeros,
+    interval,
+    request_of_length,
+    run,
+    run_all,
+    simulated_engine,
+)
 from bros_ref.simulated_runner import SimulatedRunner, fit_to
 from bros_ref.trace import Trace
-from bros_ref.workload import Workload, WorkloadItem
+from bros_ref.workload import Workload, WorkloadItem, merge
+from bros_ref.workload_files import read_lengths, read_workload
+
+PUBLIC = Path(__file__).resolve().parents[2] / "shared" / "data" / "traces"
 
 COST = CostModel(gpu_named("a100-80gb"), model_named("llama-2-7b"))
 SMALL = SimulationSettings("a100-80gb", "llama-2-7b", 1, kv_tokens=4_000, max_num_seqs=32)
@@ -116,6 +132,81 @@ def test_edges_are_defined():
             PaperWorkload(**{"rt_rate_per_s": 1.0, "duration_s": 1.0, "be_batch": 1} | wrong)
     with pytest.raises(ValueError, match="no block"):
         run("bros", replace(SMALL, kv_tokens=15), ())
+
+
+@given(length=st.integers(1, 40), start=st.integers(-50, 50), stop=st.integers(-50, 50))
+def test_a_prompt_of_zeros_is_the_list_that_it_stands_for(length, start, stop):
+    zeros, listed = Zeros(length), [0] * length
+    assert (len(zeros), list(zeros), list(zeros[start:stop])) == (length, listed, listed[start:stop])
+    assert zeros[-1] == 0
+    with pytest.raises(IndexError):
+        zeros[length]
+
+
+def test_requests_that_wait_take_no_memory_for_their_prompts():
+    """Ten thousand prompts of 3,000 tokens at once: 240 MB if each were a list."""
+    tracemalloc.start()
+    engine = simulated_engine("bros-plus", SMALL)
+    for index in range(10_000):
+        engine.add_request(request_of_length(WorkloadItem(0.0, RequestClass.BEST_EFFORT, 3_000, 10,
+                                                          request_id=f"be-{index}")))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 10_000 * 2_000
+
+
+def test_cost_is_linear_in_work():
+    """Counted, not timed: a request-step of a run four times as long makes about as many calls."""
+    calls = []
+    for duration_s in (6.0, 24.0):
+        profile = cProfile.Profile()
+        profile.enable()
+        summary = run("bros-plus", SMALL, PaperWorkload(3.0, duration_s, be_batch_for(4_000)))[0]
+        profile.disable()
+        total_calls = pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
+        calls.append(total_calls / summary["scheduler"]["request_steps"])
+    assert calls[1] < 1.3 * calls[0]
+
+
+def test_rt_lengths_are_a_datasets_own_pairs_when_given():
+    pairs = ((10, 3), (20, 5))
+    items = PaperWorkload(20.0, 5.0, 0, rt_lengths=pairs).build(0).due(5.0)
+    assert {(item.prompt_tokens, item.output_tokens) for item in items} == set(pairs)
+    fitted = PaperWorkload(20.0, 5.0, 0).build(0).due(5.0)
+    assert [item.arrival_s for item in items] == [item.arrival_s for item in fitted]
+
+
+SHAREGPT = PUBLIC / "sharegpt_vllmfilter_smollm2.csv.gz"
+
+
+@pytest.mark.skipif(not SHAREGPT.exists(), reason="the public length files are not at hand")
+def test_the_fitted_sharegpt_lengths_are_near_the_real_ones():
+    """As `paper.py` states: medians within a quarter, means within a fifth."""
+    real = np.array(read_lengths(SHAREGPT, 2048))
+    fitted = np.array([(item.prompt_tokens, item.output_tokens)
+                       for item in PaperWorkload(50.0, 100.0, 0).build(0).due(100.0)])
+    assert np.median(fitted, axis=0) == pytest.approx(np.median(real, axis=0), rel=0.25)
+    assert fitted.mean(axis=0) == pytest.approx(real.mean(axis=0), rel=0.2)
+
+
+@pytest.mark.skipif(not PUBLIC.exists(), reason="the public traces are not at hand")
+def test_real_traces_are_merged_and_simulated():
+    rt = [item for item in read_workload(PUBLIC / "azure2023_code.csv.gz", RequestClass.REAL_TIME, SLO(1.0, 0.2))
+          if item.arrival_s < 20.0]
+    lengths = read_lengths(PUBLIC / "arxiv_summarization_llama2tok_vidur.csv.gz", 4_096)
+    be = [WorkloadItem(0.0, RequestClass.BEST_EFFORT, *pair) for pair in lengths[:20]]
+    summary = run("bros-plus", SimulationSettings("a100-80gb", "llama-3-8b", 1), tuple(merge(rt, be)))[0]
+    assert summary["classes"]["rt"]["completed"] == len(rt) > 0
+    assert summary["classes"]["be"]["completed"] == 20
+
+
+def test_real_time_alone_beyond_the_pool_does_not_thrash_under_bros_plus():
+    """A pool that RT alone overflow: the paper's form moves requests over PCIe in every step, bros-plus seldom does."""
+    small = replace(SMALL, kv_tokens=2_500)
+    arrivals = PaperWorkload(8.0, 6.0, 4)
+    paper, plus = (run(policy, small, arrivals)[0] for policy in ("bros", "bros-plus"))
+    assert plus["kv"]["restored_slots"] < 0.5 * paper["kv"]["restored_slots"]
+    assert plus["classes"]["rt"]["slo_attainment"] >= paper["classes"]["rt"]["slo_attainment"]
 
 
 def test_intervals_are_students():

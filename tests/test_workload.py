@@ -26,7 +26,14 @@ from bros_ref.workload import (
     poisson_arrivals,
     uniform_lengths,
 )
-from bros_ref.workload_files import MAX_TOKENS, iter_workload, read_workload, save_workload
+from bros_ref.workload_files import (
+    LENGTH_COLUMNS,
+    MAX_TOKENS,
+    iter_workload,
+    read_lengths,
+    read_workload,
+    save_workload,
+)
 
 RT, BE = RequestClass.REAL_TIME, RequestClass.BEST_EFFORT
 TARGETS = SLO(0.4, 0.2)
@@ -359,3 +366,24 @@ def test_a_real_day_of_azure_code_traffic(tmp_path: Path) -> None:
     assert [item.arrival_s for item in items] == pytest.approx([float(row[0]) for row in rows], abs=1e-5)
     gaps = np.diff([item.arrival_s for item in items])
     assert gaps.std() / gaps.mean() == pytest.approx(13, abs=0.5)
+
+
+def test_lengths_are_read_under_every_published_name(tmp_path: Path) -> None:
+    for columns in LENGTH_COLUMNS:
+        path = tmp_path / "lengths.csv"
+        path.write_text(f"id,{columns[0]},{columns[1]}\n0,100,20\n1,3000,10\n2,7,1\n")
+        assert read_lengths(path, 2048) == ((100, 20), (7, 1)), "what does not fit the context is left out"
+    path.write_text("in,out\n5,6\n5,zero\n")
+    with pytest.raises(WorkloadError, match=r"lengths.csv:3: out: expected a finite number"):
+        read_lengths(path, 2048)
+    for text, expected in (("in,out\n5,6\n", "fit a context of 10"), ("a,b\n5,6\n", "expected one of")):
+        path.write_text(text)
+        with pytest.raises(WorkloadError, match=expected):
+            read_lengths(path, 10)
+
+
+def test_a_plain_trace_has_arrivals_in_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n1.5,7,8\n0.5,9,10\n")
+    items = read_workload(path, RequestClass.BEST_EFFORT)
+    assert [(item.arrival_s, item.prompt_tokens, item.output_tokens) for item in items] == [(0.5, 9, 10), (1.5, 7, 8)]

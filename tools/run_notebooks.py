@@ -25,6 +25,8 @@ def run(path: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs = _joined(cell.outputs)
         for output in cell.get("outputs", ()):
+            if "text/html" in output.get("data", ()):  # a widget that is a page too: the page needs no kernel
+                output.data.pop("application/vnd.jupyter.widget-view+json", None)
             if output.output_type == "error":  # the last line says it; the rest names folders of this machine
                 output.traceback = [f"{output.ename}: {output.evalue}"]
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}

@@ -30,7 +30,7 @@ class Panel:
 
 PANELS = (Panel("sectors_over_minimum", "sectors loaded / minimum", "logarithmic; 1: every byte of K and V once",
                 Fill(RT_COLOUR), logarithmic=True),
-          Panel("warp_instructions_per_kib", "warp instructions per KiB", "of K and V, in the main loop",
+          Panel("warp_instructions_per_kib", "warp instructions per KiB", "of K and V, executed",
                 Fill(BE_COLOUR, "/", "#8a5200")))
 
 

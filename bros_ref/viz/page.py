@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import zip_longest
 
 import plotly.graph_objects as go
 import plotly.io as pio
@@ -49,6 +50,9 @@ thead th {{ vertical-align:bottom; font-size:13px; color:var(--muted); font-weig
 th:first-child {{ text-align:left; padding-left:4px; }}
 tbody th {{ font-weight:600; }}
 td small {{ display:block; color:var(--muted); font-size:12.5px; font-weight:400; line-height:1.3; }}
+thead th.prose {{ text-align:left; }}
+td.prose {{ text-align:left; white-space:normal; min-width:210px; font-size:13px; line-height:1.35;
+  color:var(--muted); }}
 td.best {{ font-weight:700; }} td.best::before {{ content:"\\25C6\\00A0"; color:var(--rt); font-size:10px;
   vertical-align:2px; }}
 figure {{ margin:18px 0 30px; border:1px solid var(--line); border-radius:8px; padding:14px 14px 10px; }}
@@ -73,11 +77,12 @@ footer {{ color:var(--muted); font-size:13px; padding-top:26px; padding-bottom:4
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table, with what stands small below it."""
+    """One number (or phrase) of a table, with what stands small below it."""
 
     text: str
     note: str = ""
     best: bool = False
+    prose: bool = False  # words, which may wrap
 
 
 def document(title: str, body: str, script: str) -> str:
@@ -113,7 +118,9 @@ def _caption(label: str, caption: str) -> str:
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]]) -> str:
     """A table with a header row and a header column; it scrolls by itself where the page is narrow."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    prose = [False, *(cell.prose for cell in (rows[0][1] if rows else ()))]
+    head = "".join(f'<th scope="col"{" class=prose" if words else ""}>{escape(column)}</th>'
+                   for column, words in zip_longest(columns, prose))
     body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(_cell(cell) for cell in cells)}</tr>'
                    for name, cells in rows)
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
@@ -122,7 +129,8 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequen
 
 def _cell(cell: Cell) -> str:
     note = f"<small>{escape(cell.note)}</small>" if cell.note else ""
-    return f'<td{" class=best" if cell.best else ""}>{escape(cell.text)}{note}</td>'
+    look = " class=best" if cell.best else " class=prose" if cell.prose else ""
+    return f"<td{look}>{escape(cell.text)}{note}</td>"
 
 
 def card(kind: str, heading: str, value: str, unit: str, note: str) -> str:

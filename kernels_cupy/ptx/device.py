@@ -30,9 +30,9 @@ SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 
 _TYPES: dict[str, tuple[type, str]] = {
     "u64": (torch.Tensor, "a tensor"), "b64": (torch.Tensor, "a tensor"), "u32": (np.int32, "np.int32"),
     "s32": (np.int32, "np.int32"), "b32": (np.int32, "np.int32"), "f32": (np.float32, "np.float32")}
-# Classes of opcodes, with the first words that belong to each; `class_of` tells the others apart. A "move" gives a value
-# another name (a register, a constant, the low half of one): no instruction is left of it once registers are given
-# out. "packing" makes operands of tensor cores and outputs from float32.
+# Classes of opcodes, with the first words that belong to each; `class_of` tells the others apart. A "move" gives a
+# value another name (a register, a constant, the low half of one): no instruction is left of it once registers are
+# given out. "packing" makes operands of tensor cores and outputs from float32.
 CLASSES: dict[str, tuple[str, ...]] = {
     "tensor core": ("mma",), "matrix load": ("ldmatrix",), "asynchronous copy": ("cp",), "global": (), "shared": (),
     "parameter": (), "float": ("fma",),

@@ -55,6 +55,20 @@ def test_decode_5(rng: np.random.Generator, heads: Heads) -> None:
         batch.check(decode(device, batch, 5, num_sms=num_sms))
 
 
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+@pytest.mark.parametrize("steepness", [0.1, 4.0, 8.0])
+def test_a_maximum_that_is_passed_by_little_or_by_much(rng: np.random.Generator, dtype: torch.dtype,
+                                                       steepness: float) -> None:
+    # the running maximum is raised only when a weight would get large: then it must be, and nothing may overflow
+    heads = Heads(8, 2, 64, 16, dtype)
+    lengths = [17, 300]
+    batch = Batch.draw(rng, heads, [1, 1], lengths, steepness=steepness)
+    for step in (3, 4, 5):
+        batch.check(decode(Emulator(), batch, step, num_sms=1))
+    batch = Batch.draw(rng, heads, [17, 40], lengths, steepness=steepness)
+    batch.check(prefill(Emulator(), batch))
+
+
 def _mixed(rng: np.random.Generator, size: int) -> tuple[list[int], list[int]]:
     """A decode of one token, whole prompts, chunks in the middle, a decode of longer contexts."""
     contexts = [1, size - 1, size, size + 1, int(rng.integers(65, 140)), int(rng.integers(100, 200)), 5 * size]
