@@ -103,15 +103,17 @@ def _plain(markdown: str) -> str:
 def _navigation(found: list[Entry], place: int) -> str:
     links = [f'<a href="{found[i].path.stem}.html">{arrow}{escape(found[i].title)}{end}</a>' if 0 <= i < len(found)
              else "<span></span>" for i, arrow, end in ((place - 1, "← ", ""), (place + 1, "", " →"))]
-    return f"<nav>{''.join(links)}</nav>"
+    return "".join(links)
 
 
 def _page(title: str, body: str, navigation: str) -> str:
     chart = '<script src="plotly.min.js"></script>' if "plotly-graph-div" in body else ""
+    above, below = (f'<nav aria-label="{where} the page">{navigation}</nav>' if navigation else ""
+                    for where in ("above", "below"))
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)} · bros_ref</title>'
             f'<meta name="viewport" content="width=device-width"><link rel="stylesheet" href="book.css">{chart}</head>'
-            f'<body><header><div><a href="index.html">bros_ref, step by step</a></div></header>{navigation}'
-            f"<main>{body}</main>{navigation}</body></html>\n")
+            f'<body><header><div><a href="index.html">bros_ref, step by step</a></div></header>{above}'
+            f"<main>{body}</main>{below}</body></html>\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def test_every_page_opens_offline(chromium, pages):
             for root in page.locator(f"[data-bros-{kind}]").all():
                 go_to(root, 0)
                 players += 1
+        assert violations(page, "body") == [], path.name
         wide = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{path.name} is wider than its window"
     assert charts > 0 < players
