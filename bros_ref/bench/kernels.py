@@ -99,17 +99,24 @@ def _systems(device: Device, batch: Batch, steps: Sequence[int], num_sms: int) -
     systems: list[tuple[str, Callable[[], None]]] = []
     for step in steps:
         _verify(f"step {step}", batch, decode(device, batch, step, num_sms=num_sms))
-        out = torch.empty_like(batch.q)
-        systems.append((f"step {step}", lambda step=step, out=out: paged_attention(
-            device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step, num_sms=num_sms)))
+        systems.append((f"step {step}", _step(device, batch, step, num_sms)))
     forward = Batch.draw(np.random.default_rng(0), batch.heads, batch.query_lens, batch.context_lens,
                          [False] * len(batch.context_lens)).to(batch.q.device.type)
     for cache in (forward.k, forward.v):
         cache.nan_to_num_()  # that slots of others may hold NaN is our contract, not theirs
     for name, call in peers(forward):
         _verify(name, forward, call())
-        systems.append((name, lambda call=call: void(call())))
+        systems.append((name, _discarding(call)))
     return [*systems, ("torch SDPA, gathered", _sdpa(batch))]
+
+
+def _step(device: Device, batch: Batch, step: int, num_sms: int) -> Callable[[], None]:
+    out = torch.empty_like(batch.q)
+    return lambda: paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step, num_sms=num_sms)
+
+
+def _discarding(call: Callable[[], Tensor]) -> Callable[[], None]:
+    return lambda: void(call())
 
 
 def _verify(system: str, batch: Batch, out: Tensor) -> None:
