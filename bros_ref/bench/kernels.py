@@ -112,7 +112,8 @@ def _systems(device: Device, batch: Batch, steps: Sequence[int], num_sms: int) -
 
 def _step(device: Device, batch: Batch, step: int, num_sms: int) -> Callable[[], None]:
     out = torch.empty_like(batch.q)
-    return lambda: paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step, num_sms=num_sms)
+    return lambda: paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step,
+                                   num_sms=num_sms)
 
 
 def _discarding(call: Callable[[], Tensor]) -> Callable[[], None]:
