@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bros_ref.bench.peers import peers
 from kernels_cupy.contract import TOLERANCE, Batch, Heads, decode
 from kernels_cupy.device import Device
 from kernels_cupy.launch import STEPS, paged_attention
@@ -73,10 +74,11 @@ def copy_bandwidth(timer: Timer, place: str) -> float:
 def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: str, bandwidth: float,
                   cases: Sequence[Case] = CASES, steps: Sequence[int] = STEPS, num_sms: int = 108,
                   on_row: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """One row a case and system: our steps, and torch's SDPA on K and V gathered beforehand (its gather is not timed).
+    """One row a case and system: our steps, other projects' kernels where they are installed (peers.py), and torch's
+    SDPA on K and V gathered beforehand (its gather is not timed).
 
     Raises:
-        ArithmeticError: a step's answer is not within the contract; nothing of it was timed.
+        ArithmeticError: an answer is not within the contract; nothing of it was timed.
     """
     rows = []
     for case in cases:
@@ -94,16 +96,35 @@ def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: 
 
 
 def _systems(device: Device, batch: Batch, steps: Sequence[int], num_sms: int) -> list[tuple[str, Callable[[], None]]]:
-    systems = []
+    systems: list[tuple[str, Callable[[], None]]] = []
     for step in steps:
-        error, allowed = batch.error(decode(device, batch, step, num_sms=num_sms)), TOLERANCE[batch.heads.dtype]
-        if not error <= allowed:  # NaN too
-            raise ArithmeticError(f"step {step} is off by {error:.2g} of the largest output, {allowed} is allowed: a "
-                                  "wrong kernel is not timed")
-        out = torch.empty_like(batch.q)
-        systems.append((f"step {step}", lambda step=step, out=out: paged_attention(
-            device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step, num_sms=num_sms)))
+        _verify(f"step {step}", batch, decode(device, batch, step, num_sms=num_sms))
+        systems.append((f"step {step}", _step(device, batch, step, num_sms)))
+    forward = Batch.draw(np.random.default_rng(0), batch.heads, batch.query_lens, batch.context_lens,
+                         [False] * len(batch.context_lens)).to(batch.q.device.type)
+    for cache in (forward.k, forward.v):
+        cache.nan_to_num_()  # that slots of others may hold NaN is our contract, not theirs
+    for name, call in peers(forward):
+        _verify(name, forward, call())
+        systems.append((name, _discarding(call)))
     return [*systems, ("torch SDPA, gathered", _sdpa(batch))]
+
+
+def _step(device: Device, batch: Batch, step: int, num_sms: int) -> Callable[[], None]:
+    out = torch.empty_like(batch.q)
+    return lambda: paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step,
+                                   num_sms=num_sms)
+
+
+def _discarding(call: Callable[[], Tensor]) -> Callable[[], None]:
+    return lambda: void(call())
+
+
+def _verify(system: str, batch: Batch, out: Tensor) -> None:
+    error, allowed = batch.error(out), TOLERANCE[batch.heads.dtype]
+    if not error <= allowed:  # NaN too
+        raise ArithmeticError(f"{system} is off by {error:.2g} of the largest output, {allowed} is allowed: a wrong "
+                              "kernel is not timed")
 
 
 def _sdpa(batch: Batch) -> Callable[[], None]:

@@ -80,6 +80,13 @@ def test_the_main_loop_is_the_shortest_way_that_does_the_work():
         main_loop(code, {".L_head": 1, ".L_rare": 3}, "LDGSTS")
 
 
+def test_the_main_loop_may_have_a_part_behind_its_end_and_is_not_the_one_that_only_loads():
+    code = ["LDG.E.128 R4, [R2]", "@P0 BRA `(.L_first)", "MOV R1, R2", "@!P0 BRA `(.L_cold)", "HMMA R8, R4, R6, R8",
+            "@P1 BRA `(.L_head)", "EXIT", "LDG.E.128 R4, [R2]", "LDG.E.128 R5, [R2]", "BRA `(.L_back)"]
+    loop = main_loop(code, {".L_first": 0, ".L_head": 2, ".L_cold": 7, ".L_back": 4}, "LDG")
+    assert (loop.instructions, loop.kib, loop.multiplications) == (7, 1.0, 1)
+
+
 @pytest.mark.parametrize(("used", "threads", "shared", "arch", "wanted"), [
     (Resources(32, 0, 0), 128, 0, 80, 1.0), (Resources(128, 0, 0), 128, 0, 80, 0.25),
     (Resources(32, 0, 0), 128, 160 * 1024, 80, 4 / 64), (Resources(32, 0, 0), 32, 0, 86, 16 / 48),

@@ -163,11 +163,15 @@ def _last_finish(tiles: dict[tuple[int, int], float], num_blocks: int, resident:
     return max(ends)
 
 
-def test_step_5_ends_ragged_batches_earlier_than_any_split_of_step_4(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("lengths", "last"), [([700, 40, 90, 16, 300, 33], (5, 6, 11)), ([400] * 3, (5, 6, 7))],
+                         ids=["ragged", "small"])
+def test_step_5_ends_ragged_and_small_batches_earlier_than_any_split_of_step_4(
+        rng: np.random.Generator, lengths: list[int], last: tuple[int, int, int]) -> None:
     heads, resident = Heads(8, 2, 16, 16, HALF), 8
-    batch = Batch.draw(rng, heads, [1] * 6, [700, 40, 90, 16, 300, 33])
-    fours = [_last_finish(_tiles_of_warps(lambda device, n=n: decode(device, batch, 4, n), heads), 12 * n, resident)
-             for n in (1, 2, 3, 4)]
+    batch = Batch.draw(rng, heads, [1] * len(lengths), lengths)
+    fours = [_last_finish(_tiles_of_warps(lambda device, n=n: decode(device, batch, 4, n), heads),
+                          2 * len(lengths) * n, resident) for n in (1, 2, 3, 4)]
     five = max(_tiles_of_warps(lambda device: decode(device, batch, 5, num_sms=resident // 2), heads).values())
     total = 2 * sum(-(-n // 16) for n in batch.context_lens)
     assert five == -(-total // (4 * resident)) < min(fours), (five, fours)
+    assert (five, min(fours), max(fours)) == last, "the README says so"
