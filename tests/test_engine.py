@@ -11,6 +11,7 @@ from harness import FailingRunner, alone, check_accounts, checksum_engine, make_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bros_ref.clock import WallClock
 from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
 from bros_ref.metrics import summarise
 from bros_ref.model.tokenizer import ByteTokenizer
@@ -279,6 +280,26 @@ def test_a_callback_may_abort_itself_and_others():
     run(engine, [])
     assert [r.status for r in requests[:2]] == [RequestStatus.ABORTED] * 2
     assert requests[2].output_token_ids == alone(requests[2])
+
+
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wall_clock_sleeps_however_long_it_takes(monkeypatch):
+    """The operating system refuses to sleep for centuries, so a long sleep is several."""
+    now_s, naps = 5.0, []
+
+    def sleep(duration_s):
+        nonlocal now_s
+        naps.append(duration_s)
+        now_s += duration_s
+
+    monkeypatch.setattr("bros_ref.clock.time", SimpleNamespace(perf_counter=lambda: now_s, sleep=sleep))
+    clock = WallClock()
+    clock.sleep_until(-1.0)
+    assert naps == []
+    clock.sleep_until(2.5e6)
+    assert naps == [1e6, 1e6, 5e5]
 
 
 # -- the serving loop -------------------------------------------------------------------------------------------------
