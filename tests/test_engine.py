@@ -267,6 +267,26 @@ def test_a_callback_that_raises_fails_its_own_request_only():
     assert "".join(seen) == engine.streams["good"].text
 
 
+def test_an_interrupt_in_a_callback_is_passed_on_and_loses_no_step():
+    engine = byte_engine()
+    requests = [make_request(f"r{i}", i > 0, [i + 1, 2], 40) for i in range(3)]
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupt_once(request, piece):
+        for interrupt in interrupts:
+            raise interrupt
+
+    for request in requests:
+        engine.add_request(request, interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, [])
+    check_accounts(engine)
+    run(engine, [])
+    emitted = Counter(name for step in engine.trace.steps for name in step.emitted)
+    assert [request.output_token_ids for request in requests] == [alone(request) for request in requests]
+    assert emitted == {request.request_id: 40 for request in requests}
+
+
 def test_a_callback_may_abort_itself_and_others():
     engine = byte_engine()
     requests = [make_request(f"r{i}", False, [i + 1, 2], 40) for i in range(3)]
