@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+LONGEST_SLEEP_S = 1e6  # operating systems count a sleep in nanoseconds, and refuse centuries
+
 
 class Clock(Protocol):
     """Seconds since the clock was made. Never goes backwards."""
@@ -29,9 +31,8 @@ class WallClock:
         return time.perf_counter() - self._origin_s
 
     def sleep_until(self, time_s: float) -> None:
-        remaining_s = time_s - self.now_s()
-        if remaining_s > 0:
-            time.sleep(remaining_s)
+        while (remaining_s := time_s - self.now_s()) > 0:
+            time.sleep(min(remaining_s, LONGEST_SLEEP_S))
 
 
 class VirtualClock:

@@ -146,8 +146,10 @@ class LLMEngine:
         end_s, cpu_s = self.clock.now_s(), time.thread_time()
         ended = self.scheduler.update_from_output(output, token_ids, end_s, end_s - execute_s)
         schedule_s += time.thread_time() - cpu_s
-        ended += self._stream_text(output, token_ids)
-        self._record(output, token_ids, ended, execute_s, end_s, schedule_s)
+        try:
+            ended += self._stream_text(output, token_ids)
+        finally:  # Ctrl-C in a callback: the step is booked all the same
+            self._record(output, token_ids, ended, execute_s, end_s, schedule_s)
         return ended
 
     # -- what a step consists of ------------------------------------------------------------------------------

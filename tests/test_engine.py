@@ -11,6 +11,7 @@ from harness import FailingRunner, alone, check_accounts, checksum_engine, make_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bros_ref.clock import WallClock
 from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
 from bros_ref.metrics import summarise
 from bros_ref.model.tokenizer import ByteTokenizer
@@ -266,6 +267,26 @@ def test_a_callback_that_raises_fails_its_own_request_only():
     assert "".join(seen) == engine.streams["good"].text
 
 
+def test_an_interrupt_in_a_callback_is_passed_on_and_loses_no_step():
+    engine = byte_engine()
+    requests = [make_request(f"r{i}", i > 0, [i + 1, 2], 40) for i in range(3)]
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupt_once(request, piece):
+        for interrupt in interrupts:
+            raise interrupt
+
+    for request in requests:
+        engine.add_request(request, interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, [])
+    check_accounts(engine)
+    run(engine, [])
+    emitted = Counter(name for step in engine.trace.steps for name in step.emitted)
+    assert [request.output_token_ids for request in requests] == [alone(request) for request in requests]
+    assert emitted == {request.request_id: 40 for request in requests}
+
+
 def test_a_callback_may_abort_itself_and_others():
     engine = byte_engine()
     requests = [make_request(f"r{i}", False, [i + 1, 2], 40) for i in range(3)]
@@ -279,6 +300,26 @@ def test_a_callback_may_abort_itself_and_others():
     run(engine, [])
     assert [r.status for r in requests[:2]] == [RequestStatus.ABORTED] * 2
     assert requests[2].output_token_ids == alone(requests[2])
+
+
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wall_clock_sleeps_however_long_it_takes(monkeypatch):
+    """The operating system refuses to sleep for centuries, so a long sleep is several."""
+    now_s, naps = 5.0, []
+
+    def sleep(duration_s):
+        nonlocal now_s
+        naps.append(duration_s)
+        now_s += duration_s
+
+    monkeypatch.setattr("bros_ref.clock.time", SimpleNamespace(perf_counter=lambda: now_s, sleep=sleep))
+    clock = WallClock()
+    clock.sleep_until(-1.0)
+    assert naps == []
+    clock.sleep_until(2.5e6)
+    assert naps == [1e6, 1e6, 5e5]
 
 
 # -- the serving loop -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from harness import FailingRunner, alone, checksum_engine, random_requests, run
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bros_ref.metrics import summarise
@@ -17,6 +17,7 @@ from bros_ref.scheduler.latency_model import StepLatencyModel
 
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=25)
+@example(seed=26, num_blocks=26, block_size=4, chunked=False, host=0, abort_rate=0.1)  # bros-plus: a due BE, twice
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(5, 30), block_size=st.sampled_from([1, 2, 4, 16]),
        chunked=st.booleans(), host=st.sampled_from([None, 0, 2]), abort_rate=st.sampled_from([0.0, 0.1]))
 def test_every_request_gets_the_tokens_it_would_get_alone(policy, seed, num_blocks, block_size, chunked, host,

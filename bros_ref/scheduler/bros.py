@@ -251,11 +251,11 @@ class BROSScheduler(Scheduler):
         self.bound_s = min(self.bound_s, self._newcomer_bound_s())
         yield from self._offer_due_be()
         starved, left_out = False, self.output.left_out
+        for request in self._be_order[:1]:  # due perhaps, and its exempt chunk had no blocks: a smaller one may have
+            left_out.pop(request.request_id, None)
         for request in self._be_order:
             if request.last_step == self.step:
                 continue  # the one that was due
-            if left_out:
-                left_out.pop(request.request_id, None)  # due, but its exempt chunk had no blocks: a smaller one may
             self.exempt = not self.output.requests
             yield request
             starved = starved or self.refusal == NO_BLOCKS
