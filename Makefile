@@ -20,11 +20,12 @@ test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
 
 lab: $(VENV)/.installed-dev
-	$(BIN)/jupyter lab notebooks/00_the_whole_game.ipynb
+	$(BIN)/jupyter lab notebooks --LabApp.default_url=/lab/tree/00_the_whole_game.ipynb
 
 # Runs every notebook and leaves it as it is to be committed.
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/run_notebooks.py
+	$(BIN)/python tools/notebook_index.py
 
 # All notebooks as pages that open without Jupyter and without network: out/book/index.html.
 book: $(VENV)/.installed-dev

@@ -9,6 +9,7 @@ Invariant: no page loads anything from elsewhere.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from html import escape
@@ -17,16 +18,17 @@ from typing import Any
 
 import nbformat
 import plotly.io
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from notebook_index import Entry, entries
 from plotly.offline import get_plotlyjs
 from pygments.formatters import HtmlFormatter
-from tex_to_mathml import with_mathml
 
 TITLE = "Serving two kinds of request on one model"
 ROOT = Path(__file__).resolve().parents[1]
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(\S(?:[^$\n]*?\S)?)\$(?![0-9])", re.DOTALL)
 # What a page shows of an output, first that it has.
 SHOWN = ["text/html", "image/svg+xml", "image/png", "text/markdown", "text/plain"]
 
@@ -62,6 +64,25 @@ def _body(path: Path) -> str:
     exporter.mathjax_url = exporter.require_js_url = exporter.jquery_url = ""
     body, _ = exporter.from_notebook_node(notebook)
     return body
+
+
+def with_mathml(text: str) -> str:
+    """Markdown with its $formulas$ and $$displayed formulas$$ as MathML, which browsers draw by themselves: a page that
+    opens offline needs no MathJax. Code is left alone.
+
+    Raises:
+        ValueError: a formula has a command that is not translated.
+    """
+    pieces = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.DOTALL)
+    return "".join(piece if piece.startswith("`") else FORMULA.sub(_mathml, piece) for piece in pieces)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    shown, inline = match[1], match[2]
+    formula: str = convert(shown or inline, display="block" if shown else "inline")
+    if "\\" in formula:
+        raise ValueError(f"the formula {shown or inline!r} has a command that latex2mathml does not know")
+    return formula
 
 
 def shown_data(data: dict[str, Any]) -> dict[str, Any]:
