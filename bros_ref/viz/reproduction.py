@@ -153,7 +153,8 @@ def _dominance_table(rows: list[Row]) -> str:
             fewer = row["fewer_rt_tokens"]
             reason = (f"{row['against']} served {fewer:.1%} fewer RT tokens in that time" if fewer > 0.005 else
                       "iterations kept short enough for the targets carry less batch work")
-        table.append((row["cell"].partition("/")[2].replace("/", ", "), [
+        group, _, cell = row["cell"].partition("/")
+        table.append((cell.replace("/", ", ") + (" RT per s" if group == "paper" else ""), [
             Cell(row["verdict"]), Cell(row["against"]), Cell(f"{row['rt']:.1%}", f"{100 * row['rt_gain']:+.1f} points"),
             Cell(f"{row['be']:,.0f}", f"{row['be_change']:+.1%}"), Cell(reason, prose=True)]))
     return page.table("RT on time and BE tokens/s of bros-plus, and its lead over the baseline", [
