@@ -131,7 +131,7 @@ def reproduce_paper(duration_s: float, seed: int, *, quick: bool = False, proces
               "clairvoyant": small_instance_gaps(seed)}
     if on_progress is not None:
         on_progress(0.05)
-    return {"duration_s": duration_s, "figures": [_compare(figure, runs, rates) for figure in FIGURES],
+    return {"duration_s": duration_s, "figures": [compare(figure, runs, rates) for figure in FIGURES],
             "overhead": _overhead(runs), "bounds": bounds, "dominance": _dominance(runs),
             **{group: [_row(name, run) for name, run in runs.items() if name.startswith(prefix)]
                for group, prefix in (("systems", "paper/"), ("sweeps", "sweep/"), ("ablation", "ablation/"))}}
@@ -246,7 +246,7 @@ def _value(run: dict[str, Any], metric: str) -> float:
     return float(run["classes"][name][key] or 0.0)
 
 
-def _compare(figure: PaperFigure, runs: Runs, rates: Iterable[float]) -> dict[str, Any]:
+def compare(figure: PaperFigure, runs: Runs, rates: Iterable[float]) -> dict[str, Any]:
     """The best case for BROS over the sweep (of a loss: the worst), with its absolute values and a verdict."""
     cases = []
     for system in figure.systems:
