@@ -18,6 +18,7 @@ from bros_ref.scheduler.latency_model import StepLatencyModel
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=25)
 @example(seed=26, num_blocks=26, block_size=4, chunked=False, host=0, abort_rate=0.1)  # bros-plus: a due BE, twice
+@example(seed=1581291, num_blocks=23, block_size=16, chunked=True, host=2, abort_rate=0.0)  # swap-block: RT in turns
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(5, 30), block_size=st.sampled_from([1, 2, 4, 16]),
        chunked=st.booleans(), host=st.sampled_from([None, 0, 2]), abort_rate=st.sampled_from([0.0, 0.1]))
 def test_every_request_gets_the_tokens_it_would_get_alone(policy, seed, num_blocks, block_size, chunked, host,

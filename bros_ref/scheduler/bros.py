@@ -320,11 +320,15 @@ class BROSScheduler(Scheduler):
         return None
 
     def _least_urgent_rt(self, request: Request) -> Request | None:
-        """The idle RT to give way to `request`: one that is late already, else the one with the most slack."""
+        """The idle RT to give way to `request`: one that is late already, else the one with the latest deadline.
+
+        Not by `due_s`, which a prefill moves back with every chunk: two prompts that do not fit together would take
+        the blocks from one another for ever, whoever has just advanced giving way.
+        """
         now_s = self.output.now_s
 
         def rank(rt: Request) -> tuple[bool, float, float, str]:  # total: of any two, one must give way
-            return (rt.due_s - now_s < self._alone_s(rt), rt.due_s, rt.arrival_s, rt.request_id)
+            return (rt.due_s - now_s < self._alone_s(rt), rt.deadline_s, rt.arrival_s, rt.request_id)
 
         spared_s = -math.inf
         if not self.config.rt_displaces_eagerly:

@@ -206,3 +206,26 @@ def test_the_batch_cap_is_the_papers_and_an_option(policy, seats):
     decider.compute()
     decider.decide()
     assert decider.scheduler.seats == seats
+
+
+@pytest.mark.parametrize("policy", ["bros", "bros-plus", "bros-swap-block", "bros-swap-request", "bros-recompute"])
+def test_long_prompts_that_do_not_fit_together_all_end(policy):
+    """Prompts of a third of the pool and more, in small chunks, late or not: they may take blocks from one another, but
+    not for ever."""
+    for seed in range(200):
+        rng = random.Random(seed)
+        block_size, num_blocks = rng.choice([1, 4, 16]), rng.choice([4, 8, 23])
+        room = num_blocks * block_size
+        decider = Decider(policy, num_blocks, block_size, rng.choice([None, 0, 2]), max_num_seqs=rng.choice([2, 6]),
+                          max_num_batched_tokens=rng.choice([2, 8]), be_max_wait_steps=rng.choice([1, 2, 16]),
+                          chunked_prefill=True, min_chunk_tokens=rng.choice([1, 4, 16]))
+        for i in range(rng.randint(2, 8)):
+            prompt_tokens = max(1, rng.choice([room // 3, room // 2, room // 2, int(room * 0.8)]))
+            slo = SLO(rng.choice([0.01, 0.2, 1.0, 5.0]), rng.choice([0.012, 0.05, 0.5]))
+            max_tokens = rng.randint(1, min(20, room - prompt_tokens))
+            decider.add(f"{rng.choice(['rt', 'rt', 'be'])}{i}", prompt_tokens, max_tokens, slo=slo)
+        for _ in range(6_000):
+            if not decider.scheduler.requests:
+                break
+            decider.step()
+        assert not decider.scheduler.requests, f"seed {seed}: {sorted(decider.scheduler.requests)} never end"
