@@ -20,7 +20,7 @@ PHASE_FILLS = {phase: Fill(look.colour, look.pattern, MARK_COLOURS[phase]) for p
 PHASE_LABELS = {phase: look.label for phase, look in PHASE_LOOKS.items()}
 CLASS_MARKS = {"rt": "◆ RT", "be": "■ BE"}
 ROW_H, LABEL_W, CHART_W, HEAD_H = 18, 110, 470, 22  # pixels, in the page and in the still
-MIN_CELL_W, MAX_CELL_W, SAID_W, KEY_W = 5, 24, 250, 172
+MIN_CELL_W, MAX_CELL_W, SAID_W, KEY_W = 5, 24, 250, 164
 
 
 def phase_steps(trace: Trace) -> dict[str, list[tuple[str, int, int]]]:
