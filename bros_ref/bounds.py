@@ -11,8 +11,12 @@ wrong tokens. The second answer says how much that matters, as far as instances 
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +78,26 @@ def solve_packing(problem: PackingProblem) -> int:
     rows = np.array([[1.0] * len(usable), [c.blocks for c in usable], [c.tokens for c in usable],
                      [c.cost_s for c in usable]])
     scale = np.maximum(rows.max(axis=1), 1e-12)
-    result = milp(-rows[2], constraints=LinearConstraint(rows / scale[:, None], ub=np.array(limits) / scale),
-                  integrality=np.ones(len(usable)), bounds=Bounds(0, 1))
+    with _silent_stdout():
+        result = milp(-rows[2], constraints=LinearConstraint(rows / scale[:, None], ub=np.array(limits) / scale),
+                      integrality=np.ones(len(usable)), bounds=Bounds(0, 1))
     best: int = round(-result.fun)
     return best
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """HiGHS prints debugging lines past Python, whatever its options say; standard output may be somebody's JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what C still holds back goes nowhere too
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def iteration_gaps(settings: SimulationSettings, arrivals: PaperWorkload) -> list[float]:
@@ -247,9 +267,10 @@ def clairvoyant_be_tokens(items: list[WorkloadItem], horizon_s: float, cost: Lin
         if item.slo is None:
             objective[[index for k in steps for index in (prefill(i, k), decode(i, k))]] = -1
     integrality = np.concatenate([np.ones(start), np.zeros(size - start)])
-    result = milp(objective, constraints=LinearConstraint(matrix.tocsr(), [r[1] for r in rows], [r[2] for r in rows]),
-                  integrality=integrality, options={"time_limit": 20.0},
-                  bounds=Bounds(0, np.concatenate([np.ones(start), np.full(size - start, horizon_s)])))
+    limits = LinearConstraint(matrix.tocsr(), [row[1] for row in rows], [row[2] for row in rows])
+    with _silent_stdout():
+        result = milp(objective, constraints=limits, integrality=integrality, options={"time_limit": 20.0},
+                      bounds=Bounds(0, np.concatenate([np.ones(start), np.full(size - start, horizon_s)])))
     best: int | None = round(-result.fun) if result.status == 0 else None
     return best
 

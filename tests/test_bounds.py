@@ -1,9 +1,11 @@
 """The bounds bound: exact packing against brute force, the clairvoyant against every policy, greedy never above."""
 
+import ctypes
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -84,3 +86,14 @@ def test_no_policy_that_is_on_time_beats_the_clairvoyant(seed):
     for policy in ("vllm-priority", "bros"):  # bros-plus cuts prompts, which the clairvoyant may not
         tokens, on_time = served_be_tokens(policy, items, 0.26, cost, 4)
         assert tokens <= optimum or not on_time
+
+
+def test_what_the_solver_prints_past_python_reaches_nobody(monkeypatch, capfd):
+    def chatty(*arguments, **options):
+        ctypes.CDLL(None).puts(b"a line of debugging")
+        return scipy.optimize.milp(*arguments, **options)
+
+    monkeypatch.setattr("bros_ref.bounds.milp", chatty)
+    assert solve_packing(PackingProblem((Candidate(5, 1.0, 1),) * 4, 2, 9, 100, 9.0)) == 10
+    print("heard")
+    assert capfd.readouterr().out == "heard\n"

@@ -108,7 +108,7 @@ def test_recomputed_or_reused_is_stepped_through(show):
         assert f"no cache: {30 * sum(range(3, 4 + at))} K/V pairs computed so far" in seen.text_content()
         root.page.keyboard.press("ArrowRight")
     root.get_by_role("button", name="play").click()  # at the end: from the start again
-    root.page.wait_for_function("root => root.dataset.at === '2'", arg=root.element_handle())
+    root.page.wait_for_function("root => root.dataset.step === '2'", arg=root.element_handle())
     tip = root.locator("[data-frame='2'] title").nth(3)
     assert tip.text_content() == "token 3 (\\n): computed again"
 

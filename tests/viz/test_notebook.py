@@ -4,17 +4,15 @@ import pytest
 
 from bros_ref.request import Request
 from bros_ref.viz import notebook
-from bros_ref.viz.notebook import check, device, show_source
+from bros_ref.viz.notebook import check, device, device_line, show_source
 
 
-@pytest.mark.parametrize(("asked", "gpu", "given"), [(None, "a GPU", "cpu"), ("cpu", "a GPU", "cpu"),
-                                                     ("cuda", None, "cpu"), ("cuda", "a GPU", "cuda")])
-def test_a_gpu_is_used_only_where_it_is_asked_for_and_there(monkeypatch, asked, gpu, given):
-    monkeypatch.setattr(notebook, "environment_stamp", lambda: {"gpu": gpu})
-    monkeypatch.delenv("BROS_REF_DEVICE", raising=False)
-    if asked is not None:
-        monkeypatch.setenv("BROS_REF_DEVICE", asked)
-    assert device() == given
+def test_the_line_names_the_device_that_models_get(monkeypatch):
+    monkeypatch.setattr(notebook, "environment_stamp", lambda: {"gpu": "a GPU", "cpu_model": "a CPU", "torch": "2"})
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(notebook, "compute_device", lambda name=name: name)
+        assert device() == name
+        assert device_line() == f"measured on {'a GPU' if name == 'cuda' else 'a CPU'}, torch 2"
 
 
 def test_a_check_says_what_is_wrong(capsys):
