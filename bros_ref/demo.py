@@ -1,7 +1,8 @@
 """The demo's workload: people asking short questions while a batch job works through long documents.
 
-Every text is made here. The KV pool is sized so that the batch alone asks for about 1.1 times what fits: that is
-where scheduling and KV sharing matter (with less, any policy is fine; with much more, none is).
+Every text is made here. The KV pool is sized so that a full batch of documents asks for 1.3 times what fits: with the
+questions' seats taken off, that is where scheduling and KV sharing matter (with less, any policy is fine; with much
+more, none is).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def demo_items(loaded: LoadedModel, seed: int, *, num_documents: int = 14, num_q
     return merge(documents, questions)
 
 
-def pool_blocks(items: list[WorkloadItem], max_num_seqs: int, block_size: int, oversubscription: float = 1.1) -> int:
+def pool_blocks(items: list[WorkloadItem], max_num_seqs: int, block_size: int, oversubscription: float = 1.3) -> int:
     """Blocks such that a full batch of best-effort requests asks for `oversubscription` times the pool.
 
     Never less than the largest request needs alone.
