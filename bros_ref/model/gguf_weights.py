@@ -78,6 +78,8 @@ class GGUFFile:
             byte_shape = quant_shape_to_byte_shape(shape, quantisation)
         except (KeyError, ValueError, IndexError) as error:  # IndexError: a shape without dimensions
             raise WeightsError(f"{self.describe(name)} has an unknown quantisation ({error})") from None
+        if 0 in shape:
+            raise WeightsError(f"{self.describe(name)} has a dimension of 0 ({tuple(shape)}): the file is damaged")
         stop = start + math.prod(byte_shape)
         if stop > self._bytes.size:
             raise WeightsError(f"{self.describe(name)} ends at byte {stop}, but the file has {self._bytes.size}: it is "
