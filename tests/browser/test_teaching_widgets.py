@@ -6,6 +6,7 @@ import random
 
 import pytest
 from browser.jupyter import CHROMIUM, FLAGS, RUN_ALL, jupyter_lab, why_not
+from browser.pages import wait_for
 
 from bros_ref.viz.causal_mask import BLOCK_SIZES, CausalMaskExplorer, MaskSetting, mask_note, mask_svg
 from bros_ref.viz.recomputed import ForwardPass, recomputed
@@ -103,12 +104,13 @@ def test_recomputed_or_reused_is_stepped_through(show):
     root = show(frames.to_html())
     root.locator("input").focus()
     for at, frame in enumerate(frames.frames):
+        wait_for(root, "step", at)  # drawn in the next animation frame
         assert root.locator("[role=status]").inner_text() == f"{at + 1} of 5: {frame.caption}"
         [seen] = [still for still in root.locator("svg").all() if still.is_visible()]
         assert f"no cache: {30 * sum(range(3, 4 + at))} K/V pairs computed so far" in seen.text_content()
         root.page.keyboard.press("ArrowRight")
     root.get_by_role("button", name="play").click()  # at the end: from the start again
-    root.page.wait_for_function("root => root.dataset.step === '2'", arg=root.element_handle())
+    wait_for(root, "step", 2)
     tip = root.locator("[data-frame='2'] title").nth(3)
     assert tip.text_content() == "token 3 (\\n): computed again"
 
