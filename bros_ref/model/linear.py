@@ -22,9 +22,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x [T, in], w [out, in], b [out] or None -> [T, out], contiguous.
 
     On a CPU, fp32, with at most FEW_ROWS rows, `w @ x.T` is computed as a batch of two halves of w: the BLAS splits a
-    batch over threads, where it would leave a thin product on one. All of SmolLM2's products, one thread of a Zen 4:
-    one row 23 ms instead of F.linear's 44; 8 rows 104 ms instead of 146, 32 rows 223 instead of 252 by oneDNN (with
-    AVX2 alone 8 rows and more are on a par).
+    batch over threads, where it would leave a thin product on one. More rows go to oneDNN, which was ahead on a Zen 4
+    with AVX-512 and on a par with AVX2 alone; `bros-ref bench engine` shows what the whole makes of it.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.linear(x, w, b)
