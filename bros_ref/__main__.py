@@ -1,5 +1,5 @@
 """`python -m bros_ref` is `bros-ref`."""
 
-from bros_ref.cli import main
+from bros_ref.cli.live import main
 
 main()

@@ -12,8 +12,8 @@ import torch
 from bros_ref.clock import VirtualClock
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine, Runner, StepFailed
+from bros_ref.engine.model_runner import ModelRunner
 from bros_ref.model.checksum import VOCAB_SIZE, ChecksumModel, next_token
-from bros_ref.model_runner import ModelRunner
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import make_scheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel

@@ -57,9 +57,10 @@ def imports_torch(module, sources):
 DECIDE_AND_ACCOUNT = [name for name in SOURCES if name.startswith(("bros_ref.scheduler", "bros_ref.kv_cache"))
                       and name != "bros_ref.kv_cache.storage"]
 WITHOUT_TORCH = [*DECIDE_AND_ACCOUNT, *(f"bros_ref.{name}" for name in (
-    "config", "request", "clock", "trace", "workload", "workload_files", "metrics", "engine", "serving", "streaming",
-    "cost_model", "simulated_runner", "simulate", "paper", "bounds", "reproduce", "cli_simulation"))]
-FOUNDATION = {"config": set(), "clock": set(), "request": set(), "trace": {"replay", "perfetto"}}
+    "config", "request", "clock", "files", "trace", "trace.metrics", "workload", "workload.files", "workload.paper",
+    "engine",    "engine.serve", "engine.detokenizer", "simulator.cost_model", "simulator.runner", "simulator.simulate",
+    "evaluation.optimality", "evaluation.reproduce", "cli.simulation"))]
+FOUNDATION = ("config", "clock", "request", "files", "kv_cache.blocks")
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
@@ -77,19 +78,23 @@ def test_the_torch_rule_sees_an_import_through_another_module():
 def test_the_vocabulary_needs_the_standard_library_only(module):
     import sys
 
-    own = {f"bros_ref.{name}" for name in FOUNDATION[module]}
     outside = {found for found in imports(SOURCES[f"bros_ref.{module}"], top_level_only=False)
-               if found.split(".")[0] not in sys.stdlib_module_names and not any(found.startswith(o) for o in own)}
+               if found.split(".")[0] not in sys.stdlib_module_names}
     assert not outside
 
 
-FORBIDDEN = {  # where -> what it must not name, anywhere
+FORBIDDEN = {  # room -> the rooms that it must not name, anywhere
+    "bros_ref.kv_cache": ("bros_ref.scheduler", "bros_ref.model", "bros_ref.engine", "bros_ref.trace"),
+    "bros_ref.scheduler": ("bros_ref.model", "bros_ref.engine", "bros_ref.trace", "bros_ref.kv_cache.storage"),
     "bros_ref.model": ("bros_ref.request", "bros_ref.scheduler", "bros_ref.engine", "bros_ref.trace"),
-    "bros_ref.kv_cache": ("bros_ref.scheduler", "bros_ref.model", "bros_ref.engine"),
-    "bros_ref.scheduler": ("bros_ref.model", "bros_ref.engine", "bros_ref.viz", "bros_ref.kv_cache.storage"),
+    "bros_ref.trace": ("bros_ref.engine", "bros_ref.model", "bros_ref.workload", "bros_ref.simulator"),
+    "bros_ref.workload": ("bros_ref.scheduler", "bros_ref.kv_cache", "bros_ref.engine", "bros_ref.model"),
+    "bros_ref.engine": ("bros_ref.simulator",),
     "bros_ref.viz": ("bros_ref.engine", "bros_ref.scheduler", "bros_ref.kv_cache", "bros_ref.model", "torch"),
+    "bros_ref.viz.figures": ("bros_ref.viz.widgets",),
     "bros_ref": ("notebooks", "tests"),
 }
+TOP = ("cli", "evaluation", "server", "integrations")  # rooms that nothing below them names
 
 
 def broken_edges(sources):
@@ -103,9 +108,53 @@ def test_no_forbidden_edge():
     assert broken_edges({"bros_ref.viz.x": "from bros_ref.engine import LLMEngine"})
 
 
+def uses_of_top(sources):
+    """(module, found): a module of a lower room that names one of the top rooms."""
+    return [(module, found) for module, source in sources.items()
+            for found in imports(source, top_level_only=False) for room in TOP
+            if (found + ".").startswith(f"bros_ref.{room}.") and module.split(".")[1:2] not in [[top] for top in TOP]
+            and module != "bros_ref.__main__"]
+
+
+def test_nothing_below_them_names_the_top_rooms():
+    assert uses_of_top(SOURCES) == []
+    assert uses_of_top({"bros_ref.engine.x": "def f():\n    from bros_ref.cli.live import main"})
+
+
+def test_no_import_circle():
+    """In the order of imports at the top of modules, each module comes after all that it imports."""
+    assert circle(SOURCES) is None
+    assert circle({"a": "import b", "b": "import a"}) is not None
+
+
+def circle(sources):
+    graph = {module: {found for found in imports(source) if found in sources and found != module}
+             for module, source in sources.items()}
+    while graph:
+        free = [module for module, needs in graph.items() if not needs & graph.keys()]
+        if not free:
+            return sorted(graph)
+        for module in free:
+            del graph[module]
+    return None
+
+
+CORE = ("scheduler", "kv_cache", "model", "engine", "request", "config", "trace")
+BESIDE_THE_CORE = (  # read one at a time, each on its own
+    "bros_ref.scheduler.baselines", "bros_ref.trace.replay", "bros_ref.trace.perfetto", "bros_ref.trace.metrics")
+MAX_CORE_LINES = 5_500
+
+
+def test_the_core_stays_readable():
+    lines = {module: len(source.splitlines()) for module, source in SOURCES.items()
+             if module.split(".")[1:2] and module.split(".")[1] in CORE and not module.startswith(BESIDE_THE_CORE)}
+    assert lines
+    assert sum(lines.values()) <= MAX_CORE_LINES, sum(lines.values())
+
+
 def test_only_the_benchmark_names_transformers():
     users = [module for module, source in SOURCES.items() if "transformers" in imports(source, top_level_only=False)]
-    assert users == ["bros_ref.bench.reference"]
+    assert users == ["bros_ref.evaluation.bench.reference"]
 
 
 KERNEL_SOURCES = {module_name(path): path.read_text() for path in sorted((ROOT / "kernels_cupy").rglob("*.py"))}
@@ -121,11 +170,17 @@ def test_kernels_know_nothing_of_the_package():
     assert len(KERNEL_SOURCES) > 5
 
 
+def test_what_runs_kernels_does_not_need_what_proves_them():
+    users = [module for module, source in KERNEL_SOURCES.items() if not module.startswith("kernels_cupy.proof")
+             and any(found.startswith("kernels_cupy.proof") for found in imports(source, top_level_only=False))]
+    assert users == []
+
+
 def test_only_the_backends_name_the_kernels():
     users = {module for module, source in SOURCES.items()
              if any(found.startswith("kernels_cupy") for found in imports(source, top_level_only=False))}
-    assert users <= {"bros_ref.model.backends", "bros_ref.cli_kernels", "bros_ref.bench.kernels",
-                     "bros_ref.bench.peers"}
+    assert users <= {"bros_ref.model.backends", "bros_ref.cli.kernels", "bros_ref.evaluation.bench.kernels",
+                     "bros_ref.evaluation.bench.peers"}
     assert users
 
 

@@ -13,7 +13,7 @@ import torch
 
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine
-from bros_ref.live import LiveSettings, load_model, make_runner
+from bros_ref.engine.build import LiveSettings, load_model, make_runner
 from bros_ref.request import SLO, Request, RequestClass, SamplingParams
 from bros_ref.scheduler import make_scheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
@@ -73,8 +73,8 @@ from dataclasses import replace
 from bros_ref.config import KVCacheConfig
 from bros_ref.engine import LLMEngine
 from bros_ref.model.decoder import Decoder
-from bros_ref.model.parameters import RANDOM_FAMILIES, random_parameters
-from bros_ref.model_runner import ModelRunner
+from bros_ref.model.weights.parameters import RANDOM_FAMILIES, random_parameters
+from bros_ref.engine.model_runner import ModelRunner
 from bros_ref.request import Request, RequestClass, SamplingParams
 from bros_ref.config import SchedulerConfig
 from bros_ref.scheduler import make_scheduler

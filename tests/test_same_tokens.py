@@ -9,10 +9,10 @@ from harness import FailingRunner, alone, checksum_engine, random_requests, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bros_ref.metrics import summarise
 from bros_ref.request import RequestStatus
 from bros_ref.scheduler import POLICIES
 from bros_ref.scheduler.latency_model import StepLatencyModel
+from bros_ref.trace.metrics import summarise
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -63,7 +63,7 @@ def test_everything_that_can_go_wrong_at_once_costs_nobody_else_a_token(policy, 
         expected = alone(request)
         assert request.output_token_ids == expected[:len(request.output_token_ids) if cut_short else None]
     assert engine.scheduler.kv.num_used_blocks == 0
-    assert not engine.scheduler.kv.lost_tokens
+    assert not engine.scheduler.kv.offloaded_tokens
     host_store = getattr(engine.scheduler.kv, "host", None)
     assert host_store is None or host_store.num_unused == host_store.num_blocks
     json.dumps(summarise(engine.trace), allow_nan=False)

@@ -11,9 +11,9 @@ import random
 from pathlib import Path
 
 from bros_ref.request import SLO, RequestClass
-from bros_ref.simulate import SimulationSettings, run
+from bros_ref.simulator.simulate import SimulationSettings, run
 from bros_ref.trace import Trace
-from bros_ref.viz.kv_blocks import block_map, busiest_step
+from bros_ref.viz.figures.kv_blocks import block_map, busiest_step
 from bros_ref.workload import WorkloadItem
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "kv_blocks.svg"

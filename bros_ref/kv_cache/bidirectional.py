@@ -38,7 +38,7 @@ class PreemptionRow(NamedTuple):
     logical_block: int
     block_id: int  # ON_HOST if nothing of it is left on the device
     rt_request: str | None
-    lost_tokens: int
+    offloaded_tokens: int
 
 
 class BidirectionalKVCacheManager(KVCacheManager):
@@ -122,7 +122,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
             self._log_block(sequence, len(sequence.block_ids) - 1)
 
         # 4. Now the front advances: save what it is about to overwrite, then bring back what this RT had lost.
-        restored = list(sequence.lost)
+        restored = list(sequence.offloaded)
         for index in restored:
             self._restore(sequence, index)
         sequence.num_slots = wanted_slots
@@ -137,7 +137,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
             return False
         for index in moves:
             self._relocate(sequence, index)
-        for index in list(sequence.lost):
+        for index in list(sequence.offloaded):
             self._restore(sequence, index)
         for _ in range(num_new):
             self._attach_free(sequence)
@@ -147,7 +147,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
     def _be_needs(self, sequence: KVSequence, num_new_tokens: int) -> tuple[list[int], int]:
         """Logical blocks that must move to an empty block before this BE runs, and how many more it needs."""
         blocks, table = self.pool.blocks, sequence.block_ids
-        moves = [i for i in sequence.lost if table[i] == ON_HOST or blocks[table[i]].rt is not None]
+        moves = [i for i in sequence.offloaded if table[i] == ON_HOST or blocks[table[i]].rt is not None]
         tail = len(table) - 1
         if tail >= 0 and tail not in moves:
             block, fill = blocks[table[tail]], sequence.fill(tail)
@@ -198,7 +198,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
                 self.pool.detach(sequence, index)
         for host_block in sequence.host_blocks.values():
             self.host.release(host_block)
-        self.lost_tokens.pop(request_id, None)
+        self.offloaded_tokens.pop(request_id, None)
         self._changes.block_changes.append([request_id, -1, -1])
 
     # -- choosing what to preempt -----------------------------------------------------------------------------
@@ -287,8 +287,8 @@ class BidirectionalKVCacheManager(KVCacheManager):
         copies.checkpoint += zip(sequence.slots(index, live - count, live), range(first + live - count, first + live),
                                  strict=True)
         copies.checkpointed_requests.add(sequence.request_id)
-        sequence.lost[index] = sequence.lost.get(index, 0) + count
-        self.lost_tokens[sequence.request_id] = self.lost_tokens.get(sequence.request_id, 0) + count
+        sequence.offloaded[index] = sequence.offloaded.get(index, 0) + count
+        self.offloaded_tokens[sequence.request_id] = self.offloaded_tokens.get(sequence.request_id, 0) + count
         sequence.headroom = 0
         self._log_lost(sequence, index)
 
@@ -304,14 +304,14 @@ class BidirectionalKVCacheManager(KVCacheManager):
 
     def _restore(self, sequence: KVSequence, index: int) -> None:
         """Orders the copy of a logical block's lost tokens back to the device; its host block is done with."""
-        lost, fill = sequence.lost.pop(index), sequence.fill(index)
+        offloaded, fill = sequence.offloaded.pop(index), sequence.fill(index)
         host_block = sequence.host_blocks.pop(index)
         first = host_block * self.block_size
-        self._changes.copies.restore += zip(range(first + fill - lost, first + fill),
-                                            sequence.slots(index, fill - lost, fill), strict=True)
-        self.lost_tokens[sequence.request_id] -= lost
-        if not self.lost_tokens[sequence.request_id]:
-            del self.lost_tokens[sequence.request_id]
+        self._changes.copies.restore += zip(range(first + fill - offloaded, first + fill),
+                                            sequence.slots(index, fill - offloaded, fill), strict=True)
+        self.offloaded_tokens[sequence.request_id] -= offloaded
+        if not self.offloaded_tokens[sequence.request_id]:
+            del self.offloaded_tokens[sequence.request_id]
         self.host.release(host_block)
         self._log_lost(sequence, index)
 
@@ -323,11 +323,11 @@ class BidirectionalKVCacheManager(KVCacheManager):
         self._changes.block_changes.append([sequence.request_id, index, sequence.block_ids[index]])
 
     def _log_lost(self, sequence: KVSequence, index: int) -> None:
-        self._changes.lost.append([sequence.request_id, index, sequence.lost.get(index, 0)])
+        self._changes.offloaded.append([sequence.request_id, index, sequence.offloaded.get(index, 0)])
 
     # -- questions --------------------------------------------------------------------------------------------
 
-    def makes_room(self, victim_id: str, request_id: str) -> bool:
+    def frees_blocks_for(self, victim_id: str, request_id: str) -> bool:
         """A victim that only shares blocks empties none; it still helps the one that it shares a block with."""
         blocks = (self.pool.blocks[block_id] for block_id in self.block_table(victim_id) if block_id != ON_HOST)
         return any(block.rt is None or block.rt.request_id in (victim_id, request_id) for block in blocks)
@@ -341,10 +341,10 @@ class BidirectionalKVCacheManager(KVCacheManager):
                 continue
             for index, block_id in enumerate(sequence.block_ids):
                 rt = self.pool.blocks[block_id].rt if block_id != ON_HOST else None
-                lost = sequence.lost.get(index, 0)
-                if rt is not None or lost:
+                offloaded = sequence.offloaded.get(index, 0)
+                if rt is not None or offloaded:
                     rt_id = None if rt is None else rt.request_id
-                    rows.append(PreemptionRow(sequence.request_id, index, block_id, rt_id, lost))
+                    rows.append(PreemptionRow(sequence.request_id, index, block_id, rt_id, offloaded))
         return rows
 
     def check_integrity(self) -> None:
@@ -358,12 +358,12 @@ class BidirectionalKVCacheManager(KVCacheManager):
                                       f"{self.host.num_unused} unused != {self.host.num_blocks}")
 
     def _check_lost(self, sequence: KVSequence) -> None:
-        who, num_lost = f"request {sequence.request_id!r}", self.lost_tokens.get(sequence.request_id, 0)
-        if num_lost != sum(sequence.lost.values()) or set(sequence.lost) != set(sequence.host_blocks):
-            raise CacheIntegrityError(f"{who}: {num_lost} lost tokens, by block {sequence.lost}, "
+        who, num_offloaded = f"request {sequence.request_id!r}", self.offloaded_tokens.get(sequence.request_id, 0)
+        if num_offloaded != sum(sequence.offloaded.values()) or set(sequence.offloaded) != set(sequence.host_blocks):
+            raise CacheIntegrityError(f"{who}: {num_offloaded} lost tokens, by block {sequence.offloaded}, "
                                       f"host blocks {sequence.host_blocks}")
         for index, block_id in enumerate(sequence.block_ids):
-            lost, fill = sequence.lost.get(index, 0), sequence.fill(index)
-            if not (lost == fill if block_id == ON_HOST else 0 <= lost < fill):
-                raise CacheIntegrityError(f"{who}: logical block {index} has {fill} tokens, {lost} of them on the host "
-                                          f"only, and device block {block_id}")
+            offloaded, fill = sequence.offloaded.get(index, 0), sequence.fill(index)
+            if not (offloaded == fill if block_id == ON_HOST else 0 <= offloaded < fill):
+                raise CacheIntegrityError(f"{who}: logical block {index} has {fill} tokens, {offloaded} of them on the "
+                                          f"host only, and device block {block_id}")

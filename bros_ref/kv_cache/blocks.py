@@ -21,12 +21,40 @@ class CacheIntegrityError(AssertionError):
     """The accounts do not add up. The message carries all the numbers."""
 
 
+@dataclass(slots=True)
+class BlockView:
+    """One block at one moment. RT tokens fill slots from the left; BE tokens from the right, of which the newest
+    `overwritten` are no longer there (they live on the host).
+
+    `rt_index`, `be_index`: which logical block of its owner this is, so that a figure can name token positions; two
+    views of the same slots are equal whether or not their maker filled them in.
+    """
+
+    rt_owner: str | None = None
+    rt_fill: int = 0
+    be_owner: str | None = None
+    be_fill: int = 0
+    overwritten: int = 0
+    rt_index: int = field(default=0, compare=False)
+    be_index: int = field(default=0, compare=False)
+
+    @property
+    def state(self) -> str:
+        """"empty" | "rt_only" | "be_only" | "shared"."""
+        if self.rt_owner is not None and self.be_owner is not None:
+            return "shared"
+        if self.rt_owner is not None:
+            return "rt_only"
+        return "empty" if self.be_owner is None else "be_only"
+
+
 @dataclass(eq=False, slots=True)
 class KVSequence:
     """One request's KV: which block holds which part of it, and which tokens live on the host only.
 
-    Token t lies in logical block `t // B` at offset `t % B`. `lost[i]` is how many of the *newest* tokens of logical
-    block i live on the host only; what survives on the device is always a prefix of the block's tokens (paper, 3).
+    Token t lies in logical block `t // B` at offset `t % B`. `offloaded[i]` is how many of the *newest* tokens of
+    logical block i live on the host only; what survives on the device is always a prefix of the block's tokens
+    (paper, 3).
     """
 
     request_id: str
@@ -37,7 +65,7 @@ class KVSequence:
     num_slots: int = 0  # tokens stored, or reserved by the current step
     headroom: int = 0  # tokens that can be appended without looking at any block
     step: int = -1  # the step it was last given slots in: a sequence of the current step is no victim
-    lost: dict[int, int] = field(default_factory=dict)  # logical block -> newest tokens that are on the host only
+    offloaded: dict[int, int] = field(default_factory=dict)  # logical block -> newest tokens that are on the host only
     host_blocks: dict[int, int] = field(default_factory=dict)  # logical block -> block of the host store
 
     def fill(self, index: int) -> int:
@@ -46,7 +74,7 @@ class KVSequence:
 
     def live(self, index: int) -> int:
         """Tokens of logical block `index` that are on the device."""
-        return self.fill(index) - self.lost.get(index, 0)
+        return self.fill(index) - self.offloaded.get(index, 0)
 
     def slot(self, index: int, offset: int) -> int:
         """Physical slot of a token, RT counting from the left end of its block and BE from the right."""
@@ -182,4 +210,4 @@ class KVChanges:
 
     copies: CopyPlan = field(default_factory=CopyPlan)
     block_changes: list[list[object]] = field(default_factory=list)
-    lost: list[list[object]] = field(default_factory=list)
+    offloaded: list[list[object]] = field(default_factory=list)

@@ -16,16 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bros_ref.config import KVCacheConfig
-from bros_ref.kv_cache.blocks import ON_HOST, BlockPool, CacheIntegrityError, KVChanges, KVSequence
+from bros_ref.kv_cache.blocks import ON_HOST, BlockPool, BlockView, CacheIntegrityError, KVChanges, KVSequence
 from bros_ref.request import Request
-from bros_ref.trace import BlockView
 
 
 class KVCacheManager:
     """Paged KV accounting as in PagedAttention (Kwon et al., SOSP 2023), without prefix sharing.
 
     Attributes:
-        lost_tokens: request id -> tokens to copy back from the host before it can run, its restore debt; only
+        offloaded_tokens: request id -> tokens to copy back from the host before it can run, its restore debt; only
             requests that have one are listed, and the baseline has none.
     """
 
@@ -34,7 +33,7 @@ class KVCacheManager:
         self.block_size = config.block_size
         self.pool = BlockPool(config.num_blocks)
         self._sequences: dict[str, KVSequence] = {}
-        self.lost_tokens: dict[str, int] = {}
+        self.offloaded_tokens: dict[str, int] = {}
         self._changes = KVChanges()
         self._step = 0
 
@@ -108,7 +107,7 @@ class KVCacheManager:
         table = self.block_table(request_id)
         return len(table) - table.count(ON_HOST)
 
-    def makes_room(self, victim_id: str, request_id: str) -> bool:
+    def frees_blocks_for(self, victim_id: str, request_id: str) -> bool:
         """Whether the other request finds more room once the victim, which holds blocks, is gone."""
         return True
 

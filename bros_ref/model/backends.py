@@ -69,7 +69,7 @@ def attention_backend(name: str = "auto", device: torch.device | str = "cpu") ->
     if (name == "cupy" and kind != "cuda") or (name == "cpu-emulated" and kind != "cpu"):
         raise ValueError(f"backend {name} does not run on device {kind}")
     if name == "cpu-emulated":
-        from kernels_cupy.emulator import Emulator
+        from kernels_cupy.proof.emulator import Emulator
 
         return KernelAttention(Emulator())
     if name == "cupy" or (name == "auto" and kind == "cuda"):

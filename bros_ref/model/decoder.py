@@ -19,7 +19,7 @@ from bros_ref.config import ModelConfig
 from bros_ref.kv_cache.storage import KVStorage
 from bros_ref.model.attention import AttentionFn, AttentionMetadata, paged_attention
 from bros_ref.model.linear import linear
-from bros_ref.model.parameters import Parameters, parameter_shapes
+from bros_ref.model.weights.parameters import Parameters, parameter_shapes
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Text to token ids and back: the checkpoint's own tokenizer, or plain bytes for toys.
 
 It knows vocabularies and chat templates, and nothing about models or requests. Text that comes token by token is
-`bros_ref.streaming`'s business.
+`bros_ref.engine.detokenizer`'s business.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
-from bros_ref.model.gguf_weights import open_gguf
-from bros_ref.model.hf_weights import read_json
-from bros_ref.model.parameters import BYTE_VOCABULARY
-from bros_ref.model.weights import RANDOM_PREFIX, locate
+from bros_ref.model.weights.gguf_file import open_gguf
+from bros_ref.model.weights.hf_folder import read_json
+from bros_ref.model.weights.load import RANDOM_PREFIX, locate
+from bros_ref.model.weights.parameters import BYTE_VOCABULARY
 
 Messages = str | Sequence[Mapping[str, str]]  # a user's prompt, or [{"role": ..., "content": ...}, ...]
 
@@ -111,7 +111,7 @@ class CheckpointTokenizer:
 
 
 def load_tokenizer(model: str) -> Tokenizer:
-    """The tokenizer of the model called `model`, by the names of `bros_ref.model.weights`.
+    """The tokenizer of the model called `model`, by the names of `bros_ref.model.weights.load`.
 
     Raises:
         WeightsError: there is no such model.

@@ -10,13 +10,13 @@ from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.kv_cache.bidirectional import BidirectionalKVCacheManager
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.baselines.round_robin import RoundRobinScheduler
+from bros_ref.scheduler.baselines.sglang_priority import SGLangPriorityScheduler
+from bros_ref.scheduler.baselines.tgi import TGIScheduler
+from bros_ref.scheduler.baselines.vllm_fcfs import VLLMFCFSScheduler
+from bros_ref.scheduler.baselines.vllm_priority import VLLMPriorityScheduler
 from bros_ref.scheduler.bros import BROSScheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
-from bros_ref.scheduler.round_robin import RoundRobinScheduler
-from bros_ref.scheduler.sglang_priority import SGLangPriorityScheduler
-from bros_ref.scheduler.tgi import TGIScheduler
-from bros_ref.scheduler.vllm_fcfs import VLLMFCFSScheduler
-from bros_ref.scheduler.vllm_priority import VLLMPriorityScheduler
 
 POLICIES: dict[str, tuple[type[Scheduler], Callable[[KVCacheConfig], KVCacheManager]]] = {
     "vllm-fcfs": (VLLMFCFSScheduler, KVCacheManager),
@@ -39,12 +39,12 @@ PLUS: dict[str, dict[str, Any]] = {
     "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
     "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
-BOUNDS = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
+REFERENCE_POLICIES = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
 
 
 def known_policies() -> list[str]:
     """Every name that `make_scheduler` takes."""
-    return [*POLICIES, *BOUNDS, *(f"bros+{option}" for option in PLUS)]
+    return [*POLICIES, *REFERENCE_POLICIES, *(f"bros+{option}" for option in PLUS)]
 
 
 def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfig,
@@ -60,5 +60,5 @@ def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfi
     changes = [PLUS[option]] if option else PLUS.values() if base == "bros-plus" else []
     for change in changes:
         config = replace(config, **change)
-    scheduler, manager = POLICIES["bros" if base in BOUNDS else base]
+    scheduler, manager = POLICIES["bros" if base in REFERENCE_POLICIES else base]
     return scheduler(config, manager(kv_config), latency, eos_token_ids)

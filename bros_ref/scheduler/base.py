@@ -18,23 +18,22 @@ from bros_ref.config import SchedulerConfig
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.latency_model import StepFeatures, StepLatencyModel
-from bros_ref.scheduler.output import SchedulerOutput
-from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS, TOKEN_BUDGET
+from bros_ref.scheduler.output import BATCH_CAP, DEADLINE, NO_BLOCKS, TOKEN_BUDGET, SchedulerOutput
 
 ITERATION_EMA = 0.1  # weight of the newest step in the moving average of iteration time
 BANKED_SHARE = 0.9  # of TPOT, that time is banked against; the rest is for iterations longer than predicted
 
 
 class Scheduler:
-    """What all policies share. A policy overrides `setup`, `enqueue`, `candidates`, and `make_room` if it preempts.
+    """What all policies share. A policy overrides `setup`, `enqueue`, `candidates`, and `preempt_for` if it preempts.
 
     Attributes:
         reserves_whole_requests: whether admission reserves blocks for all that a request may still generate.
         requests: all live requests, by id.
         running: requests that hold KV, in admission order.
-        seats, bound_s, exempt: limits of the step, which the policy sets; `bound_s` (with the model's safety factor
-            applied to predictions) is the longest iteration the deadlines allow, and `exempt` lifts it for one
-            candidate.
+        max_batch_size, step_budget_s, exempt: limits of the step, which the policy sets; `step_budget_s` (with the
+            model's safety factor applied to predictions) is the longest iteration the deadlines allow,
+            and `exempt` lifts it for one candidate.
         refusal: why the last candidate was not taken; None if it was.
     """
 
@@ -50,8 +49,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.step = 0
         self.iteration_s = 0.0  # moving average
-        self.seats = config.max_num_seqs
-        self.bound_s = math.inf
+        self.max_batch_size = config.max_num_seqs
+        self.step_budget_s = math.inf
         self.exempt = False
         self.refusal: str | None = None
         self.output = SchedulerOutput(0, 0.0)
@@ -72,11 +71,11 @@ class Scheduler:
         preempted in this step is refused by the loop."""
         raise NotImplementedError
 
-    def make_room(self, request: Request, num_new_tokens: int) -> bool:
+    def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
         """Called when the pool has no blocks for `request`. Returns True if it freed some and a retry makes sense."""
         return False
 
-    def may_enter(self, request: Request) -> bool:
+    def can_admit(self, request: Request) -> bool:
         """Whether the pool has room for all known tokens of a WAITING request, though its first chunk may need less:
         entering on the strength of a chunk ends in preempting one another (vLLM: `scheduler_reserve_full_isl`)."""
         return self.kv.blocks_for(request.num_tokens) <= self.kv.num_free_blocks
@@ -94,10 +93,10 @@ class Scheduler:
         """Decides one iteration. Expected scarcity is recorded in the output, never raised."""
         self.step += 1
         self.output = output = SchedulerOutput(self.step, now_s)
-        self.bound_s, self.exempt = math.inf, False
+        self.step_budget_s, self.exempt = math.inf, False
         self.begin_step(now_s)
         requests, counts, tables = output.requests, output.num_scheduled_tokens, output.block_tables
-        features, preempted, lost_tokens = output.features, output.preempted, self.kv.lost_tokens
+        features, preempted, offloaded_tokens = output.features, output.preempted, self.kv.offloaded_tokens
         allocate_slots, reserves, waiting = self.kv.allocate_slots, self.reserves_whole_requests, RequestStatus.WAITING
         safety, per_token_s, per_context_s = self.latency.safety, self.latency.c1, self.latency.c3
         predicted_s, max_tokens, step = self.latency.c0, self.config.max_num_batched_tokens, self.step
@@ -107,7 +106,7 @@ class Scheduler:
                 continue
 
             # 1. A seat, and tokens: a decode takes one, a prefill is cut to what fits if it may be.
-            if len(requests) >= self.seats:
+            if len(requests) >= self.max_batch_size:
                 self._refuse(request, BATCH_CAP)
                 break
             context = request.num_computed_tokens
@@ -125,22 +124,22 @@ class Scheduler:
 
             # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host. An empty
             #    batch takes its first whatever the bound: an idle machine helps nobody.
-            if (predicted_s + cost_s) * safety > self.bound_s and not self.exempt and requests:
+            if (predicted_s + cost_s) * safety > self.step_budget_s and not self.exempt and requests:
                 self._refuse(request, DEADLINE)
                 continue
-            restored = lost_tokens.get(request.request_id, 0) if lost_tokens else 0
+            restored = offloaded_tokens.get(request.request_id, 0) if offloaded_tokens else 0
             if restored and not self._restore_fits(restored):
                 self._refuse(request, DEADLINE)
                 continue
 
             # 3. Blocks, if need be after the policy has made room. A newcomer's whole prompt must fit.
-            if request.status is waiting and not self.may_enter(request):
+            if request.status is waiting and not self.can_admit(request):
                 self._refuse(request, NO_BLOCKS)
                 continue
             lookahead = request.max_total_tokens - count if reserves and request.status is waiting else 0
             table = allocate_slots(request, count, lookahead)
             if table is None:
-                table = self._allocate_after_making_room(request, count)
+                table = self._preempt_and_allocate(request, count)
                 features = output.features  # a victim may have left the batch
                 predicted_s = self.latency.predict(features)
                 if table is None:
@@ -182,8 +181,8 @@ class Scheduler:
         if count <= 0:
             self._refuse(request, TOKEN_BUDGET)
             return 0
-        if self.bound_s < math.inf:
-            spare_s = self.bound_s / self.latency.safety - predicted_s
+        if self.step_budget_s < math.inf:
+            spare_s = self.step_budget_s / self.latency.safety - predicted_s
             fitting = self.latency.max_new_tokens(spare_s, request.num_computed_tokens)
             if fitting < count:
                 smallest = min(count, config.min_chunk_tokens)
@@ -195,11 +194,11 @@ class Scheduler:
 
     def _restore_fits(self, restored_tokens: int) -> bool:
         copying_s = self.latency.restore_s_per_token * (self.output.features.restored_tokens + restored_tokens)
-        return self.exempt or not self.output.requests or copying_s * self.latency.safety <= self.bound_s
+        return self.exempt or not self.output.requests or copying_s * self.latency.safety <= self.step_budget_s
 
-    def _allocate_after_making_room(self, request: Request, count: int) -> list[int] | None:
+    def _preempt_and_allocate(self, request: Request, count: int) -> list[int] | None:
         table = None
-        while table is None and self.make_room(request, count):
+        while table is None and self.preempt_for(request, count):
             table = self.kv.allocate_slots(request, count)
         return table
 
@@ -210,7 +209,7 @@ class Scheduler:
         if output.requests:  # else nobody would run the copies: they wait for the next step that runs
             output.kv_changes = self.kv.take_changes()
         output.predicted_s = self.latency.predict(output.features)
-        output.bound_s = None if self.bound_s == math.inf else self.bound_s
+        output.step_budget_s = None if self.step_budget_s == math.inf else self.step_budget_s
         output.binding = next(reversed(output.left_out.values()), None)
         output.num_behind = len(self.requests) - len(output.requests) - len(output.left_out)
         output.num_used_blocks = self.kv.num_used_blocks

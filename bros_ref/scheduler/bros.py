@@ -47,8 +47,8 @@ from operator import attrgetter
 
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.output import BATCH_CAP, DEADLINE, NO_BLOCKS
 from bros_ref.scheduler.queues import FIFOQueue
-from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS
 
 by_due = attrgetter("due_s")
 TYPICAL_RT_EMA = 0.1  # weight of the newest RT in the picture of a typical one
@@ -62,7 +62,7 @@ class BROSScheduler(Scheduler):
         self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
-        self._forced: Request | None = None  # the BE that is due, until it was offered a place in this step
+        self._starving_be: Request | None = None  # the BE that is due, until it was offered a place in this step
         self._aside: Request | None = None  # the RT that leaves the last seat to BE
         self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
         self._deadline_bound = False  # whether a deadline kept somebody out of the last batch
@@ -95,19 +95,19 @@ class BROSScheduler(Scheduler):
         base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
         self._batch_cap = base if self._deadline_bound else min(2 * self._batch_cap, ceiling)
         self._deadline_bound = False
-        self.seats = self._batch_cap if self.config.batch_slow_start else ceiling
+        self.max_batch_size = self._batch_cap if self.config.batch_slow_start else ceiling
 
     def _sorted_be(self) -> list[Request]:
         """BE that hold KV, by (tokens to restore - aging * steps waited); a due one goes to the very front."""
         order = [request for request in self.running if not request.is_rt]
         order.sort(key=attrgetter("last_step"))
         oldest = order[0] if order else self._be_waiting.head()
-        lost, step, aging = self.kv.lost_tokens, self.step, self.config.be_aging_tokens_per_step
-        if lost:  # else the sort above has said it all
-            order.sort(key=lambda request: lost.get(request.request_id, 0) - aging * (step - request.last_step))
-        self._forced = None
+        offloaded, step, aging = self.kv.offloaded_tokens, self.step, self.config.be_aging_tokens_per_step
+        if offloaded:  # else the sort above has said it all
+            order.sort(key=lambda request: offloaded.get(request.request_id, 0) - aging * (step - request.last_step))
+        self._starving_be = None
         if oldest is not None and step - oldest.last_step > self.config.be_max_wait_steps:
-            self._forced = oldest
+            self._starving_be = oldest
             if order:
                 order.remove(oldest)
                 order.insert(0, oldest)
@@ -117,9 +117,9 @@ class BROSScheduler(Scheduler):
         late: list[Request] = []
         yield from self._urgent_rt(now_s, late)
         yield from self._late_rt(late)
-        rt_bound_s = self.bound_s
+        rt_budget_s = self.step_budget_s
         yield from self._best_effort()
-        yield from self._seat_back(rt_bound_s)
+        yield from self._seat_back(rt_budget_s)
 
     # -- real-time --------------------------------------------------------------------------------------------
 
@@ -128,7 +128,8 @@ class BROSScheduler(Scheduler):
 
         RUNNING and waiting RT are two sorted queues; sorting one after the other is a merge, in linear time.
         """
-        output, iteration_s, slack_s, lost = self.output, self.iteration_s, self.output.slack_s, self.kv.lost_tokens
+        output, iteration_s, slack_s = self.output, self.iteration_s, self.output.slack_s
+        offloaded = self.kv.offloaded_tokens
         safety = self.latency.safety
         decode_s, per_context_s = (self.latency.c0 + self.latency.c1) * safety, self.latency.c3 * safety
         be_present = bool(self._be_order or self._be_waiting.head())
@@ -144,17 +145,17 @@ class BROSScheduler(Scheduler):
             residual_s = request.due_s - now_s
             slack_s[request.request_id] = residual_s - iteration_s
             context = request.num_computed_tokens
-            is_plain_decode = request.num_tokens - context == 1 and request.request_id not in lost
+            is_plain_decode = request.num_tokens - context == 1 and request.request_id not in offloaded
             if residual_s < (decode_s + per_context_s * context if is_plain_decode else self._alone_s(request)):
                 late.append(request)
                 continue
-            if residual_s < self.bound_s:
-                self.bound_s = residual_s
+            if residual_s < self.step_budget_s:
+                self.step_budget_s = residual_s
 
             # 2. The last seat is the slackest RT's: a due BE goes first, and any BE if it has time (paper's step 3).
-            if be_present and len(output.requests) == self.seats - 1:
-                yield from self._offer_due_be()
-                if 0 < len(output.requests) < self.seats and residual_s > 2 * iteration_s * safety:
+            if be_present and len(output.requests) == self.max_batch_size - 1:
+                yield from self._offer_starving_be()
+                if 0 < len(output.requests) < self.max_batch_size and residual_s > 2 * iteration_s * safety:
                     self._refuse(request, BATCH_CAP)
                     self._aside = request
                     return
@@ -171,7 +172,7 @@ class BROSScheduler(Scheduler):
         waiting, num_seen = self._rt_waiting, 0
         on_time: list[Request] = []
         for request in waiting:
-            if len(on_time) == self.seats:
+            if len(on_time) == self.max_batch_size:
                 break
             num_seen += 1
             if request.status.is_end:
@@ -184,14 +185,14 @@ class BROSScheduler(Scheduler):
             waiting[:num_seen] = on_time
         return on_time
 
-    def _seat_back(self, rt_bound_s: float) -> Iterator[Request]:
+    def _seat_back(self, rt_budget_s: float) -> Iterator[Request]:
         """No BE could use the last seat: the RT that stood aside for it takes it after all."""
         aside = self._aside
-        if aside is None or len(self.output.requests) == self.seats:
+        if aside is None or len(self.output.requests) == self.max_batch_size:
             return
         is_newcomer = aside.status is RequestStatus.WAITING
         del self.output.left_out[aside.request_id]
-        self.bound_s = rt_bound_s
+        self.step_budget_s = rt_budget_s
         yield aside
         if is_newcomer and not self.refusal:
             self._rt_waiting.remove(aside)
@@ -200,8 +201,8 @@ class BROSScheduler(Scheduler):
         """RT past saving: those that hold KV by deadline, then the queue. One a step may be exempt from the bound."""
         may_exempt, longest_wait = True, self.config.be_max_wait_steps
         for request in chain(late, self._late_newcomers()):
-            if len(self.output.requests) == self.seats - 1:
-                yield from self._offer_due_be()
+            if len(self.output.requests) == self.max_batch_size - 1:
+                yield from self._offer_starving_be()
             self.exempt = may_exempt and self.step - request.last_step > longest_wait
             may_exempt = may_exempt and not self.exempt
             self.output.slack_s[request.request_id] = request.due_s - self.output.now_s - self.iteration_s
@@ -218,7 +219,7 @@ class BROSScheduler(Scheduler):
     def _alone_s(self, request: Request) -> float:
         """The shortest iteration that gets this request its next token (or chunk)."""
         latency, count = self.latency, self._next_chunk(request)
-        restoring_s = latency.restore_s_per_token * self.kv.lost_tokens.get(request.request_id, 0)
+        restoring_s = latency.restore_s_per_token * self.kv.offloaded_tokens.get(request.request_id, 0)
         return max(latency.c0 + latency.cost_s(count, request.num_computed_tokens), restoring_s) * latency.safety
 
     def _next_chunk(self, request: Request) -> int:
@@ -235,21 +236,21 @@ class BROSScheduler(Scheduler):
 
     # -- best-effort ------------------------------------------------------------------------------------------
 
-    def _offer_due_be(self) -> Iterator[Request]:
+    def _offer_starving_be(self) -> Iterator[Request]:
         """The due BE, once a step. If it cannot be placed, nothing is kept from those that come after it."""
-        due = self._forced
+        due = self._starving_be
         if due is None:
             return
         is_newcomer = due.status is RequestStatus.WAITING
         self.exempt = True
         yield due
-        self.exempt, self._forced = False, None
+        self.exempt, self._starving_be = False, None
         if is_newcomer and not self.refusal:
             self._be_waiting.pop()
 
     def _best_effort(self) -> Iterator[Request]:
-        self.bound_s = min(self.bound_s, self._newcomer_bound_s())
-        yield from self._offer_due_be()
+        self.step_budget_s = min(self.step_budget_s, self._newcomer_budget_s())
+        yield from self._offer_starving_be()
         starved, left_out = False, self.output.left_out
         for request in self._be_order[:1]:  # due perhaps, and its exempt chunk had no blocks: a smaller one may have
             left_out.pop(request.request_id, None)
@@ -272,7 +273,7 @@ class BROSScheduler(Scheduler):
             self._be_waiting.pop()
         self.exempt = False
 
-    def _newcomer_bound_s(self) -> float:
+    def _newcomer_budget_s(self) -> float:
         """The iteration after which a typical RT that arrives right now can still make its TTFT; no bound if even
         the shortest iteration would not do."""
         latency, prompt_tokens = self.latency, int(self._typical_prompt_tokens)
@@ -281,19 +282,20 @@ class BROSScheduler(Scheduler):
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
     def _a_decode_fits(self) -> bool:
-        return (self.latency.predict(self.output.features) + self.latency.c1) * self.latency.safety <= self.bound_s
+        soonest_s = (self.latency.predict(self.output.features) + self.latency.c1) * self.latency.safety
+        return soonest_s <= self.step_budget_s
 
     # -- shortage ---------------------------------------------------------------------------------------------
 
-    def may_enter(self, request: Request) -> bool:
+    def can_admit(self, request: Request) -> bool:
         """An RT takes room from BE, and a due BE from other BE; the rest need empty blocks for the whole prompt."""
-        return request.is_rt or request is self._forced or super().may_enter(request)
+        return request.is_rt or request is self._starving_be or super().can_admit(request)
 
-    def make_room(self, request: Request, num_new_tokens: int) -> bool:
+    def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
         """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
         last. The last resort for an RT is to swap out (else recompute) an RT that is less urgent."""
         if not request.is_rt:
-            if request.status is RequestStatus.WAITING and request is not self._forced:
+            if request.status is RequestStatus.WAITING and request is not self._starving_be:
                 return False  # a newcomer displaces nobody
             if self.kv.reclaim(request, num_new_tokens):
                 return True
@@ -315,7 +317,7 @@ class BROSScheduler(Scheduler):
         for other in reversed(self._be_order):
             if other is request:
                 return None
-            if self._can_give(other) and self.kv.makes_room(other.request_id, request.request_id):
+            if self._can_give(other) and self.kv.frees_blocks_for(other.request_id, request.request_id):
                 return other
         return None
 
@@ -332,7 +334,7 @@ class BROSScheduler(Scheduler):
 
         spared_s = -math.inf
         if not self.config.rt_displaces_eagerly:
-            if request.request_id in self.kv.lost_tokens and self._can_wait(request):
+            if request.request_id in self.kv.offloaded_tokens and self._can_wait(request):
                 return None
             if request.status is RequestStatus.WAITING and request.slo is not None:
                 spared_s = request.slo.ttft_s

@@ -11,6 +11,14 @@ from bros_ref.kv_cache.blocks import KVChanges
 from bros_ref.request import Request
 from bros_ref.scheduler.latency_model import StepFeatures
 
+# Why a runnable request sat out a step.
+DEADLINE = "deadline"  # taking it would make the most urgent real-time request late
+NO_BLOCKS = "no_blocks"  # its KV does not fit now
+BATCH_CAP = "batch_cap"  # every seat of the batch is taken
+TOKEN_BUDGET = "token_budget"  # the step's tokens are used up
+BEHIND = "behind"  # it stands behind one that could not be taken
+REASONS = (DEADLINE, NO_BLOCKS, BATCH_CAP, TOKEN_BUDGET, BEHIND)
+
 
 @dataclass(slots=True)
 class SchedulerOutput:
@@ -31,7 +39,7 @@ class SchedulerOutput:
     # why
     features: StepFeatures = field(default_factory=StepFeatures)
     predicted_s: float = 0.0  # without the safety factor
-    bound_s: float | None = None  # the longest iteration that the deadlines allow
+    step_budget_s: float | None = None  # the longest iteration that the deadlines allow
     binding: str | None = None  # the reason that ended the packing
     slack_s: dict[str, float] = field(default_factory=dict)  # of each real-time request that was looked at
     left_out: dict[str, str] = field(default_factory=dict)  # request id -> reason

@@ -7,8 +7,8 @@ from browser.jupyter import why_not
 from browser.pages import go_to, opened, violations, wait_for
 
 from bros_ref.trace import BEHIND
-from bros_ref.viz.dashboard import Dashboard
-from bros_ref.viz.style import REASON_LABELS
+from bros_ref.viz.figures.style import REASON_LABELS
+from bros_ref.viz.widgets.dashboard import Dashboard
 from tests.viz.factory import make_trace
 
 WHY_NOT = why_not()

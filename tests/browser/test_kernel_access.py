@@ -8,7 +8,7 @@ import pytest
 from browser.jupyter import why_not
 from browser.pages import opened, violations, wait_for
 
-from bros_ref.viz.kernel_access import SHARED, kernel_access
+from bros_ref.viz.widgets.kernel_access import SHARED, kernel_access
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")

@@ -9,11 +9,11 @@ import pytest
 from browser.jupyter import why_not
 from browser.pages import go_to, opened, violations, wait_for
 
-from bros_ref.paper import PaperWorkload
-from bros_ref.simulate import SimulationSettings, run
-from bros_ref.viz.kv_blocks import FILLS, MOVED, RESTORED
-from bros_ref.viz.player import BlockMapPlayer
-from bros_ref.viz.style import LOST_COLOUR
+from bros_ref.simulator.simulate import SimulationSettings, run
+from bros_ref.viz.figures.kv_blocks import FILLS, MOVED, RESTORED
+from bros_ref.viz.figures.style import LOST_COLOUR
+from bros_ref.viz.widgets.player import BlockMapPlayer
+from bros_ref.workload.paper import PaperWorkload
 from tests.viz.factory import make_trace
 
 WHY_NOT = why_not()

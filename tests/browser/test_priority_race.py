@@ -9,7 +9,7 @@ from browser.jupyter import why_not
 from browser.pages import opened, violations, wait_for
 from harness import checksum_engine, random_requests, run
 
-from bros_ref.viz.priority_race import PriorityRace, standings
+from bros_ref.viz.widgets.priority_race import PriorityRace, standings
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")

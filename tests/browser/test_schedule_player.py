@@ -6,10 +6,10 @@ import pytest
 from browser.jupyter import why_not
 from browser.pages import go_to, opened, violations, wait_for
 
-from bros_ref.paper import PaperWorkload
-from bros_ref.simulate import SimulationSettings, run
-from bros_ref.viz.gantt import CHART_W, HEAD_H, ROW_H, phase_steps, shown_steps, what_it_does
-from bros_ref.viz.schedule_player import SchedulePlayer
+from bros_ref.simulator.simulate import SimulationSettings, run
+from bros_ref.viz.figures.gantt import CHART_W, HEAD_H, ROW_H, phase_steps, shown_steps, what_it_does
+from bros_ref.viz.widgets.schedule_player import SchedulePlayer
+from bros_ref.workload.paper import PaperWorkload
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")

@@ -8,8 +8,8 @@ import pytest
 from browser.jupyter import CHROMIUM, FLAGS, RUN_ALL, jupyter_lab, why_not
 from browser.pages import wait_for
 
-from bros_ref.viz.causal_mask import BLOCK_SIZES, CausalMaskExplorer, MaskSetting, mask_note, mask_svg
-from bros_ref.viz.recomputed import ForwardPass, recomputed
+from bros_ref.viz.widgets.causal_mask import BLOCK_SIZES, CausalMaskExplorer, MaskSetting, mask_note, mask_svg
+from bros_ref.viz.widgets.recomputed import ForwardPass, recomputed
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
@@ -118,7 +118,7 @@ def test_recomputed_or_reused_is_stepped_through(show):
 PANEL = """from bros_ref.config import KVCacheConfig
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.request import SLO, Request, RequestClass, SamplingParams
-from bros_ref.viz.panels import PoolPanel
+from bros_ref.viz.widgets.panels import PoolPanel
 
 def request(i):
     return Request(f"r{i}", RequestClass.REAL_TIME, [1], SamplingParams(max_tokens=9), slo=SLO(1.0, 1.0)), 7

@@ -8,14 +8,14 @@ import pytest
 from browser.jupyter import OUTPUTS, RUN_ALL, jupyter_lab, why_not
 from browser.pages import opened, violations, wait_for
 
-from bros_ref.viz.what_if import WhatIf, sentence
+from bros_ref.viz.widgets.what_if import WhatIf, sentence
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
 SOURCE = """
-from bros_ref.paper import PaperWorkload
-from bros_ref.simulate import SimulationSettings, run
-from bros_ref.viz.what_if import Choice, WhatIf
+from bros_ref.workload.paper import PaperWorkload
+from bros_ref.simulator.simulate import SimulationSettings, run
+from bros_ref.viz.widgets.what_if import Choice, WhatIf
 
 def ask(question):
     settings = SimulationSettings("a100-40gb", "opt-13b", 2, kv_tokens=question["pool"])

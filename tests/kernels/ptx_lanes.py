@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kernels_cupy.ptx import PtxDevice
+from kernels_cupy.proof.ptx import PtxDevice
 
 HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
 _REGISTERS = """.reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<33>; .reg .f32 %f<33>; .reg .b64 %rd<33>;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kernels_cupy.emulator.build import CompilerMissing, compiler
+from kernels_cupy.proof.emulator.build import CompilerMissing, compiler
 
 
 def _why_no_emulator() -> str | None:

@@ -9,13 +9,13 @@ import torch
 from kernels.support import needs_emulator
 from typer.testing import CliRunner
 
-from bros_ref.bench.kernels import Case, bench_kernels, copy_bandwidth
-from bros_ref.bench.peers import peers
-from bros_ref.cli import app
-from kernels_cupy.contract import Batch, Heads
+from bros_ref.cli.live import app
+from bros_ref.evaluation.bench.kernels import Case, bench_kernels, copy_bandwidth
+from bros_ref.evaluation.bench.peers import peers
 from kernels_cupy.device import FOLDER
-from kernels_cupy.emulator import Emulator
 from kernels_cupy.gpu import why_unavailable
+from kernels_cupy.proof.contract import Batch, Heads
+from kernels_cupy.proof.emulator import Emulator
 
 HEADS = Heads(8, 2, 64, 16, torch.float16)
 RAGGED = (Case("ragged", (1, 16, 40)),)
@@ -84,8 +84,8 @@ class FakePeers:
 @needs_emulator
 def test_installed_peers_get_the_same_batch_and_are_verified_too(monkeypatch):
     fake = FakePeers()
-    monkeypatch.setattr("bros_ref.bench.peers._installed", lambda module: True)
-    monkeypatch.setattr("bros_ref.bench.peers.importlib.import_module", lambda name: fake)
+    monkeypatch.setattr("bros_ref.evaluation.bench.peers._installed", lambda module: True)
+    monkeypatch.setattr("bros_ref.evaluation.bench.peers.importlib.import_module", lambda name: fake)
     for block_size, names in ((16, ["FlashInfer", "vLLM flash-attn"]),
                               (256, ["FlashInfer", "flash-attn", "vLLM flash-attn"])):
         heads = Heads(4, 2, 64, block_size, torch.float16)
@@ -106,7 +106,7 @@ def test_peers_refuse_a_direction_and_are_left_out_where_they_are_not_installed(
 
 
 def test_copy_bandwidth_counts_both_ways(monkeypatch):
-    monkeypatch.setattr("bros_ref.bench.kernels.COPY_BYTES", 1000)
+    monkeypatch.setattr("bros_ref.evaluation.bench.kernels.COPY_BYTES", 1000)
     assert copy_bandwidth(lambda call: [1e-6], "cpu") == pytest.approx(2e9)
 
 

@@ -9,11 +9,18 @@ import torch
 from kernels.support import needs_emulator
 
 import kernels_cupy
-from bros_ref.cli_kernels import ladder_rows, with_ladder
-from kernels_cupy.compile import CompileError, Resources, compile_cubin, compile_ptx, machine_code, why_unavailable
-from kernels_cupy.contract import Heads
+from bros_ref.cli.kernels import ladder_rows, with_ladder
 from kernels_cupy.device import Kernel
-from kernels_cupy.static_report import LADDER, compiled, executed, kernel_of, main_loop, occupancy
+from kernels_cupy.proof.compile import (
+    CompileError,
+    Resources,
+    compile_cubin,
+    compile_ptx,
+    machine_code,
+    why_unavailable,
+)
+from kernels_cupy.proof.contract import Heads
+from kernels_cupy.proof.static_report import LADDER, compiled, executed, kernel_of, main_loop, occupancy
 
 WHY_NOT = why_unavailable()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"nothing can be compiled here: {WHY_NOT}")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from kernels.support import needs_emulator
 
-from kernels_cupy.contract import Batch, Heads, decode
-from kernels_cupy.emulator import Emulator, KernelFault
 from kernels_cupy.gpu import CupyDevice, why_unavailable
 from kernels_cupy.launch import STEPS, Problem, check_batch, choose_splits, copy_slots, paged_attention, store_kv
+from kernels_cupy.proof.contract import Batch, Heads, decode
+from kernels_cupy.proof.emulator import Emulator, KernelFault
 
 pytestmark = needs_emulator
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32

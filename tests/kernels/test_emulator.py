@@ -8,7 +8,7 @@ import torch
 from kernels.support import needs_emulator
 
 from kernels_cupy.device import Kernel
-from kernels_cupy.emulator import CompilerMissing, Emulator, KernelFault, build
+from kernels_cupy.proof.emulator import CompilerMissing, Emulator, KernelFault, build
 
 pytestmark = needs_emulator
 VECTOR_ADD = """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from kernels.support import needs_emulator
 
-from kernels_cupy.emulator import Emulator
-from kernels_cupy.mutations import EQUIVALENT, MUTANTS, RUNS, Mutant, outcome
+from kernels_cupy.proof.emulator import Emulator
+from kernels_cupy.proof.mutations import EQUIVALENT, MUTANTS, RUNS, Mutant, outcome
 
 pytestmark = needs_emulator
 

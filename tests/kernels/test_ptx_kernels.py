@@ -9,14 +9,14 @@ import pytest
 import torch
 from kernels.support import needs_emulator
 
-from kernels_cupy.compile import compile_ptx, why_unavailable
-from kernels_cupy.contract import Batch, Heads, decode, prefill
 from kernels_cupy.device import FOLDER
-from kernels_cupy.emulator import Emulator
 from kernels_cupy.launch import STEPS, copy_slots, store_kv
-from kernels_cupy.ptx import PtxDevice, PtxFault
-from kernels_cupy.ptx.parser import parse
-from kernels_cupy.static_report import LADDER, kernel_of
+from kernels_cupy.proof.compile import compile_ptx, why_unavailable
+from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.proof.emulator import Emulator
+from kernels_cupy.proof.ptx import PtxDevice, PtxFault
+from kernels_cupy.proof.ptx.parser import parse
+from kernels_cupy.proof.static_report import LADDER, kernel_of
 
 WHY_NOT = why_unavailable()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no PTX can be made here: {WHY_NOT}")

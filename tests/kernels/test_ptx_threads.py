@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from kernels.ptx_lanes import kernel, lanes, run
 
-from kernels_cupy.ptx import PtxDevice, PtxError, PtxFault
-from kernels_cupy.ptx.flow import blocks_of
-from kernels_cupy.ptx.parser import parse
+from kernels_cupy.proof.ptx import PtxDevice, PtxError, PtxFault
+from kernels_cupy.proof.ptx.flow import blocks_of
+from kernels_cupy.proof.ptx.parser import parse
 
 TID, LANE = np.arange(64, dtype=np.uint32), np.arange(64) % 32
 STORE = "mul.wide.u32 %rd10, %tid, 4; add.s64 %rd11, %rd0, %rd10; st.global.u32 [%rd11], %r1;"
@@ -81,7 +81,7 @@ def test_a_barrier_that_some_lanes_miss_is_named():
 
 
 def test_an_endless_loop_ends(monkeypatch):
-    monkeypatch.setattr("kernels_cupy.ptx.machine.MAX_TURNS", 50)
+    monkeypatch.setattr("kernels_cupy.proof.ptx.machine.MAX_TURNS", 50)
     with pytest.raises(RuntimeError, match="endless"):
         run(kernel("L: bra L;", 1), TID.copy())
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bros_ref.model.attention import AttentionMetadata, dense_attention
 from kernels_cupy import tensor_core_shapes as shapes
-from kernels_cupy.contract import Batch, Heads, decode, prefill
-from kernels_cupy.emulator import Emulator
 from kernels_cupy.launch_prefill import choose_kernel, prefill_attention
+from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.proof.emulator import Emulator
 
 pytestmark = needs_emulator
 

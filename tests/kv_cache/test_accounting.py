@@ -80,7 +80,7 @@ def test_sharing_free_middle_slots_copies_nothing():
     assert not manager._changes.copies
     memory.run_step([(rt, 2)])
     assert [view.state for view in manager.snapshot()].count("shared") == 1
-    assert [row.lost_tokens for row in manager.preemption_table()] == [0]
+    assert [row.offloaded_tokens for row in manager.preemption_table()] == [0]
 
 
 def test_only_the_slots_about_to_be_overwritten_are_checkpointed():
@@ -90,7 +90,7 @@ def test_only_the_slots_about_to_be_overwritten_are_checkpointed():
     memory.run_step([(rt, 2)])
     manager.begin_step([be])
     manager.allocate_slots(rt, 1)  # meets B5, the newest, and takes its slot alone
-    assert len(manager._changes.copies.checkpoint) == manager.lost_tokens["be"] == 1
+    assert len(manager._changes.copies.checkpoint) == manager.offloaded_tokens["be"] == 1
     memory.run_step([(rt, 1)])
     manager.check_integrity()
 
@@ -114,7 +114,7 @@ def test_restore_copies_back_only_what_was_lost_in_place_once_the_rt_has_left():
     memory.forget(rt)
     manager.begin_step([be])
     assert manager.allocate_slots(be, 1) is None  # B8 needs a third block
-    assert manager.lost_tokens["be"] == 3, "refused, so nothing was restored"
+    assert manager.offloaded_tokens["be"] == 3, "refused, so nothing was restored"
     be2 = make_request("be2", False)
     assert manager.allocate_slots(be2, 1) is None
     assert manager.block_table("be") == table
@@ -149,7 +149,7 @@ def test_a_fully_overwritten_block_leaves_its_best_effort_owner():
     rt = make_request("rt", True)
     manager.allocate_slots(rt, 4)
     assert ON_HOST in manager.block_table("be")
-    assert manager.lost_tokens["be"] == 4
+    assert manager.offloaded_tokens["be"] == 4
     memory.run_step([(rt, 4)])
     assert Counter(view.state for view in manager.snapshot()) == {"rt_only": 1, "be_only": 1}
 
@@ -166,7 +166,7 @@ def test_the_unit_of_preemption_is_what_an_rt_of_one_token_costs(unit, lost):
     manager, memory, _be = pending_be(8, unit=unit)
     rt = make_request("rt", True)
     assert manager.allocate_slots(rt, 1) is not None
-    assert manager.lost_tokens["be"] == lost
+    assert manager.offloaded_tokens["be"] == lost
     memory.run_step([(rt, 1)])
 
 
@@ -191,7 +191,7 @@ def test_reclaim_spares_those_ordered_before():
     manager.begin_step([first, last])
     assert not manager.reclaim(last, 1)
     assert manager.reclaim(first, 1)
-    assert manager.lost_tokens["last"] == 4
+    assert manager.offloaded_tokens["last"] == 4
 
 
 def break_double_free(manager):
@@ -207,7 +207,7 @@ def break_foreign_owner(manager):
 
 
 def break_lost_count(manager):
-    manager.lost_tokens["be"] = 1
+    manager.offloaded_tokens["be"] = 1
 
 
 def break_overlap(manager):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernels.support import needs_emulator
 
-from bros_ref.live import LiveSettings, load_model, make_engine, make_runner
+from bros_ref.engine.build import LiveSettings, load_model, make_engine, make_runner
 from bros_ref.model.backends import attention_backend
 from bros_ref.request import SLO, Request, RequestClass, SamplingParams
 

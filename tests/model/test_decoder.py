@@ -12,8 +12,8 @@ from torch import Tensor
 from bros_ref.model.attention import AttentionMetadata
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.linear import FEW_ROWS, linear
-from bros_ref.model.parameters import RANDOM_FAMILIES, parameter_shapes, random_parameters
-from bros_ref.model.weights import load_model_config, load_weights
+from bros_ref.model.weights.load import load_model_config, load_weights
+from bros_ref.model.weights.parameters import RANDOM_FAMILIES, parameter_shapes, random_parameters
 
 from .checkpoints import CHECKPOINTS, Sequences, make_hf, save
 

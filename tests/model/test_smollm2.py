@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bros_ref.config import ModelConfig
 from bros_ref.model.decoder import Decoder
-from bros_ref.model.parameters import Parameters
 from bros_ref.model.tokenizer import load_tokenizer
-from bros_ref.model.weights import load_model_config, load_weights
+from bros_ref.model.weights.load import load_model_config, load_weights
+from bros_ref.model.weights.parameters import Parameters
 
 from .checkpoints import Sequences
 from .test_tokenizer import smollm2_is_here

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from bros_ref.engine.detokenizer import IncrementalDecoder
 from bros_ref.model.tokenizer import (
     ByteTokenizer,
     CheckpointTokenizer,
@@ -19,8 +20,7 @@ from bros_ref.model.tokenizer import (
     TokenizerError,
     load_tokenizer,
 )
-from bros_ref.model.weights import WeightsError, locate
-from bros_ref.streaming import IncrementalDecoder
+from bros_ref.model.weights.load import WeightsError, locate
 
 CORPUS = ["the quick brown fox jumps over the lazy dog 0123456789",
           "größe naïve 日本語 🎉 👩‍🚀", "def f(x):\n  return x"] * 3

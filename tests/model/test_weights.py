@@ -14,10 +14,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bros_ref.model import weights as weights_module
-from bros_ref.model.parameters import RANDOM_FAMILIES, Parameters, parameter_shapes
 from bros_ref.model.tokenizer import TokenizerError, load_tokenizer
-from bros_ref.model.weights import WeightsError, load_model_config, load_weights
+from bros_ref.model.weights import load as weights_module
+from bros_ref.model.weights.load import WeightsError, load_model_config, load_weights
+from bros_ref.model.weights.parameters import RANDOM_FAMILIES, Parameters, parameter_shapes
 
 from .checkpoints import make_hf, save
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bros_ref.request import RequestStatus
 from bros_ref.scheduler import POLICIES
-from bros_ref.scheduler.sglang_priority import INITIAL_NEW_TOKEN_RATIO, MIN_NEW_TOKEN_RATIO
+from bros_ref.scheduler.baselines.sglang_priority import INITIAL_NEW_TOKEN_RATIO, MIN_NEW_TOKEN_RATIO
 from bros_ref.trace import BATCH_CAP, NO_BLOCKS
 
 CHUNKED = {"chunked_prefill": True}

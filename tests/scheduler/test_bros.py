@@ -28,7 +28,7 @@ def test_the_residual_of_the_most_urgent_keeps_a_long_best_effort_prefill_out():
     decided = decider.decide()
     assert "be0" not in decided
     assert decider.output.left_out["be0"] == DEADLINE
-    assert decider.output.bound_s <= 0.1
+    assert decider.output.step_budget_s <= 0.1
 
 
 def test_a_late_request_sets_no_bound_but_still_goes_before_best_effort():
@@ -58,7 +58,7 @@ def test_newcomers_of_best_effort_displace_nobody():
     decider.add("be1", prompt_tokens=8, max_tokens=2)
     decider.step()
     assert decider.output.left_out == {"be1": NO_BLOCKS}
-    assert not decider.kv.lost_tokens
+    assert not decider.kv.offloaded_tokens
 
 
 def test_the_last_resort_swaps_out_the_real_time_request_with_the_most_slack():
@@ -67,7 +67,7 @@ def test_the_last_resort_swaps_out_the_real_time_request_with_the_most_slack():
     decider.step()
     decider.add("rt-urgent", prompt_tokens=12, max_tokens=4, slo=SLO(0.5, 0.5))
     assert "rt-urgent" in decider.step()
-    assert decider.kv.lost_tokens["rt-easy"] > 0
+    assert decider.kv.offloaded_tokens["rt-easy"] > 0
     decider.kv.check_integrity()
 
 
@@ -125,7 +125,7 @@ def test_an_iteration_leaves_room_for_a_real_time_request_that_has_not_arrived_y
     decider.add("be1", prompt_tokens=600)
     decider.step()
     own_s = 0.010 + 0.001 * 20 + 0.00001 * 20 * 10
-    assert decider.output.bound_s == pytest.approx(0.1 - own_s)
+    assert decider.output.step_budget_s == pytest.approx(0.1 - own_s)
     assert decider.output.predicted_s <= 0.1 - own_s
 
 
@@ -160,7 +160,7 @@ def test_a_lazy_newcomer_displaces_only_a_real_time_request_that_can_wait_as_lon
     decider.step()
     decider.add("rt-newcomer", prompt_tokens=12, max_tokens=4, slo=SLO(0.3 if displaced else 0.5, 0.3))
     decider.decide()
-    assert ("rt-started" in decider.kv.lost_tokens) is displaced
+    assert ("rt-started" in decider.kv.offloaded_tokens) is displaced
     assert (decider.output.left_out.get("rt-newcomer") == NO_BLOCKS) is not displaced
 
 
@@ -171,7 +171,7 @@ def test_a_swapped_out_request_that_can_wait_comes_back_at_nobodys_cost_if_lazy(
     decider.step()
     decider.add("rt-holding", prompt_tokens=12, max_tokens=4, slo=SLO(0.5, 0.5))
     decider.step()
-    assert decider.kv.lost_tokens["rt-waiting"] > 0
+    assert decider.kv.offloaded_tokens["rt-waiting"] > 0
     holding = decider.scheduler.requests["rt-holding"]
     holding.deadline_s = holding.due_s = waiting.due_s + 1.0  # now the other is the more urgent one, though not urgent
     assert ("rt-waiting" in decider.decide()) is comes_back
@@ -205,7 +205,7 @@ def test_the_batch_cap_is_the_papers_and_an_option(policy, seats):
     assert decider.output.left_out == {"rt-long": DEADLINE}
     decider.compute()
     decider.decide()
-    assert decider.scheduler.seats == seats
+    assert decider.scheduler.max_batch_size == seats
 
 
 @pytest.mark.parametrize("policy", ["bros", "bros-plus", "bros-swap-block", "bros-swap-request", "bros-recompute"])

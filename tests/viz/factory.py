@@ -101,9 +101,9 @@ def _step(toy: Toy) -> bool:
 
 def _empty_step(toy: Toy) -> StepRecord:
     return StepRecord(step=len(toy.trace.steps), start_s=toy.now_s, duration_s=0.0,
-                      schedule_s=float(toy.rng.uniform(2e-4, 9e-4)), predicted_s=None, bound_s=None, binding=None,
+                      schedule_s=float(toy.rng.uniform(2e-4, 9e-4)), predicted_s=None, step_budget_s=None, binding=None,
                       scheduled={}, emitted=[], finished={}, preempted={}, slack_s={}, left_out={}, num_behind=0,
-                      block_changes=[], lost=[], copied={}, recomputed_tokens=0, num_waiting=0, num_running=0,
+                      block_changes=[], offloaded=[], copied={}, recomputed_tokens=0, num_waiting=0, num_running=0,
                       used_blocks=0)
 
 
@@ -132,7 +132,7 @@ def _admit(toy: Toy, step: StepRecord, request: Request, behind: list[Request]) 
 def _run(toy: Toy, step: StepRecord) -> None:
     """Takes the changes, lets time pass, hands out tokens, frees what has ended."""
     changes = toy.manager.take_changes()
-    step.block_changes, step.lost = list(changes.block_changes), list(changes.lost)
+    step.block_changes, step.offloaded = list(changes.block_changes), list(changes.offloaded)
     step.copied = {kind: len(getattr(changes.copies, kind)) for kind in ("checkpoint", "restore", "relocate")}
     step.used_blocks = toy.manager.num_used_blocks
     step.num_running, step.num_waiting = len(step.scheduled), len(toy.requests) - len(step.scheduled)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bros_ref.model.attention import AttentionMetadata
-from bros_ref.viz.causal_mask import (
+from bros_ref.viz.widgets.causal_mask import (
     EARLY,
     FOREIGN,
     LATER,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bros_ref.metrics import request_timings
 from bros_ref.trace import REASONS, Trace
-from bros_ref.viz.dashboard import Dashboard, Moments
+from bros_ref.trace.metrics import request_timings
+from bros_ref.viz.widgets.dashboard import Dashboard, Moments
 from tests.viz.factory import make_trace
 from tests.viz.test_player import pool_after
 

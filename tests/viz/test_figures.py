@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bros_ref.metrics import request_timings, summarise
 from bros_ref.trace import BEHIND, NO_BLOCKS, PHASES, REASONS, BlockView, Trace
-from bros_ref.viz import charts, kv_blocks, timeline
-from bros_ref.viz.style import BLOCK_LOOKS, PHASE_LOOKS, REASON_LABELS, policy_look, svg_pattern
+from bros_ref.trace.metrics import request_timings, summarise
+from bros_ref.viz.figures import charts, kv_blocks, timeline
+from bros_ref.viz.figures.style import BLOCK_LOOKS, PHASE_LOOKS, REASON_LABELS, policy_look, svg_pattern
 from tests.viz.factory import TARGETS, make_trace
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from kernels.support import needs_emulator
 
-from bros_ref.viz.frames import Frame, Frames
-from bros_ref.viz.kernel_access import kernel_access, request_svg, warp_requests
-from kernels_cupy.contract import Batch, Heads, decode
-from kernels_cupy.emulator import Emulator
+from bros_ref.viz.widgets.frames import Frame, Frames
+from bros_ref.viz.widgets.kernel_access import kernel_access, request_svg, warp_requests
+from kernels_cupy.proof.contract import Batch, Heads, decode
+from kernels_cupy.proof.emulator import Emulator
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bros_ref.viz.ladder import PANEL_W, ladder_svg
+from bros_ref.viz.figures.ladder import PANEL_W, ladder_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 numbers = st.none() | st.floats(1, 500)

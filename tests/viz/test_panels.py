@@ -6,7 +6,7 @@ from harness import checksum_engine, make_request
 from bros_ref.config import KVCacheConfig
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.trace import BlockView
-from bros_ref.viz.panels import InjectPanel, PoolPanel, holdings
+from bros_ref.viz.widgets.panels import InjectPanel, PoolPanel, holdings
 
 
 def panel(num_blocks=12):

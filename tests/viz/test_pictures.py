@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bros_ref.viz.kv_blocks import COPY_LABELS, FILLS
+from bros_ref.viz.figures.kv_blocks import COPY_LABELS, FILLS
 
 ROOT = Path(__file__).resolve().parents[2]
 

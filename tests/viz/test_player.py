@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bros_ref.trace import BlockView, Trace
-from bros_ref.viz.player import BlockMapPlayer, pool_changes, pool_data
+from bros_ref.viz.widgets.player import BlockMapPlayer, pool_changes, pool_data
 from tests.viz.factory import make_trace
 
 

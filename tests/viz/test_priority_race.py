@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bros_ref.trace import Trace
-from bros_ref.viz.priority_race import PriorityRace, most_telling_step, race_note, standings
-from bros_ref.viz.style import REASON_LABELS
+from bros_ref.viz.figures.style import REASON_LABELS
+from bros_ref.viz.widgets.priority_race import PriorityRace, most_telling_step, race_note, standings
 from tests.viz.factory import make_trace
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bros_ref.viz.recomputed import AGAIN, NEW, REUSED, ForwardPass, kinds, pairs_so_far, recomputed
+from bros_ref.viz.widgets.recomputed import AGAIN, NEW, REUSED, ForwardPass, kinds, pairs_so_far, recomputed
 
 TOKENS = ["<s>", "&", "\n", *(f"t{i}" for i in range(40))]
 

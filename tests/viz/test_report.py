@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
-from bros_ref.metrics import summarise
 from bros_ref.trace import RequestRecord, Trace
-from bros_ref.viz.report import TERMS, write_report
+from bros_ref.trace.metrics import summarise
+from bros_ref.viz.figures.report import TERMS, write_report
 from tests.viz.factory import make_trace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

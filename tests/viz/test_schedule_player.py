@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bros_ref.trace import PENDING, PHASES, REASONS, WAITING, Trace
-from bros_ref.viz.gantt import gantt_svg, phase_steps, shown_steps, step_position, what_it_does
-from bros_ref.viz.schedule_player import SchedulePlayer, schedule_rows, schedule_steps
-from bros_ref.viz.style import REASON_LABELS
+from bros_ref.viz.figures.gantt import gantt_svg, phase_steps, shown_steps, step_position, what_it_does
+from bros_ref.viz.figures.style import REASON_LABELS
+from bros_ref.viz.widgets.schedule_player import SchedulePlayer, schedule_rows, schedule_steps
 from tests.viz.factory import make_trace
 
 
@@ -98,7 +98,7 @@ def test_the_page_is_one_piece():
                 held["</script><b>"] = held.pop("be-9")
         step.emitted = ["</script><b>" if name == "be-9" else name for name in step.emitted]
         step.block_changes = [["</script><b>" if c[0] == "be-9" else c[0], *c[1:]] for c in step.block_changes]
-        step.lost = [["</script><b>" if c[0] == "be-9" else c[0], *c[1:]] for c in step.lost]
+        step.offloaded = [["</script><b>" if c[0] == "be-9" else c[0], *c[1:]] for c in step.offloaded]
     player = SchedulePlayer(trace)
     page = player.to_html()
     [packed] = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)

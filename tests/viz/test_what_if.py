@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bros_ref.paper import PaperWorkload, be_batch_for
-from bros_ref.simulate import SimulationSettings, run
-from bros_ref.viz.what_if import LEFT, PLANE_H, PLANE_W, TOP, Choice, WhatIf, answers_svg, facts, sentence
+from bros_ref.simulator.simulate import SimulationSettings, run
+from bros_ref.viz.widgets.what_if import LEFT, PLANE_H, PLANE_W, TOP, Choice, WhatIf, answers_svg, facts, sentence
+from bros_ref.workload.paper import PaperWorkload, be_batch_for
 
 MAX_ANSWER_CPU_S = 1.0 * 2  # a second on a quiet machine; a test machine is not
 CHOICES = (Choice("rate", "RT a second", (1, 2.5, 10), "/s"), Choice("policy", "policy", ("vllm-fcfs", "bros")))

@@ -1,0 +1,205 @@
+"""The command `kernels`: compiles every kernel for every architecture, runs its text emulated and its PTX interpreted
+against the contract, prints the ladder, tries the seeded defects. It measures no time: no GPU figure comes from here
+unless a GPU is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from bros_ref.cli.common import JsonOption, SeedOption, app, bench_app, make_console, progress, write_json
+
+BEGIN, END = "<!-- ladder: written by `bros-ref kernels --write-readme` -->", "<!-- end of the ladder -->"
+QUICK_ARCHITECTURES = (80, 90)
+SHAPES = ("float16/64", "float16/80", "float16/96", "float16/256", "bfloat16/128", "float32/128")  # beside the ladder's
+LADDER_ARCHITECTURE = 90
+
+
+@app.command()
+def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no seeded defects.")] = False,
+            write_readme: Annotated[bool, typer.Option(help="Rewrite the ladder in kernels_cupy/README.md.")] = False,
+            seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+    """Proves the CUDA kernels without a GPU: compiled, emulated and their PTX run against float64, mutated."""
+    import kernels_cupy
+    from kernels_cupy.proof.compile import ARCHITECTURES, why_unavailable
+    from kernels_cupy.proof.static_report import LADDER
+
+    if reason := why_unavailable():
+        raise ValueError(reason)
+    console = make_console(json_path)
+    architectures = QUICK_ARCHITECTURES if quick else ARCHITECTURES
+    jobs = [(rung, "float16", 128, architectures) for rung in LADDER]
+    jobs += [(rung, *_shape(shape), QUICK_ARCHITECTURES) for rung in LADDER for shape in ([] if quick else SHAPES)]
+    with progress(console, "compiling, emulating", len(jobs)) as advance:
+        rows = [row for job in jobs for row in _rows(*job, seed, advance)]
+    mutations = None if quick else _mutations(console)
+    console.print(_table(rows))
+    console.print("Instr / KiB: warp instructions of its PTX that a whole kernel executed, moves left out, per KiB of "
+                  "K and V. Loop: those of the main loop's machine code. Direction: executed instructions more than "
+                  "with one direction known when compiling. On a GPU: not measured here.")
+    if mutations is not None:
+        console.print(f"Seeded defects: {mutations['seeded']}, flagged by the check that was named beforehand: "
+                      f"{mutations['flagged']}; beside them {len(mutations['equivalent'])} that change nothing.")
+    if write_readme:
+        path = Path(kernels_cupy.__file__).parent / "README.md"
+        path.write_text(with_ladder(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    write_json(json_path, "kernels", seed, kernels=rows, mutations=mutations)
+    if not all(row["verified"] and row["spill_bytes"] == 0 for row in rows):
+        raise typer.Exit(1)
+
+
+@bench_app.command("kernels")
+def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)] = 128,
+                          dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+                          seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+    """Times every decode step on a GPU, against torch; without one it says so, and measures nothing."""
+    import torch
+
+    from bros_ref.evaluation.bench.kernels import CASES, CudaTimer, bench_kernels, copy_bandwidth
+    from kernels_cupy.gpu import CupyDevice, why_unavailable
+    from kernels_cupy.launch import STEPS
+    from kernels_cupy.proof.contract import TOLERANCE, Heads
+
+    console = make_console(json_path)
+    known = {str(one).removeprefix("torch."): one for one in TOLERANCE}
+    if dtype not in known:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
+    if reason := why_unavailable():
+        console.print(f"not measured here: {reason}")
+        write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
+        return
+    device, timer, heads = CupyDevice(), CudaTimer(), Heads(32, 8, head_dim, 16, known[dtype])
+    steps = [step for step in STEPS if not (step in (4, 5) and known[dtype] is torch.float32)
+             and not (step == 0 and head_dim > 128)]
+    bandwidth = copy_bandwidth(timer, "cuda")
+    with progress(console, "kernels", len(CASES) * (len(steps) + 1)) as advance:
+        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps, num_sms=device.num_sms,
+                             on_row=lambda: advance(1))
+    table = Table("case", "system", "us", "GB/s", "of copy bandwidth", title=torch.cuda.get_device_name())
+    for row in rows:
+        table.add_row(row["case"], row["system"], f"{row['us']:.1f}", f"{row['gb_per_s']:.0f}",
+                      f"{row['share_of_copy_bandwidth']:.0%}")
+    console.print(table)
+    write_json(json_path, "bench kernels", seed, rows=rows, copy_bandwidth=bandwidth, cuda=torch.version.cuda,
+               not_measured=None)
+
+
+def ladder_rows(seed: int, advance: Callable[[int], None] = lambda _: None) -> list[dict[str, Any]]:
+    """The rows that the README's ladder shows: fp16, head_dim 128, one architecture."""
+    from kernels_cupy.proof.static_report import LADDER
+
+    return [row for rung in LADDER for row in _rows(rung, "float16", 128, (LADDER_ARCHITECTURE,), seed, advance)]
+
+
+def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
+    """The README's text with the table between its markers rewritten from rows.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(readme):
+        raise ValueError(f"kernels_cupy/README.md has no {BEGIN} ... {END}")
+    header = ("| step | idea | sectors / minimum | warp instructions per KiB, executed | main loop, machine code | "
+              "registers | worst bank conflict | direction, instructions | mma and what feeds it | issuing would limit "
+              "at, of DRAM (A100, H100; estimate) | on a GPU |")
+    lines = [header, "|" + "---|" * 11]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows
+              if (row["dtype"], row["head_dim"], row["arch"]) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
+    return pattern.sub(lambda _: "\n".join([BEGIN, *lines, END]), readme)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    caps, feeding = row["issue_cap_estimate"], row["mma_feeding_share"]
+    return [row["step"], row["name"], _number(row["sectors_over_minimum"], ".2f"),
+            _number(row["warp_instructions_per_kib"], ".0f"), _number(row["main_loop_instructions_per_kib"], ".0f"),
+            str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
+            _number(row["direction_overhead"], "+.1%"), _number(feeding, ".0%") if row["mma_instructions"] else "-",
+            "-" if caps is None else ", ".join(f"{cap:.0%}" for cap in caps.values()), "not measured here"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _shape(text: str) -> tuple[str, int]:
+    dtype, _, head_dim = text.partition("/")
+    return dtype, int(head_dim)
+
+
+def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], seed: int,
+          advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    """One row an architecture; what the emulator counts is the same for all. A row is verified if both executions are
+    within the contract: that of the text on the emulator, and that of its PTX."""
+    import numpy as np
+    import torch
+
+    from kernels_cupy.proof.contract import Heads
+    from kernels_cupy.proof.emulator import Emulator
+    from kernels_cupy.proof.ptx import PtxDevice
+    from kernels_cupy.proof.static_report import GPUS, compiled, error_of, executed, issue_cap, traffic, verified
+
+    heads = Heads(8, 2, head_dim, 16, getattr(torch, dtype))
+    targets = [arch for arch in architectures if rung.supports(heads, arch)]
+    if not targets:
+        advance(1)
+        return []
+    error = error_of(rung, heads, np.random.default_rng(seed), Emulator())
+    on_ladder = (dtype, head_dim) == ("float16", 128)
+    counted = traffic(rung, heads) if on_ladder and not rung.is_prefill else None
+    rows = []
+    for arch in targets:
+        row = compiled(rung, heads, arch)
+        loop, run = row.loop, executed(rung, heads, arch) if on_ladder else None
+        ptx_error = error_of(rung, heads, np.random.default_rng(seed), PtxDevice(arch))
+        rows.append({
+            "name": rung.idea, "step": rung.name, "dtype": dtype, "head_dim": head_dim, "arch": f"sm_{arch}",
+            "registers": row.used.registers, "spill_bytes": row.used.spill_bytes, "shared_bytes": row.used.shared_bytes,
+            "occupancy": row.occupancy, "max_error": max(error, ptx_error), "ptx_error": ptx_error,
+            "verified": verified(error, heads) and verified(ptx_error, heads),
+            "sectors_over_minimum": counted and counted.sectors_over_minimum,
+            "reversed_sectors_over_minimum": counted and counted.reversed_sectors_over_minimum,
+            "warp_instructions_per_kib": run and run.per_kib, "with_moves_per_kib": run and run.with_moves_per_kib,
+            "main_loop_instructions_per_kib": loop and loop.per_kib,
+            "direction_overhead": run and run.direction_overhead,
+            "worst_bank_conflict": counted and counted.worst_bank_conflict,
+            "mma_instructions": loop and loop.multiplications, "mma_feeding_share": run and run.feeding_share,
+            "main_loop_feeding_share": loop and loop.feeding_share,
+            "issue_cap_estimate": loop and {gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
+            if not rung.is_prefill else None,
+            "measured_on_gpu": None})
+    advance(1)
+    return rows
+
+
+def _mutations(console: Any) -> dict[str, Any]:
+    """Runs every seeded defect; a survivor that is not listed as equivalent is not counted as flagged."""
+    from kernels_cupy.proof.mutations import EQUIVALENT, MUTANTS, outcome
+
+    with progress(console, "seeded defects", len(MUTANTS)) as advance:
+        flagged = 0
+        for mutant in MUTANTS:
+            flagged += outcome(mutant) == mutant.flagged
+            advance(1)
+    return {"seeded": len(MUTANTS), "flagged": flagged,
+            "equivalent": [{"kernel": mutant.run, "change": f"{mutant.old.strip()} -> {mutant.new.strip()}",
+                            "reason": reason} for mutant, reason in EQUIVALENT]}
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="CUDA kernels, compiled, emulated, their PTX executed; nothing here was timed")
+    for column in ("step", "dtype", "D", "arch", "registers", "spills", "occupancy", "max error", "sectors / min",
+                   "instr / KiB", "loop", "direction", "bank"):
+        table.add_column(column, justify="left" if column in ("step", "dtype", "arch") else "right")
+    for row in rows:
+        table.add_row(row["step"], row["dtype"], str(row["head_dim"]), row["arch"], str(row["registers"]),
+                      str(row["spill_bytes"]), f"{row['occupancy']:.0%}", f"{row['max_error']:.1e}",
+                      _number(row["sectors_over_minimum"], ".2f"), _number(row["warp_instructions_per_kib"], ".0f"),
+                      _number(row["main_loop_instructions_per_kib"], ".0f"),
+                      _number(row["direction_overhead"], "+.1%"), _number(row["worst_bank_conflict"], "d"))
+    return table

@@ -1,0 +1,120 @@
+"""Puts a live system together: model, pool, latency model, policy, engine. Each part can be had without it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from bros_ref.clock import Clock, WallClock
+from bros_ref.config import KVCacheConfig, ModelConfig, SchedulerConfig
+from bros_ref.engine.llm_engine import LLMEngine
+from bros_ref.engine.model_runner import Model, ModelRunner
+from bros_ref.environment import compute_device, environment_stamp
+from bros_ref.model.backends import attention_backend
+from bros_ref.model.checksum import ChecksumModel
+from bros_ref.model.decoder import Decoder
+from bros_ref.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from bros_ref.model.weights.load import load_model_config, load_weights
+from bros_ref.model.weights.parameters import Parameters
+from bros_ref.request import Request, SamplingParams
+from bros_ref.scheduler import CHUNKED_POLICIES, make_scheduler
+from bros_ref.scheduler.latency_model import StepLatencyModel
+from bros_ref.trace.trace import Trace
+from bros_ref.workload.generate import WorkloadItem
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, its tokenizer and the name it was asked for by."""
+
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    device: torch.device
+    dtype: torch.dtype
+    parameters: Parameters
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """Sizes of a live run. `chunked_prefill` None: as the policy's original does, off for BROS."""
+
+    kv_blocks: int = 256
+    block_size: int = 16
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 256
+    chunked_prefill: bool | None = None
+    seed: int = 0
+
+
+def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto") -> LoadedModel:
+    """Loads a model by the names of `bros-ref --model`, with the attention of a backend (`model/backends.py`).
+
+    Raises:
+        WeightsError: see `bros_ref.model.weights.load`.
+        ValueError: an unknown device, or "cuda" without a CUDA device; a backend that is unknown, does not fit the
+            device or is not installed; not enough memory.
+    """
+    device = compute_device(device)
+    if name == "checksum":
+        return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    try:
+        attention = attention_backend(backend, device)
+    except RuntimeError as error:  # "cupy" where it cannot be used
+        raise ValueError(f"--backend {backend}: {error}") from error
+    config, tokenizer = load_model_config(name), load_tokenizer(name)
+    try:
+        parameters = load_weights(name, dtype, device, seed)
+        model = Decoder(config, parameters, dtype, device, attention)
+    except (MemoryError, RuntimeError, OverflowError) as error:  # what torch raises for more than there is
+        raise ValueError(f"model {name!r} cannot be put into the memory of {device}: "
+                         f"{str(error).splitlines()[0]}") from error
+    return LoadedModel(name, model, tokenizer, torch.device(device), dtype, parameters)
+
+
+def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
+    """A runner with a KV pool of its own."""
+    return ModelRunner(loaded.model, KVCacheConfig(settings.kv_blocks, settings.block_size), loaded.device,
+                       loaded.dtype)
+
+
+def make_engine(policy: str, loaded: LoadedModel, runner: ModelRunner, settings: LiveSettings,
+                latency: StepLatencyModel | None = None, clock: Clock | None = None) -> LLMEngine:
+    """An engine for one run of one policy, with a trace. Runs may share a runner, one after the other.
+
+    Raises:
+        ValueError: unknown policy.
+    """
+    chunked = settings.chunked_prefill
+    if chunked is None:
+        chunked = policy in CHUNKED_POLICIES
+    config = SchedulerConfig(
+        max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens,
+        chunked_prefill=chunked, max_context_tokens=loaded.config.max_context_tokens)
+    scheduler = make_scheduler(policy, config, runner.kv.config, latency, loaded.config.eos_token_ids)
+    trace = Trace(policy, loaded.name, str(loaded.device), settings.kv_blocks, settings.block_size,
+                  runner.kv.slot_bytes, settings.seed,
+                  {**environment_stamp(), "threads": torch.get_num_threads(), "settings": asdict(settings),
+                   "chunked_prefill": chunked})
+    return LLMEngine(scheduler, runner, clock or WallClock(), loaded.tokenizer, trace, loaded.config.vocab_size)
+
+
+def request_from_item(item: WorkloadItem, loaded: LoadedModel, seed: int = 0, *, to_length: bool = True) -> Request:
+    """A request for a workload item: its text through the chat template, or random tokens of its length.
+
+    `to_length` ignores EOS, so that the output has the item's length, as the traces want it.
+    """
+    if item.prompt is not None:
+        prompt = loaded.tokenizer.chat(item.prompt)
+    else:
+        rng = np.random.default_rng([seed, *item.request_id.encode()])
+        prompt = rng.integers(3, loaded.config.vocab_size, item.prompt_tokens).tolist()
+    return Request(item.request_id, item.request_class, prompt,
+                   SamplingParams(max_tokens=item.output_tokens, ignore_eos=to_length), item.arrival_s, item.slo)

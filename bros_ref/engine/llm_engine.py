@@ -1,0 +1,253 @@
+"""The engine: add requests, call `step()`, read tokens. Everything a step does is in its ten lines.
+
+It owns the order of events and the trace; the decisions are the scheduler's and the arithmetic is the runner's.
+Invariant: whatever happens inside a step (a runner that raises or is interrupted, a callback that aborts), afterwards
+the accounts add up, the blocks of ended requests are free, and every request that is not ended can go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from bros_ref.clock import Clock, WallClock
+from bros_ref.engine.detokenizer import TextStream
+from bros_ref.request import Request, RequestStatus
+from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.output import SchedulerOutput
+from bros_ref.trace.records import RequestRecord, StepRecord
+from bros_ref.trace.trace import Trace
+
+if TYPE_CHECKING:  # a simulated run has no tokenizer, and needs no torch
+    from bros_ref.model.tokenizer import Tokenizer
+
+OnText = Callable[[Request, str], None]
+
+
+class Runner(Protocol):
+    """What computes a step: `ModelRunner`, or a simulated one that only lets time pass."""
+
+    def execute(self, output: SchedulerOutput) -> Sequence[int | None]: ...
+
+
+class RequestRefused(ValueError):
+    """`add_request` did not accept the request; the message says why. Nothing else is affected."""
+
+
+class StepFailed(RuntimeError):
+    """The runner raised. The requests of that batch have failed; the others go on."""
+
+    def __init__(self, failed: list[str], cause: BaseException) -> None:
+        super().__init__(f"the step failed with {type(cause).__name__}: {cause}; failed requests: {', '.join(failed)}")
+        self.failed = failed
+
+
+class EngineStalled(RuntimeError):
+    """No request can run although some wait: a bug in a policy, reported with its reasons instead of spinning."""
+
+
+class LLMEngine:
+    """Continuous batching under any policy.
+
+    Attributes:
+        trace: every step's decision with its reason; None if not wanted.
+        vocab_size: prompts with other token ids are refused, for one of them would fail its whole batch; None if the
+            runner takes any.
+        streams: request id -> text so far, of requests that were added with a tokenizer at hand.
+        aborted: ids of the requests that `abort` ended.
+        callback_errors: request id -> what its `on_text` raised; such a request has failed, the others go on.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock | None = None,
+                 tokenizer: Tokenizer | None = None, trace: Trace | None = None,
+                 vocab_size: int | None = None) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.clock = clock or WallClock()
+        self.tokenizer = tokenizer
+        self.trace = trace
+        self.vocab_size = vocab_size
+        self.streams: dict[str, TextStream] = {}
+        self.callback_errors: dict[str, Exception] = {}
+        self.aborted: set[str] = set()
+        self._on_text: dict[str, OnText] = {}
+        self._known_ids: set[str] = set()
+        self._idle_steps = 0
+
+    def add_request(self, request: Request, on_text: OnText | None = None) -> None:
+        """Accepts a request; it competes from the next step on. `on_text(request, piece)` receives text as it comes.
+
+        Raises:
+            RequestRefused: a duplicate id, tokens outside the vocabulary, a request that has run before, or one that
+                could never finish in this pool or context.
+        """
+        record = RequestRecord(request.request_id, request.request_class.value, request.arrival_s,
+                               request.num_prompt_tokens, request.sampling.max_tokens)
+        if request.slo is not None:
+            record.ttft_slo_s, record.tpot_slo_s = request.slo.ttft_s, request.slo.tpot_s
+        reason = self._why_not(request, on_text)
+        if reason is not None:
+            if self.trace is not None and request.request_id not in self._known_ids:
+                self.trace.requests[request.request_id] = record
+                self.trace.rejected[request.request_id] = reason
+            raise RequestRefused(f"request {request.request_id!r} refused: {reason}")
+        self._known_ids.add(request.request_id)
+        if self.tokenizer is not None:
+            self.streams[request.request_id] = TextStream(self.tokenizer, request.sampling.stop)
+        if on_text is not None:
+            self._on_text[request.request_id] = on_text
+        if self.trace is not None:
+            self.trace.requests[request.request_id] = record
+            self.trace.rejected.pop(request.request_id, None)  # it was refused before, and has been shortened since
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request in whatever state it is; its blocks and host copies are free at once.
+
+        Returns:
+            False if no such request is alive (it may just have finished: that is no error).
+        """
+        request = self.scheduler.requests.get(request_id)
+        if request is None:
+            return False
+        self.scheduler.finish(request, RequestStatus.ABORTED)
+        self.aborted.add(request_id)
+        self._forget(request_id)
+        if self.trace is not None:
+            self.trace.ended_outside[request_id] = [self.clock.now_s(), RequestStatus.ABORTED.value]
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.scheduler.requests)
+
+    def step(self) -> list[Request]:
+        """One iteration: schedule, execute, update, record. Returns the requests that ended.
+
+        Raises:
+            StepFailed: the runner raised; see there.
+            EngineStalled: see there.
+        """
+        start_s, cpu_s = self.clock.now_s(), time.thread_time()
+        output = self.scheduler.schedule(start_s)
+        schedule_s = time.thread_time() - cpu_s
+        if not output.requests:
+            return self._idle(output)
+        execute_s = self.clock.now_s()
+        try:
+            token_ids = self.runner.execute(output)
+            if len(token_ids) != len(output.requests):
+                raise RuntimeError(f"the runner returned {len(token_ids)} tokens for {len(output.requests)} requests")
+        except Exception as error:
+            raise self._fail(output, error) from error
+        except BaseException as interrupt:  # Ctrl-C in the middle of a forward pass: as a failure, but passed on
+            self._fail(output, interrupt)
+            raise
+        end_s, cpu_s = self.clock.now_s(), time.thread_time()
+        ended = self.scheduler.update_from_output(output, token_ids, end_s, end_s - execute_s)
+        schedule_s += time.thread_time() - cpu_s
+        try:
+            ended += self._stream_text(output, token_ids)
+        finally:  # Ctrl-C in a callback: the step is booked all the same
+            self._record(output, token_ids, ended, execute_s, end_s, schedule_s)
+        return ended
+
+    # -- what a step consists of ------------------------------------------------------------------------------
+
+    def _stream_text(self, output: SchedulerOutput, token_ids: Sequence[int | None]) -> list[Request]:
+        """Hands out the new text. Returns the requests that met a stop string, or whose callback raised."""
+        ended: list[Request] = []
+        if self.tokenizer is None:
+            return ended
+        for request, token_id in zip(output.requests, token_ids, strict=True):
+            if token_id is None or request.request_id in self.aborted:
+                continue  # the prompt is not done yet, or another request's callback ended this one
+            was_ended = request.status.is_end  # by length or EOS
+            stream = self.streams[request.request_id]
+            text = "" if request.status is RequestStatus.FINISHED_STOP else stream.push(token_id)  # EOS has no text
+            if stream.stopped and not was_ended:
+                self.scheduler.finish(request, RequestStatus.FINISHED_STOP)
+            elif was_ended:
+                text += stream.close()
+            self._call_back(request, text)
+            if request.request_id not in self.scheduler.requests:
+                self._forget(request.request_id)
+                if not was_ended and request.request_id not in self.aborted:
+                    ended.append(request)
+        return ended
+
+    def _call_back(self, request: Request, text: str) -> None:
+        on_text = self._on_text.get(request.request_id)
+        if not text or on_text is None:
+            return
+        try:
+            on_text(request, text)
+        except Exception as error:  # a user's code: it must not take the other requests down
+            self.callback_errors[request.request_id] = error
+            if not request.status.is_end:
+                self.scheduler.finish(request, RequestStatus.FAILED)
+
+    def _idle(self, output: SchedulerOutput) -> list[Request]:
+        """Nothing could run. Between arrivals that is normal; with requests at hand it must not last."""
+        self._idle_steps = self._idle_steps + 1 if self.scheduler.requests else 0
+        if self._idle_steps > 2 * self.scheduler.config.be_max_wait_steps + 2:
+            raise EngineStalled(f"{self._idle_steps} steps scheduled nothing; left out: {output.left_out}, "
+                                f"behind them: {output.num_behind}, free blocks: {self.scheduler.kv.num_free_blocks}")
+        return []
+
+    def _fail(self, output: SchedulerOutput, error: BaseException) -> StepFailed:
+        """Ends the batch's requests, and has those recomputed whose checkpoints may not have been written."""
+        for request in output.requests:
+            self.scheduler.finish(request, RequestStatus.FAILED)
+            self._forget(request.request_id)
+        for request_id in output.kv_changes.copies.checkpointed_requests:
+            self.scheduler.forget_kv(request_id)
+        now_s = self.clock.now_s()
+        self._record(output, [None] * len(output.requests), output.requests, now_s, now_s, 0.0)
+        return StepFailed([request.request_id for request in output.requests], error)
+
+    def _forget(self, request_id: str) -> None:
+        self._on_text.pop(request_id, None)
+
+    def _why_not(self, request: Request, on_text: OnText | None) -> str | None:
+        scheduler = self.scheduler
+        pool_tokens = scheduler.kv.config.num_slots
+        needed = f"{request.num_prompt_tokens} prompt + {request.sampling.max_tokens} new tokens"
+        if request.request_id in self._known_ids:
+            return "that id was used before; ids must be unique within an engine"
+        if request.status is not RequestStatus.WAITING or request.output_token_ids:
+            return "it has run before; make a new Request of its prompt"
+        if self.vocab_size is not None and not (min(request.prompt_token_ids) >= 0
+                                                and max(request.prompt_token_ids) < self.vocab_size):
+            return f"its prompt has token ids outside the vocabulary of 0 to {self.vocab_size - 1}"
+        if request.max_total_tokens > scheduler.config.max_context_tokens:
+            return f"{needed} exceed the model's context of {scheduler.config.max_context_tokens} tokens"
+        if request.max_total_tokens > pool_tokens:
+            return (f"{needed} exceed the KV pool of {pool_tokens} tokens: it could never finish; "
+                    "shorten it or use more KV blocks")
+        if (request.sampling.stop or on_text is not None) and self.tokenizer is None:
+            return "stop strings and text callbacks need an engine with a tokenizer"
+        return None
+
+    def _record(self, output: SchedulerOutput, token_ids: Sequence[int | None], ended: list[Request], start_s: float,
+                end_s: float, schedule_s: float) -> None:
+        self._idle_steps = 0
+        if self.trace is None:
+            return
+        changes = output.kv_changes
+        self.trace.append(StepRecord(
+            step=output.step, start_s=start_s, duration_s=end_s - start_s, schedule_s=schedule_s,
+            predicted_s=output.predicted_s if self.scheduler.latency.is_fitted else None,
+            step_budget_s=output.step_budget_s, binding=output.binding,
+            scheduled={request.request_id: count
+                       for request, count in zip(output.requests, output.num_scheduled_tokens, strict=True)},
+            emitted=[request.request_id for request, token_id in zip(output.requests, token_ids, strict=True)
+                     if token_id is not None],
+            finished={request.request_id: request.status.value for request in ended},
+            preempted=output.preempted, slack_s=output.slack_s, left_out=output.left_out,
+            num_behind=output.num_behind, block_changes=changes.block_changes, offloaded=changes.offloaded,
+            copied={"checkpoint": len(changes.copies.checkpoint), "restore": len(changes.copies.restore),
+                    "relocate": len(changes.copies.relocate)},
+            recomputed_tokens=output.recomputed_tokens, num_waiting=output.num_waiting,
+            num_running=output.num_running, used_blocks=output.num_used_blocks))

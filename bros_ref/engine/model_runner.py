@@ -1,0 +1,89 @@
+"""Turns a decision into tokens: copies, then one forward pass over prefills and decodes together, then sampling.
+
+    SchedulerOutput -> run_copies -> token ids, AttentionMetadata -> model -> logits of the finished prompts and
+    decodes -> token ids
+
+It knows no policy and no deadline. A simulated runner stands in its place with the same `execute`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from bros_ref.config import KVCacheConfig, ModelConfig
+from bros_ref.engine.sampler import sample
+from bros_ref.kv_cache.storage import KVStorage
+from bros_ref.model.attention import AttentionMetadata
+from bros_ref.request import Request
+from bros_ref.scheduler.output import SchedulerOutput
+
+
+class Model(Protocol):
+    """What a runner asks of a model; `Decoder` and `ChecksumModel` are two."""
+
+    config: ModelConfig
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, kv: KVStorage, meta: AttentionMetadata,
+                logits_rows: torch.Tensor) -> torch.Tensor: ...
+
+
+class ModelRunner:
+    """Runs a model on one device, with the KV storage it owns.
+
+    Attributes:
+        kv: the K/V tensors and the host checkpoint store.
+    """
+
+    def __init__(self, model: Model, kv_config: KVCacheConfig, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
+        self.model = model
+        self.device = torch.device(device)
+        config = model.config
+        self.kv = KVStorage(config.num_layers, config.num_kv_heads, config.head_dim, kv_config, dtype, self.device)
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> list[int | None]:
+        """Computes one step. Returns [num_requests]: the sampled token, or None where the prompt is not done yet."""
+        # 1. The order matters: what is about to be overwritten is saved before anything is written.
+        copies = output.kv_changes.copies
+        if copies:
+            self.kv.run_copies(copies.checkpoint, copies.relocate, copies.restore)
+
+        # 2. One row a new token; the last row of a request that catches up with its known tokens gives logits.
+        requests, counts = output.requests, output.num_scheduled_tokens
+        token_ids: list[int] = []
+        logits_rows: list[int] = []
+        sampled: list[int] = []
+        for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
+            token_ids += new_token_ids(request, count)
+            if request.num_computed_tokens + count == request.num_tokens:
+                logits_rows.append(len(token_ids) - 1)
+                sampled.append(index)
+
+        # 3. Where K and V of every row go, and what each row may see.
+        meta = AttentionMetadata.build(
+            output.block_tables, [not request.is_rt for request in requests], counts,
+            [request.num_computed_tokens + count for request, count in zip(requests, counts, strict=True)],
+            self.kv.config.block_size, self.device)
+
+        # 4. Forward and sample.
+        logits = self.model.forward(self._tensor(token_ids), meta.positions, self.kv, meta, self._tensor(logits_rows))
+        result: list[int | None] = [None] * len(requests)
+        for index, token_id in zip(sampled, sample(logits, [requests[i] for i in sampled]), strict=True):
+            result[index] = token_id
+        return result
+
+    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+
+
+def new_token_ids(request: Request, count: int) -> Sequence[int]:
+    """The tokens that a step computes: known tokens [num_computed, num_computed + count)."""
+    start, prompt = request.num_computed_tokens, request.num_prompt_tokens
+    if start >= prompt:
+        return request.output_token_ids[start - prompt:start - prompt + count]
+    return request.token_ids[start:start + count] if start + count > prompt else (
+        request.prompt_token_ids[start:start + count])

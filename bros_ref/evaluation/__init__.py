@@ -1,0 +1,1 @@
+"""Measuring: the paper's evaluation, bounds, the demo, benchmarks."""

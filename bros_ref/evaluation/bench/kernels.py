@@ -1,0 +1,145 @@
+"""The CUDA kernels timed on a GPU: microseconds, GB/s, share of the bandwidth that a plain copy reaches here.
+
+A kernel whose answer is not within the contract is refused, not timed. Not measured where this was written: no GPU was
+at hand, so what a GPU must do (`CudaTimer`) is small, and the rest runs in tests on the emulator.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bros_ref.evaluation.bench.peers import peers
+from kernels_cupy.device import Device
+from kernels_cupy.launch import STEPS, paged_attention
+from kernels_cupy.proof.contract import TOLERANCE, Batch, Heads, decode
+
+L2_FLUSH_BYTES, COPY_BYTES = 256 << 20, 1 << 30
+
+
+class Timer(Protocol):
+    """Times a call on the device: seconds of each of several samples, after a warm-up."""
+
+    def __call__(self, call: Callable[[], None]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """A decode batch: contexts of its sequences, in tokens."""
+
+    name: str
+    context_lens: tuple[int, ...]
+
+
+CASES = (Case("one of 8,192", (8192,)), Case("64 of 2,048", (2048,) * 64),
+         Case("ragged, 64 of 16 to 8,192", tuple(int(16 * 512 ** (i / 63)) for i in range(64))))
+
+
+class CudaTimer:
+    """CUDA events around one call, the L2 cache flushed before each sample."""
+
+    def __init__(self, samples: int = 30) -> None:
+        self.samples = samples
+        self._flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, call: Callable[[], None]) -> list[float]:
+        for _ in range(3):
+            call()
+        times_s = []
+        for _ in range(self.samples):
+            self._flush.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times_s.append(begin.elapsed_time(end) / 1e3)
+        return times_s
+
+
+def copy_bandwidth(timer: Timer, place: str) -> float:
+    """Bytes read and written per second by a plain copy of 1 GiB: what a kernel can hope for."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=place)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / statistics.median(timer(lambda: void(target.copy_(source))))
+
+
+def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: str, bandwidth: float,
+                  cases: Sequence[Case] = CASES, steps: Sequence[int] = STEPS, num_sms: int = 108,
+                  on_row: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
+    """One row a case and system: our steps, other projects' kernels where they are installed (peers.py), and torch's
+    SDPA on K and V gathered beforehand (its gather is not timed).
+
+    Raises:
+        ArithmeticError: an answer is not within the contract; nothing of it was timed.
+    """
+    rows = []
+    for case in cases:
+        lengths = list(case.context_lens)
+        batch = Batch.draw(np.random.default_rng(seed), heads, [1] * len(lengths), lengths).to(place)
+        num_bytes = 2 * sum(lengths) * heads.num_kv_heads * heads.head_dim * heads.dtype.itemsize
+        for system, call in _systems(device, batch, steps, num_sms):
+            times_s = timer(call)
+            best_s = statistics.median(times_s)
+            rows.append({"case": case.name, "system": system, "us": best_s * 1e6, "gb_per_s": num_bytes / best_s / 1e9,
+                         "share_of_copy_bandwidth": num_bytes / best_s / bandwidth,
+                         "samples_us": [time_s * 1e6 for time_s in times_s]})
+            on_row()
+    return rows
+
+
+def _systems(device: Device, batch: Batch, steps: Sequence[int], num_sms: int) -> list[tuple[str, Callable[[], None]]]:
+    systems: list[tuple[str, Callable[[], None]]] = []
+    for step in steps:
+        _verify(f"step {step}", batch, decode(device, batch, step, num_sms=num_sms))
+        systems.append((f"step {step}", _step(device, batch, step, num_sms)))
+    forward = Batch.draw(np.random.default_rng(0), batch.heads, batch.query_lens, batch.context_lens,
+                         [False] * len(batch.context_lens)).to(batch.q.device.type)
+    for cache in (forward.k, forward.v):
+        cache.nan_to_num_()  # that slots of others may hold NaN is our contract, not theirs
+    for name, call in peers(forward):
+        _verify(name, forward, call())
+        systems.append((name, _discarding(call)))
+    return [*systems, ("torch SDPA, gathered", _sdpa(batch))]
+
+
+def _step(device: Device, batch: Batch, step: int, num_sms: int) -> Callable[[], None]:
+    out = torch.empty_like(batch.q)
+    return lambda: paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step,
+                                   num_sms=num_sms)
+
+
+def _discarding(call: Callable[[], Tensor]) -> Callable[[], None]:
+    return lambda: void(call())
+
+
+def _verify(system: str, batch: Batch, out: Tensor) -> None:
+    error, allowed = batch.error(out), TOLERANCE[batch.heads.dtype]
+    if not error <= allowed:  # NaN too
+        raise ArithmeticError(f"{system} is off by {error:.2g} of the largest output, {allowed} is allowed: a wrong "
+                              "kernel is not timed")
+
+
+def _sdpa(batch: Batch) -> Callable[[], None]:
+    """torch's attention over dense K and V, padded to the longest: [S, K, longest, D] and a mask."""
+    longest, h = max(batch.context_lens), batch.heads
+    k = torch.zeros(len(batch.context_lens), h.num_kv_heads, longest, h.head_dim, dtype=h.dtype, device=batch.q.device)
+    v, mask = torch.zeros_like(k), torch.zeros(len(k), 1, 1, longest, dtype=torch.bool, device=k.device)
+    for s, length in enumerate(batch.context_lens):
+        slots = batch.slots(s).to(k.device)
+        k[s, :, :length] = batch.k.flatten(0, 1)[slots].transpose(0, 1)
+        v[s, :, :length] = batch.v.flatten(0, 1)[slots].transpose(0, 1)
+        mask[s, ..., :length] = True
+    q = batch.q[:, :, None]  # [S, H, 1, D]
+    return lambda: void(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+
+
+def void(_: Tensor) -> None:
+    """A call whose result is not wanted."""

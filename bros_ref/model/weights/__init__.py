@@ -1,0 +1,1 @@
+"""Checkpoints: safetensors folders, GGUF files, seeded random weights."""

@@ -1,0 +1,1 @@
+"""Other systems' schedulers, one per file."""

@@ -1,0 +1,79 @@
+"""SGLang-like with `--enable-priority-scheduling`: RT before BE; RT retracts BE when request *slots* are full.
+
+After SGLang's scheduler (priority scheduling, chunked prefill, no radix cache): a prefill step, if anybody can be
+admitted, runs before the next decode step. Admission needs blocks for the prompt and for a fraction
+(`new_token_ratio`) of what all running requests may still generate. An RT in front of full slots retracts the BE that
+arrived last; a full KV pool retracts nobody for a newcomer. When decoding itself runs out of blocks, requests with the
+least output (then the longest prompt) are retracted until it fits. A retracted request is recomputed.
+The ratio starts at 0.7 and decays to 0.1 over 600 decode steps, and returns to its start on a retraction
+(SGLang computes the value after a retraction from the batch; the start value is our simplification).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bros_ref.request import Request, RequestStatus
+from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.output import BATCH_CAP, NO_BLOCKS
+from bros_ref.scheduler.queues import PriorityQueue, by_class_and_arrival
+
+INITIAL_NEW_TOKEN_RATIO = 0.7
+MIN_NEW_TOKEN_RATIO = 0.1
+DECAY_STEPS = 600
+
+
+class SGLangPriorityScheduler(Scheduler):
+    """Static priority, prefill first, retraction of BE when slots are full."""
+
+    def setup(self) -> None:
+        self._waiting = PriorityQueue()
+        self._new_token_ratio = INITIAL_NEW_TOKEN_RATIO
+
+    def enqueue(self, request: Request, *, front: bool = False) -> None:
+        self._waiting.push(request)
+
+    def candidates(self, now_s: float) -> Iterator[Request]:
+        started = list(self.running)
+        for request in started:  # a prefill that an earlier chunk began goes on first
+            if request.num_tokens - request.num_computed_tokens > 1:
+                yield request
+        yield from self._admissions()
+        if self.output.requests:
+            return
+        decay = (INITIAL_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / DECAY_STEPS
+        self._new_token_ratio = max(MIN_NEW_TOKEN_RATIO, self._new_token_ratio - decay)
+        yield from started
+
+    def _admissions(self) -> Iterator[Request]:
+        while request := self._waiting.head():
+            if len(self.running) >= self.max_batch_size and not (request.is_rt and self._retract_for_slot()):
+                self._refuse(request, BATCH_CAP)
+                return
+            if not self._memory_suffices(request):
+                self._refuse(request, NO_BLOCKS)
+                return
+            yield request
+            if self.refusal:
+                return
+            self._waiting.pop()
+
+    def _memory_suffices(self, request: Request) -> bool:
+        """Blocks for the prompt, and for the share of the running requests' future that the ratio assumes."""
+        future_tokens = sum(other.max_total_tokens - other.num_tokens for other in self.running)
+        wanted = self.kv.blocks_for(request.num_tokens + 1 + int(self._new_token_ratio * future_tokens))
+        return wanted <= self.kv.num_free_blocks or not self.running
+
+    def _retract_for_slot(self) -> bool:
+        victims = [other for other in self.running if not other.is_rt and other.last_step < self.step]
+        if victims:
+            self.recompute(max(victims, key=by_class_and_arrival))
+        return bool(victims)
+
+    def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
+        if request.status is RequestStatus.WAITING:
+            return False
+        victim = min(self.running, key=lambda other: (len(other.output_token_ids), -other.num_prompt_tokens))
+        self.recompute(victim)
+        self._new_token_ratio = INITIAL_NEW_TOKEN_RATIO
+        return victim is not request

@@ -1,0 +1,36 @@
+"""TGI-like: first in first out, and room for prompt + max_new_tokens is reserved at admission.
+
+After Hugging Face text-generation-inference: nothing is ever preempted, because nothing can run out of blocks; the
+price is seats that stay empty. New requests are prefilled in a step of their own, whole prompts, while the decodes
+wait; then everybody decodes. (TGI's `waiting_served_ratio` is taken as 0: it prefills as soon as somebody fits.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bros_ref.request import Request
+from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.queues import FIFOQueue
+
+
+class TGIScheduler(Scheduler):
+    """FIFO with reservation."""
+
+    reserves_whole_requests = True
+
+    def setup(self) -> None:
+        self._waiting = FIFOQueue()
+
+    def enqueue(self, request: Request, *, front: bool = False) -> None:
+        self._waiting.push(request, front=front)
+
+    def candidates(self, now_s: float) -> Iterator[Request]:
+        decoding = list(self.running)
+        while len(self.running) < self.max_batch_size and (request := self._waiting.head()):
+            yield request
+            if self.refusal:
+                break
+            self._waiting.pop()
+        if not self.output.requests:
+            yield from decoding

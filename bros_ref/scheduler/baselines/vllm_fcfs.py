@@ -1,0 +1,44 @@
+"""vLLM V1, first come first served: RUNNING in admission order, then WAITING while seats, tokens and blocks last.
+
+Mirrors `vllm/v1/core/sched/scheduler.py` (policy "fcfs", no prefix cache): decodes and prefill chunks share one token
+budget; when a running request gets no block, the last of RUNNING is preempted by recomputation (perhaps the very one
+that asked) and goes to the front of WAITING; nothing is admitted in a step with a preemption. A waiting request is
+admitted only if all its known tokens fit (vLLM's default `scheduler_reserve_full_isl`). No deadlines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bros_ref.request import Request, RequestStatus
+from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.queues import FIFOQueue
+
+
+class VLLMFCFSScheduler(Scheduler):
+    """First come first served, with preemption by recomputation."""
+
+    def setup(self) -> None:
+        self._waiting = FIFOQueue()
+
+    def enqueue(self, request: Request, *, front: bool = False) -> None:
+        self._waiting.push(request, front=front)
+
+    def candidates(self, now_s: float) -> Iterator[Request]:
+        index = 0
+        while index < len(self.running):  # a preemption shortens the list at its end
+            yield self.running[index]
+            index += 1
+        while (not self.output.preempted and len(self.running) < self.max_batch_size
+               and (request := self._waiting.head())):
+            yield request
+            if self.refusal:
+                return
+            self._waiting.pop()
+
+    def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
+        if request.status is RequestStatus.WAITING:
+            return False  # a newcomer preempts nobody
+        victim = self.running[-1]
+        self.recompute(victim)
+        return victim is not request

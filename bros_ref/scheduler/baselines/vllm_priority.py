@@ -1,0 +1,44 @@
+"""vLLM V1 with `--scheduling-policy priority`: RT is priority 0, BE priority 1.
+
+As `vllm_fcfs.py`, except that WAITING is ordered by (priority, arrival) and the victim of a shortage is the *worst*
+(priority, arrival) among RUNNING, also if it is in the batch already. A waiting request, however urgent, never
+preempts a running one: that is why RT still waits behind full seats or a full pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bros_ref.request import Request, RequestStatus
+from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.queues import PriorityQueue, by_class_and_arrival
+
+
+class VLLMPriorityScheduler(Scheduler):
+    """Static priority by class, with preemption by recomputation."""
+
+    def setup(self) -> None:
+        self._waiting = PriorityQueue()
+
+    def enqueue(self, request: Request, *, front: bool = False) -> None:
+        self._waiting.push(request)
+
+    def candidates(self, now_s: float) -> Iterator[Request]:
+        for started in list(self.running):
+            was_running = started.status is RequestStatus.RUNNING
+            yield started
+            if was_running and started.status is RequestStatus.WAITING:
+                return  # it was the worst itself: vLLM ends the step's list there
+        while (not self.output.preempted and len(self.running) < self.max_batch_size
+               and (request := self._waiting.head())):
+            yield request
+            if self.refusal:
+                return
+            self._waiting.pop()
+
+    def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
+        if request.status is RequestStatus.WAITING:
+            return False
+        victim = max(self.running, key=by_class_and_arrival)
+        self.recompute(victim)
+        return victim is not request

@@ -1,0 +1,212 @@
+"""Simulated runs: the live system's scheduler, KV accounting and engine on a virtual clock and a GPU cost model.
+
+Assembly only. A run is a function of its settings, its workload and its seed, so runs spread over processes, and the
+same run twice gives the same numbers (but for `schedule_s`, which is this machine's own CPU time).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any, overload
+
+from bros_ref.clock import VirtualClock
+from bros_ref.config import KVCacheConfig, SchedulerConfig
+from bros_ref.engine.llm_engine import LLMEngine
+from bros_ref.engine.serve import keep_class, serve
+from bros_ref.environment import environment_stamp
+from bros_ref.request import Request, SamplingParams
+from bros_ref.scheduler import CHUNKED_POLICIES, REFERENCE_POLICIES, make_scheduler
+from bros_ref.simulator.cost_model import CostModel, gpu_named, model_named
+from bros_ref.simulator.runner import SimulatedRunner, fit_to
+from bros_ref.trace.metrics import StreamedTrace, summarise
+from bros_ref.trace.trace import Trace
+from bros_ref.workload.generate import Workload, WorkloadItem
+from bros_ref.workload.paper import PaperWorkload
+
+MAX_TAIL_S = 210.0  # the longest answer, 1,024 tokens, at the paper's TPOT: none is missed for the end of the run
+Arrivals = PaperWorkload | tuple[WorkloadItem, ...]
+# t(0.975) of Student's distribution for 1, 2, ... degrees of freedom; beyond the list, the normal's
+STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """What is simulated. `kv_tokens` None: what the GPUs' memory leaves. `chunked_prefill` None: as the policy's
+    original does, off for BROS (paper).
+
+    Raises:
+        ValueError: an unknown GPU or model, a model that does not fit, a pool below one block.
+    """
+
+    gpu: str = "a100-40gb"
+    model: str = "opt-13b"
+    tp: int = 2
+    kv_tokens: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    chunked_prefill: bool | None = None
+    seed: int = 0
+
+    @property
+    def cost(self) -> CostModel:
+        return CostModel(gpu_named(self.gpu), model_named(self.model), self.tp)
+
+    @property
+    def basis(self) -> str:
+        """Where the step times come from, for every title: figures say what they rest on."""
+        gpu = gpu_named(self.gpu)
+        return ("operator times fitted on this GPU" if gpu.measured else "operator times scaled from the nearest "
+                "measured GPU") + (", tensor parallelism modelled" if self.tp > 1 else "")
+
+    @property
+    def num_blocks(self) -> int:
+        tokens = self.cost.kv_tokens if self.kv_tokens is None else self.kv_tokens
+        if tokens < self.block_size:
+            raise ValueError(f"a KV pool of {tokens} tokens holds no block of {self.block_size}; ask for more of them")
+        return tokens // self.block_size
+
+
+def simulated_engine(policy: str, settings: SimulationSettings, *, keep_steps: bool = False) -> LLMEngine:
+    """An engine on a virtual clock. `keep_steps`: a full trace for reports, else one that only measures."""
+    cost, clock = settings.cost, VirtualClock()
+    chunked = policy in CHUNKED_POLICIES if settings.chunked_prefill is None else settings.chunked_prefill
+    config = SchedulerConfig(settings.max_num_seqs, settings.max_num_batched_tokens, chunked,
+                             model_named(settings.model).max_context_tokens)
+    kv_config = KVCacheConfig(settings.num_blocks, settings.block_size)
+    scheduler = make_scheduler(policy, config, kv_config, fit_to(cost))
+    header = (policy, settings.model, f"{settings.tp} x {settings.gpu} (simulated)", settings.num_blocks,
+              settings.block_size, cost.model.kv_bytes_per_token, settings.seed,
+              {**environment_stamp(), "settings": asdict(settings), "chunked_prefill": chunked})
+    trace = Trace(*header) if keep_steps else StreamedTrace(*header)
+    return LLMEngine(scheduler, SimulatedRunner(cost, clock), clock, trace=trace)
+
+
+class Zeros(Sequence[int]):
+    """A prompt of which only the length matters. It takes no memory: a hundred thousand may wait at once."""
+
+    __slots__ = ("_length",)
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[int]: ...
+    def __getitem__(self, index: int | slice) -> int | Sequence[int]:
+        within = range(self._length)[index]  # raises IndexError as a list does
+        return 0 if isinstance(within, int) else Zeros(len(within))
+
+
+def request_of_length(item: WorkloadItem) -> Request:
+    """A request whose tokens are all 0: only the lengths matter."""
+    return Request(item.request_id, item.request_class, Zeros(item.prompt_tokens),
+                   SamplingParams(max_tokens=item.output_tokens, ignore_eos=True), item.arrival_s, item.slo)
+
+
+def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: float = math.inf, *,
+        keep_steps: bool = False) -> tuple[dict[str, Any], Trace]:
+    """One policy on one workload. Returns the summary and the trace.
+
+    A recipe's arrivals end at its duration; the run goes on, best-effort backlog and all, until the last RT request
+    has ended, but no longer than MAX_TAIL_S: whoever arrived in the last seconds is not missed for that. Throughputs
+    are those until the duration: the tail is short under a policy that serves RT soon, long under one that serves it
+    late, and full of best-effort work in either case.
+    """
+    engine = simulated_engine(policy, settings, keep_steps=keep_steps)
+    if isinstance(arrivals, PaperWorkload):
+        until_s = min(until_s, arrivals.duration_s)
+        workload = arrivals.build(settings.seed, only=REFERENCE_POLICIES.get(policy))
+    else:
+        workload = Workload(keep_class(list(arrivals), policy))
+    serve(engine, workload, request_of_length, until_s)
+    while (isinstance(arrivals, PaperWorkload) and engine.clock.now_s() < until_s + MAX_TAIL_S
+           and any(request.is_rt for request in engine.scheduler.requests.values())):
+        serve(engine, workload, request_of_length, engine.clock.now_s() + 1.0)
+    assert engine.trace is not None
+    return summarise(engine.trace, until_s), engine.trace
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep; `name` is whatever tells it from the others."""
+
+    name: str
+    policy: str
+    settings: SimulationSettings
+    arrivals: Arrivals
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return run(job.policy, job.settings, job.arrivals)[0]
+
+
+def run_all(jobs: Sequence[Job], processes: int = 0, on_done: Callable[[Job], None] | None = None,
+            ) -> list[dict[str, Any]]:
+    """Runs every job, in parallel where there are several; summaries in the order of the jobs.
+
+    Args:
+        processes: at most so many; 0: one a core.
+    """
+    workers = min(len(jobs), processes or os.cpu_count() or 1)
+    results: list[dict[str, Any]] = [{}] * len(jobs)
+    for index, summary in _results(jobs, workers):
+        results[index] = summary
+        if on_done is not None:
+            on_done(jobs[index])
+    return results
+
+
+def _results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    if workers <= 1:
+        yield from ((index, _summary(job)) for index, job in enumerate(jobs))
+        return
+    with ProcessPoolExecutor(workers, initializer=_end_by_interrupt) as pool:
+        futures = {pool.submit(_summary, job): index for index, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # after a failure or Ctrl-C, runs that have not begun are of no use
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_by_interrupt() -> None:
+    """Ctrl-C ends a worker at once; Python's own handler would end its run and let it begin the next."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interval(samples: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and the half width of its 95 % confidence interval (Student's t); None for a single sample."""
+    if len(samples) < 2:
+        return samples[0], None
+    t = STUDENT_T[len(samples) - 2] if len(samples) - 2 < len(STUDENT_T) else 1.96
+    return statistics.fmean(samples), t * statistics.stdev(samples) / math.sqrt(len(samples))
+
+
+INTERVAL_METRICS = {"rt": ("slo_attainment", "ttft_attainment", "tpot_attainment", "median_ttft_ms", "p99_ttft_ms",
+                           "normalized_latency_ms_per_token"),
+                    "be": ("output_throughput", "request_throughput")}
+
+
+def interval_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per policy: "rt.slo_attainment" and so on -> [mean, half width of the 95 % interval or None] over its runs."""
+    rows = []
+    for policy in dict.fromkeys(run["policy"] for run in runs):
+        own = [run for run in runs if run["policy"] == policy]
+        row: dict[str, Any] = {"policy": policy, "seeds": len(own)}
+        for name, metrics in INTERVAL_METRICS.items():
+            for metric in metrics:
+                samples = [run["classes"][name][metric] for run in own if run["classes"][name][metric] is not None]
+                row[f"{name}.{metric}"] = list(interval(samples)) if samples else None
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Pure functions from traces and results to figures and pages."""

@@ -1,0 +1,1 @@
+"""Interactive players and panels; each is one piece of HTML that needs no kernel, or a thin ipywidgets panel."""

@@ -1,0 +1,66 @@
+"""What the players share: controls, a legend, the scripts, and the piece of HTML that holds them.
+
+A player is one <div>: native controls, canvases, its data as JSON and its scripts. Nothing is fetched and no kernel is
+asked, so a notebook, a static page and a file play alike, and an output compares from run to run. That is also why the
+players are no ipywidgets: their state would be saved apart from the page and be blank where no kernel runs. Python
+needs no step sent back: what a step shows is `trace.pool_at(step)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from bros_ref.viz.figures.style import FONT, INK, MUTED, Fill
+
+OWN_KEYS = 'data-lm-suppress-shortcuts="true"'  # JupyterLab leaves the keys of such an element alone
+SPEEDS = (1, 2, 4, 10, 30)  # steps a second
+Looks = Mapping[str, Fill]
+
+
+def packed_fills(looks: Looks) -> dict[str, list[str]]:
+    """As `hatch` in static/controls.js takes them."""
+    return {kind: [fill.colour, fill.mark, fill.mark_colour] for kind, fill in looks.items()}
+
+
+def controls_html(last: int, start: int, unit: str = "step", speed: int = 10) -> str:
+    """Play, a slider from 0 to `last`, and steps a second."""
+    options = "".join(f'<option value="{one}"{" selected" if one == speed else ""}>{one}</option>' for one in SPEEDS)
+    return (f'<button type="button" data-play {OWN_KEYS} style="min-width:4.5em">play</button> '
+            f'<label>{unit} <input type="range" min="0" max="{last}" value="{start}" step="1" {OWN_KEYS} '
+            'style="width:420px;vertical-align:middle"></label> '
+            f'<label>{unit}s a second <select data-speed {OWN_KEYS}>{options}</select></label>')
+
+
+def request_select(request_ids: Sequence[str]) -> str:
+    """The keyboard's way to choose a request."""
+    options = "".join(f'<option value="{i}">{escape(request_id)}</option>' for i, request_id in enumerate(request_ids))
+    return f'<label>request <select data-request {OWN_KEYS}><option value="-1">none</option>{options}</select></label>'
+
+
+def legend_html(labels: Mapping[str, str]) -> str:
+    """A painted sample and a label for each kind."""
+    keys = "".join(f'<span style="white-space:nowrap"><canvas data-key="{kind}" aria-hidden="true" style="width:26px;'
+                   f'height:12px;vertical-align:-1px"></canvas> {escape(label)}</span>'
+                   for kind, label in labels.items())
+    return f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px;color:{MUTED}">{keys}</div>'
+
+
+def widget_html(kind: str, label: str, body: str, data: Mapping[str, Any], scripts: Sequence[str]) -> str:
+    """The whole of a player.
+
+    Args:
+        kind: what its script looks for: `data-bros-<kind>`.
+        label: what a screen reader says first.
+        data: plain data for the script.
+        scripts: files of `static/`, in order.
+    """
+    packed = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    folder = files("bros_ref.viz").joinpath("static")
+    script = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in scripts)
+    return (f'<div data-bros-{kind} data-step="-1" role="group" aria-label="{escape(label)}" style="font:13px/1.5 '
+            f'{escape(FONT)};color:{INK};background:#fff;overflow-x:auto">{body}'
+            f'<script type="application/json">{packed}</script><script>{{{script}}}</script></div>')

@@ -1,0 +1,137 @@
+"""The schedule as a player: who did what in each iteration, when they were due, and why the others were left out.
+
+A row for each request, a column for each iteration; under it the KV pool of the chosen step, moved by the same slider
+(`player.py`). Pure functions of a trace, and a class that shows them in one piece of HTML; `static/schedule.js` draws.
+Invariant: every word about a request at a step is one that the trace says (`Trace.phases`, `Trace.reason_for`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from bros_ref.trace import PHASES, REASONS, Trace
+from bros_ref.trace.metrics import request_timings
+from bros_ref.viz.figures.gantt import (
+    CHART_W,
+    CLASS_MARKS,
+    HEAD_H,
+    LABEL_W,
+    MAX_CELL_W,
+    MIN_CELL_W,
+    PHASE_FILLS,
+    PHASE_LABELS,
+    ROW_H,
+    gantt_svg,
+    phase_steps,
+    step_position,
+)
+from bros_ref.viz.figures.kv_blocks import busiest_step
+from bros_ref.viz.figures.style import MUTED, REASON_LABELS
+from bros_ref.viz.figures.timeline import shown_requests
+from bros_ref.viz.widgets.html import OWN_KEYS, controls_html, legend_html, packed_fills, widget_html
+from bros_ref.viz.widgets.player import POOL_LOOKS, POOL_SCRIPTS, pool_data, pool_html, step_note
+
+COLUMNS = {"does": "in this step", "slack": "slack", "due": "due in"}  # what is said of a row, right of the chart
+
+
+def schedule_rows(trace: Trace, request_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a request: its class, its spans, its targets, when its tokens came, where its first token was due."""
+    number = {request_id: i for i, request_id in enumerate(trace.requests)}
+    spans, timings, rows = phase_steps(trace), request_timings(trace), []
+    for request_id in request_ids:
+        record, timing = trace.requests[request_id], timings[request_id]
+        slo_s = record.ttft_slo_s
+        rows.append({
+            "request": number[request_id], "rt": record.request_class == "rt", "arrival_s": round(record.arrival_s, 5),
+            "spans": [[PHASES.index(phase), first, end] for phase, first, end in spans[request_id]],
+            "emitted": [index for index, step in enumerate(trace.steps) if request_id in step.emitted],
+            "ttft_slo_s": slo_s, "tpot_slo_s": record.tpot_slo_s,
+            "due_at": None if slo_s is None else round(step_position(trace, record.arrival_s + slo_s), 3),
+            "late": timing.ttft_s is not None and slo_s is not None and timing.ttft_s > slo_s})
+    return rows
+
+
+def schedule_steps(trace: Trace, request_ids: Sequence[str]) -> list[dict[str, Any]]:
+    """What each step says of the rows: tokens of those that ran, slack, and the reason of those listed as left out (an
+    index into REASONS); a waiting row that is not listed stands behind the listed ones."""
+    row = {request_id: i for i, request_id in enumerate(request_ids)}
+    return [{"start_s": round(step.start_s, 5), "end_s": round(step.end_s, 5),
+             "ran": {row[name]: tokens for name, tokens in step.scheduled.items() if name in row},
+             "slack_s": {row[name]: round(slack_s, 4) for name, slack_s in step.slack_s.items() if name in row},
+             "left_out": {row[name]: REASONS.index(reason) for name, reason in step.left_out.items() if name in row}}
+            for step in trace.steps]
+
+
+class SchedulePlayer:
+    """The schedule and the KV pool behind one slider.
+
+    A click on a request's name outlines its blocks and shows its block table; a click on a slot finds its request; a
+    click in the chart does the former and goes to that step.
+
+    Args:
+        max_requests: rows, real-time and best-effort in equal parts while there are any.
+
+    Raises:
+        ValueError: the trace has no steps, or there is no row to show.
+    """
+
+    def __init__(self, trace: Trace, max_requests: int = 24) -> None:
+        self.request_ids = shown_requests(trace, max_requests)
+        if not trace.steps or not self.request_ids:
+            raise ValueError(f"there is no schedule to play: the trace has {len(trace.steps)} steps and "
+                             f"{len(trace.requests)} requests, of which max_requests={max_requests} are to be shown")
+        self.trace = trace
+        self.start = busiest_step(trace)
+
+    def __repr__(self) -> str:
+        trace = self.trace
+        return (f"schedule of {len(self.request_ids)} of {len(trace.requests)} requests over {len(trace.steps)} steps, "
+                f"policy {trace.policy}")
+
+    def data(self) -> dict[str, Any]:
+        """What the page carries."""
+        trace = self.trace
+        return pool_data(trace) | {
+            "looks": packed_fills({**PHASE_FILLS, **POOL_LOOKS}), "phases": list(PHASES),
+            "reasons": [REASON_LABELS[reason] for reason in REASONS], "row_height": ROW_H, "chart_width": CHART_W,
+            "head_height": HEAD_H, "min_cell": MIN_CELL_W, "max_cell": MAX_CELL_W,
+            "rows": schedule_rows(trace, self.request_ids), "moments": schedule_steps(trace, self.request_ids),
+            "notes": [step_note(trace, step) for step in trace.steps]}
+
+    def to_html(self) -> str:
+        """A <div> with everything in it; works in a notebook, a static page and a file."""
+        body = (f'{controls_html(len(self.trace.steps) - 1, self.start)}<div role="status"></div>{self._grid()}'
+                f'{legend_html(PHASE_LABELS)}<div style="font-size:12px;color:{MUTED};margin-bottom:8px">▼ first token '
+                f"due &nbsp; ○ first token in time &nbsp; ✕ first token late</div>{pool_html()}"
+                '<div role="status"></div>')
+        return widget_html("schedule", repr(self), body, self.data(), (*POOL_SCRIPTS, "schedule.js"))
+
+    def _grid(self) -> str:
+        """Names as buttons, the chart over all rows, and three cells a row that the script fills."""
+        cell = f"height:{ROW_H}px;line-height:{ROW_H}px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
+        head = f"height:{HEAD_H}px;line-height:{HEAD_H}px;font-weight:600;white-space:nowrap;grid-row:1"
+        bare = "border:0;margin:0;padding:0 4px;background:none;color:inherit;font:inherit;text-align:left"
+        aligned = {"does": "padding-left:8px", "slack": "text-align:right", "due": "text-align:right"}
+        parts = [f'<div style="{head};grid-column:1">request</div>',
+                 '<canvas data-gantt role="img" aria-label="What each request did in each iteration" '
+                 f'style="grid-column:2;grid-row:1 / span {len(self.request_ids) + 1};cursor:crosshair"></canvas>']
+        parts += [f'<div style="{head};grid-column:{column};{aligned[kind]}">{title}</div>'
+                  for column, (kind, title) in enumerate(COLUMNS.items(), start=3)]
+        for row, request_id in enumerate(self.request_ids):
+            name = escape(f"{CLASS_MARKS[self.trace.requests[request_id].request_class]} {request_id}")
+            parts.append(f'<button type="button" data-row="{row}" aria-pressed="false" title="{name}" {OWN_KEYS} '
+                         f'style="{bare};{cell};grid-row:{row + 2};grid-column:1">{name}</button>')
+            parts += [f'<div data-{kind}="{row}" style="{cell};{aligned[kind]};grid-row:{row + 2};'
+                      f'grid-column:{column}"></div>' for column, kind in enumerate(COLUMNS, start=3)]
+        columns = f"{LABEL_W}px {CHART_W}px 225px 64px 70px"
+        return (f'<div style="display:grid;grid-template-columns:{columns};font-size:12px;width:max-content">'
+                f'{"".join(parts)}</div>')
+
+    def still(self) -> str:
+        """The iterations around the busiest step as SVG."""
+        return gantt_svg(self.trace, self.request_ids, self.start)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}

@@ -1,0 +1,97 @@
+"""The paper's workloads (section 4): real-time requests with chat-like lengths, best-effort batches that never run dry.
+
+Lengths of RT requests are drawn from distributions of ours, since the datasets are not part of this project:
+
+    sharegpt  log-normal, fitted to the first two messages of 15,419 ShareGPT_V3 conversations (vLLM's filter) in
+              SmolLM2 tokens: median prompt 108 and output 140 tokens, means 235 and 217; ours 96, 127, 206 and 220
+    lmsys     log-normal with the means that LMSYS-Chat-1M's authors publish (prompt 69.5, output 214.5 tokens); the
+              spread is our assumption
+    arxiv     (for BE) log-normal for article -> abstract, fitted to 28,257 pairs of at most 4,096 Llama-2 tokens
+
+BE requests are the paper's: prompt U(512, 1024), output U(32, 128), a new batch when the last of the old one has ended.
+The paper does not say how large a batch is. Here it is what the KV pool holds times `BE_DEMAND`, because memory must be
+contended for the question to exist: below it any policy does, and far above it the baselines can be made to look as bad
+as one likes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from bros_ref.request import SLO, RequestClass
+from bros_ref.workload.generate import (
+    ClosedLoopBatches,
+    LengthSampler,
+    Workload,
+    WorkloadItem,
+    gamma_arrivals,
+    lognormal_lengths,
+    open_loop,
+    uniform_lengths,
+)
+
+PAPER_SLO = SLO(ttft_s=0.4, tpot_s=0.2)
+BE_DEMAND = 1.1
+RT_LENGTHS: dict[str, tuple[LengthSampler, LengthSampler]] = {
+    "sharegpt": (lognormal_lengths(97, 1.40, 1, 1024), lognormal_lengths(127, 1.15, 1, 1024)),
+    "lmsys": (lognormal_lengths(38, 1.10, 1, 1024), lognormal_lengths(142, 0.95, 1, 1024)),
+}
+BE_LENGTHS: dict[str, tuple[LengthSampler, LengthSampler]] = {
+    "paper": (uniform_lengths(512, 1024), uniform_lengths(32, 128)),
+    "arxiv": (lognormal_lengths(2600, 0.35, 256, 3800), lognormal_lengths(190, 0.55, 16, 1024)),
+}
+BE_MEAN_TOKENS = {"paper": 848, "arxiv": 2800}  # prompt + output, for the size of a batch
+
+
+@dataclass(frozen=True)
+class PaperWorkload:
+    """A recipe: `build(seed)` gives the same workload for the same seed. Plain data, so it travels to processes.
+
+    Attributes:
+        rt_rate_per_s: Poisson arrivals; 0 means no RT at all.
+        be_batch: requests of one BE batch; 0 means no BE.
+        rt_lengths: a name of `RT_LENGTHS`, or a dataset's (prompt, output) pairs, drawn with replacement.
+        cv: coefficient of variation of the gaps between RT arrivals; 1 is Poisson.
+    """
+
+    rt_rate_per_s: float
+    duration_s: float
+    be_batch: int
+    slo: SLO = PAPER_SLO
+    rt_lengths: str | tuple[tuple[int, int], ...] = "sharegpt"
+    be_lengths: str = "paper"
+    cv: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rt_rate_per_s) and self.rt_rate_per_s >= 0):
+            raise ValueError(f"the RT rate must be a finite number of requests per second, at least 0, got "
+                             f"{self.rt_rate_per_s!r}")
+        if not (math.isfinite(self.duration_s) and self.duration_s > 0) or self.be_batch < 0:
+            raise ValueError(f"need a positive finite duration and a batch size of at least 0, got "
+                             f"{self.duration_s!r} s and {self.be_batch}")
+
+    def build(self, seed: int, only: str | None = None) -> Workload:
+        """The workload, or one class of it ("rt" or "be"); each class has random numbers of its own, so that leaving
+        one out does not change the other."""
+        rt_rng, be_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
+        items, loops = [], []
+        if self.rt_rate_per_s and only != "be":
+            times = gamma_arrivals(self.rt_rate_per_s, self.cv, self.duration_s, rt_rng)
+            if isinstance(self.rt_lengths, str):
+                items = open_loop(times, RequestClass.REAL_TIME, *RT_LENGTHS[self.rt_lengths], rt_rng, self.slo)
+            else:
+                drawn = rt_rng.integers(len(self.rt_lengths), size=len(times)).tolist()
+                pairs = [self.rt_lengths[index] for index in drawn]
+                items = [WorkloadItem(time_s, RequestClass.REAL_TIME, prompt, output, self.slo)
+                         for time_s, (prompt, output) in zip(times, pairs, strict=True)]
+        if self.be_batch and only != "rt":
+            loops = [ClosedLoopBatches(self.be_batch, *BE_LENGTHS[self.be_lengths], be_rng)]
+        return Workload(items, loops)
+
+
+def be_batch_for(kv_tokens: int, lengths: str = "paper", demand: float = BE_DEMAND) -> int:
+    """Requests of a batch whose KV is `demand` times the pool, at least one."""
+    return max(1, round(demand * kv_tokens / BE_MEAN_TOKENS[lengths]))

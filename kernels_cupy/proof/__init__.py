@@ -1,0 +1,1 @@
+"""What proves the kernels without a GPU: emulator, PTX interpreter, compile gates, seeded defects."""

@@ -1,0 +1,241 @@
+"""Proof that the checks bite: seeded defects in the kernels, each with the check that must flag it.
+
+A mutant is one replacement in one file. It runs on small ragged batches, in both directions, on the checked emulator,
+and against float64. "numerics" means that only the comparison with float64 saw it. A defect that neither sees is
+either equivalent, and listed in EQUIVALENT with the reason, or a hole in the checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kernels_cupy.device import FOLDER
+from kernels_cupy.launch import copy_slots, store_kv
+from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.proof.emulator import Emulator, KernelFault
+
+HALF = torch.float16
+TINY, ODD, MANY = Heads(6, 2, 80, 16, HALF), Heads(4, 2, 64, 5, HALF), Heads(10, 1, 64, 16, HALF)
+SMALL, WIDE, PLAIN = Heads(8, 2, 64, 16, HALF), Heads(4, 2, 256, 16, HALF), Heads(6, 2, 80, 5, torch.float32)
+TILES_OF_A_BLOCK = Heads(8, 2, 64, 32, HALF)
+LENGTHS, DIRECTIONS = [1, 15, 16, 17, 100, 170], [False, True, True, False, False, True]
+
+
+def _decode(heads: Heads, step: int, num_splits: int | None = 1,
+            steepness: float = 1.0) -> Callable[[Emulator], None]:
+    def run(device: Emulator) -> None:
+        batch = Batch.draw(np.random.default_rng(5), heads, [1] * len(LENGTHS), LENGTHS, DIRECTIONS, steepness)
+        batch.check(decode(device, batch, step, num_splits, num_sms=1))
+
+    return run
+
+
+def _prefill(heads: Heads) -> Callable[[Emulator], None]:
+    def run(device: Emulator) -> None:
+        batch = Batch.draw(np.random.default_rng(5), heads, [1, 7, 16, 1, 70, 110], LENGTHS, DIRECTIONS)
+        batch.check(prefill(device, batch))
+
+    return run
+
+
+def _store(device: Emulator) -> None:
+    rng = np.random.default_rng(5)
+    k, v = (torch.from_numpy(rng.standard_normal((3, 2, 64))).half() for _ in range(2))
+    caches, slots = [torch.zeros(2, 16, 2, 64, dtype=HALF) for _ in range(2)], torch.tensor([31, 0, 7]).int()
+    store_kv(device, k, v, slots, *caches)
+    for rows, cache in zip((k, v), caches, strict=True):
+        wanted = torch.zeros(32, 2, 64, dtype=HALF)
+        wanted[slots.long()] = rows
+        assert torch.equal(cache.view(32, 2, 64), wanted)
+
+
+def _copies(device: Emulator) -> None:
+    source = torch.arange(1, 1 + 2 * 20 * 520).float().view(1, 2, 20, 2, 260)
+    destination = torch.zeros(1, 2, 30, 2, 260)
+    pairs = torch.tensor([[4, 29], [0, 0], [19, 7]]).int()
+    copy_slots(device, source, destination, pairs)
+    for a, b in pairs.tolist():
+        assert torch.equal(destination[:, :, b], source[:, :, a])
+    assert int((destination != 0).any(dim=4).any(dim=3).sum()) == 6
+
+
+RUNS: dict[str, Callable[[Emulator], None]] = {
+    "step 0": _decode(TINY, 0), "step 1": _decode(TINY, 1), "step 2": _decode(TINY, 2), "step 3": _decode(TINY, 3),
+    "step 3, two splits": _decode(TINY, 3, 2), "step 3, blocks of 5": _decode(ODD, 3),
+    "step 3, a group of 10": _decode(MANY, 3), "step 4": _decode(SMALL, 4), "step 4, two splits": _decode(SMALL, 4, 2),
+    "step 4, two tiles a block": _decode(TILES_OF_A_BLOCK, 4), "step 4, D = 256": _decode(WIDE, 4),
+    "step 4, steep scores": _decode(SMALL, 4, steepness=8.0),
+    "step 5": _decode(SMALL, 5), "prefill 0": _prefill(PLAIN), "prefill 1": _prefill(SMALL), "store_kv": _store,
+    "copy_slots": _copies,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A defect: in `file`, `old` (which stands there once) becomes `new`; `flagged` names the check that sees it."""
+
+    run: str
+    file: str
+    old: str
+    new: str
+    flagged: str
+
+
+TILES, ROWS = "tiles.cuh", "query_rows.cuh"
+PREFILL_0, PREFILL_1 = "prefill_attention_0_plain.cu", "prefill_attention_1_tensor_cores.cu"
+NAIVE, WARP, BLOCK, SPLIT, STEP_4, STEP_5 = (next(FOLDER.glob(f"paged_attention_{i}_*.cu")).name for i in range(6))
+MUTANTS = [
+    # steps 0 to 3, and the copies
+    Mutant("step 0", NAIVE, "if (row >= num_seqs * NUM_HEADS) return;", "", "out of bounds"),
+    Mutant("step 0", NAIVE, "position < context_lens[seq]", "position <= context_lens[seq]", "foreign slot"),
+    Mutant("step 0", "paged.cuh", "(reversed ? BLOCK_SIZE - 1 - offset : offset)", "offset", "foreign slot"),
+    Mutant("step 0", NAIVE, "total[d] * fade + weight", "total[d] + weight", "numerics"),
+    Mutant("step 1", WARP, "row % NUM_HEADS / GROUP", "row % NUM_KV_HEADS", "numerics"),
+    Mutant("step 1", WARP, "row >= num_seqs * NUM_HEADS) return", "row >= num_seqs * NUM_HEADS || lane > 30) return",
+           "undefined shuffle"),
+    Mutant("step 1", "paged.cuh", "LANES / 2; other; other", "LANES / 4; other; other", "numerics"),
+    Mutant("step 1", WARP, "d < HEAD_DIM ? to_float(q", "true ? to_float(q", "out of bounds"),
+    Mutant("step 2", BLOCK, "    __syncthreads();  // whoever", "    //", "race"),
+    Mutant("step 2", BLOCK, "= x;\n    __syncthreads();", "= x;", "uninitialised read"),
+    Mutant("step 2", BLOCK, "= total[i];\n    __syncthreads();", "= total[i];", "uninitialised read"),
+    Mutant("step 2", BLOCK, "if (lane == 0) weights[position] = score;", "if (warp == 0) weights[position] = score;",
+           "race"),
+    Mutant("step 2", BLOCK, "w < WARPS; w++) x += totals", "w < WARPS - 1; w++) x += totals", "numerics"),
+    Mutant("step 3", SPLIT, "sums[team][h] = sum[h];\n    }\n    __syncthreads();", "sums[team][h] = sum[h];\n    }",
+           "uninitialised read"),
+    Mutant("step 3", SPLIT, "i - slot + offset < length", "i < length", "foreign slot"),
+    Mutant("step 3, blocks of 5", SPLIT, "i - team < end; i += TEAMS", "i < end; i += TEAMS", "deadlock"),
+    Mutant("step 3", SPLIT, "if (ours && vector < VECTORS)", "if (vector < VECTORS)", "foreign slot"),
+    Mutant("step 3", SPLIT, "if (ours && vector < VECTORS)", "if (ours)", "foreign slot"),
+    Mutant("step 3", SPLIT, "slot ^ flip", "slot", "foreign slot"),
+    Mutant("step 3, blocks of 5", SPLIT, "flip ? flip - slot : slot", "slot", "foreign slot"),
+    Mutant("step 3, a group of 10", SPLIT, "h < heads);", "true);", "out of bounds"),
+    Mutant("step 3", SPLIT, "ours ? exp2f(score - new_top) : 0", "exp2f(score - new_top)", "numerics"),
+    Mutant("store_kv", "store_kv.cu", "if (i >= num_tokens * ROW_VECTORS) return;", "", "out of bounds"),
+    Mutant("store_kv", "store_kv.cu", "i % ROW_VECTORS;", "0;", "race"),
+    Mutant("store_kv", "store_kv.cu", "v_cache[to] = v[i];", "v_cache[to] = k[i];", "numerics"),
+    Mutant("copy_slots", "copy_slots.cu", "slots[2 * blockIdx.x + 1]", "slots[2 * blockIdx.x]", "numerics"),
+    Mutant("copy_slots", "copy_slots.cu", "blockIdx.y * source_slots", "blockIdx.y * destination_slots",
+           "out of bounds"),
+    Mutant("copy_slots", "copy_slots.cu", "i += blockDim.x", "i += 2 * blockDim.x", "numerics"),
+    # barriers
+    Mutant("step 4", STEP_4, "store_rows((float*)ring, rows, lane);\n    __syncthreads();",
+           "store_rows((float*)ring, rows, lane);", "uninitialised read"),
+    Mutant("step 4", STEP_4, "        __syncwarp();  // every lane's copies", "        //", "uninitialised read"),
+    Mutant("step 4", STEP_4, "    __syncwarp();  // the ring is this warp's own", "    //", "race"),
+    Mutant("step 5", STEP_5, "    __syncwarp();\n    unsigned weights", "    unsigned weights", "uninitialised read"),
+    Mutant("step 5", STEP_5, "        __syncwarp();  // every lane's copies", "        //", "uninitialised read"),
+    Mutant("prefill 0", PREFILL_0, "    __syncwarp();\n\n    // 2.", "\n    // 2.", "uninitialised read"),
+    Mutant("prefill 0", PREFILL_0, "        __syncwarp();  // weights and offsets", "        //", "race"),
+    Mutant("prefill 0", PREFILL_0, "        __syncwarp();  // all lanes are done", "        //", "race"),
+    Mutant("prefill 1", PREFILL_1, "        __syncthreads();  // this tile", "        __syncwarp();  //",
+           "uninitialised read"),
+    Mutant("prefill 1", PREFILL_1, "        __syncthreads();  // this tile", "        if (active) __syncthreads();  //",
+           "divergent barrier"),
+    Mutant("prefill 0", PREFILL_0, "if (head >= NUM_HEADS) return;", "if (head >= NUM_HEADS || lane > 30) return;",
+           "uninitialised read"),
+    # waits
+    Mutant("step 4", STEP_4, "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", "race"),
+    Mutant("step 4", STEP_4, "copy_wait<STAGES - 2>();", "", "race"),
+    Mutant("step 5", STEP_5, "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", "race"),
+    Mutant("prefill 1", PREFILL_1, "        copy_wait<0>();\n", "        copy_wait<1>();\n", "race"),
+    Mutant("step 4", STEP_4, "        copy_commit();  // an empty group", "        if (tile < end) copy_commit();  //",
+           "race"),
+    Mutant("step 4", STEP_4, "stage == 0 ? STAGES - 1 : stage - 1);\n        const", "stage);\n        const", "race"),
+    # guards and tails
+    Mutant("step 4", TILES, "FULL ? 16 : (present >> row & 1) * 16", "16", "foreign slot"),
+    Mutant("step 4", TILES, "flip ? 0xffffu << gap : 0xffffu >> gap", "0xffffu >> gap", "foreign slot"),
+    Mutant("step 4", TILES, "max(TOKENS - tokens, 0)", "max(TOKENS - 1 - tokens, 0)", "foreign slot"),
+    Mutant("step 4", STEP_4, "tiles = (s.length + TOKENS - 1) / TOKENS", "tiles = s.length / TOKENS", "numerics"),
+    Mutant("step 4, two splits", STEP_4, "begin + share, tiles)", "begin + share, tiles + 1)", "out of bounds"),
+    Mutant("step 4, two splits", STEP_4, "        if (num_splits > 1 && threadIdx.x < heads)", "        if (false)",
+           "numerics"),
+    Mutant("prefill 1", PREFILL_1, "tokens > 0 ? tile_offset(s, tile * PARTS + part) : 0",
+           "tile_offset(s, tile * PARTS + part)", "out of bounds"),
+    Mutant("prefill 1", PREFILL_1, "row < work.rows\n", "row < work.rows + 1\n", "race"),
+    Mutant("prefill 0", PREFILL_0, "if (position < visible) {", "if (position <= visible) {", "foreign slot"),
+    Mutant("prefill 0", PREFILL_0, "if (lane + 32 * i < HEAD_DIM) out", "out", "race"),
+    Mutant("prefill 0", PREFILL_0, "min(32, visible - first)", "32", "uninitialised read"),
+    Mutant("prefill 0", PREFILL_0, "if (head >= NUM_HEADS) return;", "", "foreign slot"),
+    # indices
+    Mutant("step 4, two tiles a block", TILES, "if (s.flip) inside = TILES - 1 - inside;", "", "foreign slot"),
+    Mutant("step 4, two tiles a block", TILES, "s.table[tile / TILES]", "s.table[tile / TILES + 1]", "foreign slot"),
+    Mutant("step 4", STEP_4, "float* one = ring + head * MERGE_STRIDE", "float* one = ring + (head + 1) * MERGE_STRIDE",
+           "numerics"),
+    Mutant("step 4", STEP_4, "row = seq * NUM_HEADS + kv_head * GROUP",
+           "row = seq * NUM_HEADS + (kv_head ^ 1) * GROUP", "numerics"),
+    Mutant("step 4", TILES, "return (place(row, across ? high : low) ^ (16 * step)) * 2",
+           "return (place(row, across ? high : low) + 16 * step) * 2", "uninitialised read"),
+    Mutant("prefill 0", PREFILL_0, "flip ? BLOCK_SIZE - 1 - inside : inside", "flip ? BLOCK_SIZE - inside : inside",
+           "foreign slot"),
+    Mutant("prefill 0", PREFILL_0, "head / GROUP) * HEAD_DIM", "head % GROUP) * HEAD_DIM", "foreign slot"),
+    Mutant("prefill 0", PREFILL_0, "(slot * NUM_KV_HEADS + head / GROUP)", "(slot * NUM_HEADS + head / GROUP)",
+           "out of bounds"),
+    Mutant("step 5", STEP_5, "line.begin(worker + 1)", "line.begin(worker + 1) - 1", "numerics"),
+    Mutant("step 5", STEP_5, "if (lane >= step) sum += left;", "sum += left;", "foreign slot"),
+    Mutant("step 5", STEP_5, "first ? 0 : 1)", "0)", "numerics"),
+    # masks and causality
+    Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "token >= tokens", "numerics"),
+    Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "(token ^ s.flip) > tokens", "numerics"),
+    Mutant("step 5", STEP_5, "((lane / 4 + 8 * half) ^ flip) >= tokens", "(lane / 4 + 8 * half) >= tokens", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "> position[half]", ">= position[half]", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "(token ^ s.flip) > position", "token > position", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "last_row / GROUP + 1,", "last_row / GROUP + 2,", "foreign slot"),
+    Mutant("prefill 0", PREFILL_0, "query_starts[seq + 1] - 1 - token", "query_starts[seq + 1] - 2 - token",
+           "foreign slot"),
+    # operands and arithmetic
+    Mutant("step 4", ROWS, "multiply_add(score[2 * PART + 1], q, k + 2)", "multiply_add(score[2 * PART + 1], q, k)",
+           "numerics"),
+    Mutant("step 4", ROWS, "load_matrices_trans<PART * TILE * 2>(v,", "load_matrices<PART * TILE * 2>(v,", "numerics"),
+    Mutant("step 4", ROWS, "corner(step, lane, false)",
+           "corner(step, lane, true)", "numerics"),
+    Mutant("step 5", STEP_5, "load_matrices_trans(weights", "load_matrices(weights", "numerics"),
+    Mutant("step 5", STEP_5, "multiply_add(c.out[step][column], v, weights + 2 * column)",
+           "multiply_add(c.out[step][column], weights, v)", "numerics"),
+    Mutant("step 4, steep scores", ROWS, "    rows.sum[2 * h] *= correction;\n", "", "numerics"),
+    Mutant("step 4, steep scores", ROWS, "(rows.max[h] - top) * scale", "(top - rows.max[h]) * scale", "numerics"),
+    Mutant("step 4, steep scores", ROWS, "SLACK = 8;", "SLACK = 800;", "numerics"),
+    Mutant("step 4", ROWS, "top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));", "", "numerics"),
+    Mutant("step 4", STEP_4, "value / sum);\n        } else", "value);\n        } else", "numerics"),
+    Mutant("step 4, two splits", "merge.cuh", "total += weight;", "total = weight;", "numerics"),
+    Mutant("step 4, two splits", "merge.cuh", "exp2f(logs[i] - top)", "exp2f(logs[0] - top)", "numerics"),
+    Mutant("step 5", STEP_5, "exp2f(logs[piece] - top)", "exp2f(top - logs[piece])", "numerics"),
+    Mutant("prefill 0", PREFILL_0, "sum = sum * correction + weight;", "sum = sum + weight;", "numerics"),
+    Mutant("prefill 0", PREFILL_0, "    sum = warp_sum(sum);\n", "", "numerics"),
+]
+EQUIVALENT = [  # survivors: (mutant, why no check could flag it)
+    (Mutant("step 3, two splits", SPLIT, "min((split + 1) * share, blocks)", "(split + 1) * share", "nothing"),
+     "slots past the context are not `ours` anyway: a few empty rounds"),
+    (Mutant("step 3, two splits", SPLIT, "if (d == 0)\n", "if (d == 1)\n", "nothing"),
+     "any one thread of the row may write the piece's log"),
+    (Mutant("step 4, D = 256", ROWS, "        __syncwarp();\n        queries.tile", "        queries.tile", "nothing"),
+     "the loop's own __syncwarp comes before the first read of the queries"),
+    (Mutant("step 5", STEP_5, "if (i < end) {", "if (i <= end) {", "nothing"),
+     "loads one tile more than is read: traffic, no error"),
+    (Mutant("prefill 1", PREFILL_1, "if (work.first_row >= work.rows) return;", "", "nothing"),
+     "a block without rows then loads keys, and stores nothing"),
+    (Mutant("step 4", STEP_4, "kv_head = blockIdx.x / HEAD_TILES", "kv_head = blockIdx.x / HEAD_TILES ^ 1", "nothing"),
+     "two blocks swap their KV heads, keys, queries and outputs alike"),
+]
+
+
+def outcome(mutant: Mutant) -> str:
+    """What saw the defect: a check of the emulator, "numerics", or "nothing".
+
+    Raises:
+        LookupError: the file no longer holds the text that the defect replaces, or holds it twice.
+    """
+    text = (FOLDER / mutant.file).read_text()
+    if text.count(mutant.old) != 1:
+        raise LookupError(f"{mutant.file} holds {text.count(mutant.old)} times, not once: {mutant.old!r}")
+    try:
+        RUNS[mutant.run](Emulator(sources={mutant.file: text.replace(mutant.old, mutant.new)}))
+    except KernelFault as fault:
+        return fault.what
+    except AssertionError:
+        return "numerics"
+    return "nothing"
