@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from bros_ref.files import write_text
 from bros_ref.viz.figures import page
 from bros_ref.viz.figures.page import Cell
 from bros_ref.viz.figures.style import INK, POLICY_COLOURS, dress, policy_look
@@ -65,7 +66,7 @@ def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
     body = (f"<header><div><h1>{escape(title)}</h1><p>{escape(lead)}</p></div></header>"
             f'<nav aria-label="Sections"><ul>{nav}</ul></nav><main>{"".join(parts)}</main>'
             "<footer>Made by bros_ref.</footer>")
-    Path(path).write_text(page.document(title, body, get_plotlyjs()), encoding="utf-8")
+    write_text(path, page.document(title, body, get_plotlyjs()))
 
 
 # -- the frontier -----------------------------------------------------------------------------------------------------
