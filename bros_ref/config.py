@@ -14,6 +14,11 @@ HOST_BLOCKS_PER_BLOCK = 4  # host memory is the cheaper one, and whoever finds i
 MAX_LAYERS = 10_000  # more than any model has: beyond it a config is damaged, and would be counted through for hours
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama-3's frequency-dependent stretching of rotary positions (Llama 3.1 model card).

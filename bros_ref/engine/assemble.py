@@ -6,7 +6,7 @@ It needs no torch: what a runner computes with, and on what device, is said by i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bros_ref.clock import Clock
@@ -66,8 +66,7 @@ def assemble_engine(policy: str, runner: Runner, facts: RunnerFacts, kv_config: 
     trace = None
     if trace_type is not None:
         fitted = scheduler.latency.is_fitted
-        stamp = {**environment_stamp(), **(environment or {}), "settings": asdict(limits),  # type: ignore[call-overload]
-                
+        stamp = {**environment_stamp(), **(environment or {}), "settings": dict(vars(limits)),
                  "chunked_prefill": scheduler.config.chunked_prefill, "host_blocks": kv_config.host_blocks,
                  "latency_model": "fitted offline" if fitted else "learned online, from the first steps on"}
         trace = trace_type(policy, facts.model, facts.device, kv_config.num_blocks, kv_config.block_size,

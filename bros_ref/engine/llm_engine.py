@@ -231,8 +231,8 @@ class LLMEngine:
         return stopped
 
     def _hand_out(self, ended: list[Request]) -> None:
-        """Calls the callbacks. One that raises fails its own request, which joins `ended`; one that is interrupted keeps
-        no text from the others: the interrupt is raised when all have been called."""
+        """Calls the callbacks. One that raises fails its own request, which joins `ended`. An interrupt is raised again
+        when all have been called, so that nobody loses text."""
         interrupt: BaseException | None = None
         while self._pieces:
             request, on_text, text = self._pieces.popleft()

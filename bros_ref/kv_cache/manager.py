@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bros_ref.config import KVCacheConfig
+from bros_ref.config import KVCacheConfig, cdiv
 from bros_ref.kv_cache.blocks import ON_HOST, BlockPool, BlockView, CacheIntegrityError, KVChanges, KVSequence
 from bros_ref.request import Request
 
@@ -106,7 +106,7 @@ class KVCacheManager:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens of one request fill."""
-        return -(-num_tokens // self.block_size)
+        return cdiv(num_tokens, self.block_size)
 
     def block_table(self, request_id: str) -> list[int]:
         """The request's block ids in logical order; empty if it holds nothing."""

@@ -161,7 +161,7 @@ class KVStorage:
         """The segments of the host store that hold these slots [n], made if need be: (segment, the indices into
         `host_slots` that lie in it, their slots within it)."""
         numbers = host_slots // self._segment_slots
-        for number in numbers.unique().tolist():
+        for number in sorted(set(numbers.tolist())):
             if number not in self._host:
                 num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
                 self._host[number] = torch.zeros(num_layers, two, self._segment_slots, num_kv_heads, head_dim,

@@ -112,6 +112,7 @@ def test_the_host_store_grows_with_what_is_stored_and_a_copy_across_its_segments
     assert torch.equal(kv.data.flatten(2, 3), torch.stack(device[::-1], dim=2))
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_a_pool_costs_no_memory_before_it_is_used(dtype: torch.dtype) -> None:
     def resident_bytes() -> int:
