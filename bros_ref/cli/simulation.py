@@ -56,8 +56,9 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The live system's scheduler and KV accounting, on a virtual clock and a GPU cost model."""
     from bros_ref.cli.tables import interval_table, results_table
+    from bros_ref.evaluation.statistics import interval_rows
     from bros_ref.request import SLO
-    from bros_ref.simulator.simulate import Job, SimulationSettings, interval_rows, run_all
+    from bros_ref.simulator.simulate import Job, SimulationSettings, run_all
 
     names, console, slo = parse_policies(policies), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     settings = SimulationSettings(gpu, model, tp, kv_tokens, block_size, max_num_seqs, max_num_batched_tokens,

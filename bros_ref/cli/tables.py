@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -66,19 +66,38 @@ def engine_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+INTERVAL_COLUMNS = (("rt.slo_attainment", "RT on time %", 1, 100), ("rt.median_ttft_ms", "TTFT p50 ms", 0, 1),
+                    ("rt.p99_ttft_ms", "TTFT p99 ms", 0, 1), ("rt.median_tpot_ms", "TPOT p50 ms", 0, 1),
+                    ("be.output_throughput", "BE tokens/s", 1, 1))
+
+
 def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Means with their confidence intervals, one row a policy."""
-    columns = (("rt.slo_attainment", "RT on time %", 1, 100), ("rt.median_ttft_ms", "TTFT p50 ms", 0, 1),
-               ("rt.p99_ttft_ms", "TTFT p99 ms", 0, 1), ("be.output_throughput", "BE tokens/s", 1, 1))
-    table = Table("policy", title=title, title_justify="left", header_style="bold")
-    for _, heading, _, _ in columns:
+    def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
+        mean, half = row[key] or (None, None)
+        return number(mean, digits, scale) + ("" if half is None else f" ± {number(half, digits, scale)}")
+
+    return _interval_table(rows, title, cell)
+
+
+def median_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Medians beside the confidence intervals of the means, one row a policy."""
+    def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
+        bounds = row["interval95"][key]
+        return number(row["median"][key], digits, scale) + ("" if bounds is None else (
+            f" [{', '.join(number(bound, digits, scale) for bound in bounds)}]"))
+
+    return _interval_table(rows, title, cell)
+
+
+def _interval_table(rows: Sequence[Mapping[str, Any]], title: str,
+                    cell: Callable[[Mapping[str, Any], str, int, float], str]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("policy", min_width=max((len(row["policy"]) for row in rows), default=0))  # names are never cut
+    for _, heading, _, _ in INTERVAL_COLUMNS:
         table.add_column(heading, justify="right")
     for row in rows:
-        cells = []
-        for key, _, digits, scale in columns:
-            mean, half = row[key] or (None, None)
-            cells.append(number(mean, digits, scale) + ("" if half is None else f" ± {number(half, digits, scale)}"))
-        table.add_row(row["policy"], *cells)
+        table.add_row(row["policy"], *(cell(row, key, digits, scale) for key, _, digits, scale in INTERVAL_COLUMNS))
     return table
 
 
