@@ -62,6 +62,7 @@ TimeUnitOption = Annotated[float | None, typer.Option(
     help="Seconds in one unit of `timestamp`, for files that do not tell: 1 or 0.001.")]
 ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
 CountOption = Annotated[int, typer.Option(min=1)]
+RequestsOption = Annotated[int | None, typer.Option(min=1, help="Default: half as many by the wall clock.")]
 OutOption = Annotated[Path, typer.Option(callback=output_folder,
                                          help="Folder for the report, the traces and the summary.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
