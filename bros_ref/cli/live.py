@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bros_ref.cli import kernels, simulation
+from bros_ref.cli import kernels, serve, simulation
 from bros_ref.cli.common import (
     BackendOption,
     ChunkedOption,
@@ -42,7 +42,7 @@ from bros_ref.cli.common import (
     write_json,
 )
 
-COMMAND_MODULES = (kernels, simulation)  # imported because each adds its commands to `app`
+COMMAND_MODULES = (kernels, serve, simulation)  # imported because each adds its commands to `app`
 
 
 def main() -> None:
