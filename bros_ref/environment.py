@@ -26,7 +26,7 @@ def environment_stamp() -> dict[str, Any]:
         "torch": _version("torch"),
         "numpy": _version("numpy"),
         "platform": platform.platform(),
-        "cpu_model": _cpu_model(),
+        "cpu_model": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": _gpu_name(),
         "commit": _commit(),
@@ -61,7 +61,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The name of the CPU as its vendor writes it; None if the system does not tell."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
