@@ -17,6 +17,7 @@ from bros_ref.model.attention import paged_attention
 from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
+from bros_ref.model.linear import FastestLinear
 from bros_ref.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from bros_ref.model.weights.load import load_model_config, load_weights
 from bros_ref.model.weights.parameters import Parameters
@@ -77,7 +78,7 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
     config, tokenizer = load_model_config(name), load_tokenizer(name)
     try:
         parameters = load_weights(name, dtype, device, seed)
-        model = Decoder(config, parameters, dtype, device, attention)
+        model = Decoder(config, parameters, dtype, device, attention, FastestLinear(parameters.values()))
     except (MemoryError, RuntimeError, OverflowError) as error:  # what torch raises for more than there is
         raise ValueError(f"model {name!r} cannot be put into the memory of {device}: "
                          f"{str(error).splitlines()[0]}") from error
