@@ -6,7 +6,9 @@ It knows vocabularies and chat templates, and nothing about models or requests. 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +32,11 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """What the engine needs of a tokenizer. `decode` leaves out special tokens and never fails."""
+    """What the engine needs of a tokenizer. `decode` leaves out special tokens and never fails.
+
+    `encode` reads control tokens in the text as such, `encode_plain` reads them as the characters that they are written
+    with: what a stranger sends must not open another speaker's turn.
+    """
 
     vocab_size: int
     bos_token_id: int | None
@@ -38,10 +44,12 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_plain(self, text: str) -> list[int]: ...
+
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
     def chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, ending where the assistant is to speak."""
+        """Token ids of a conversation, ending where the assistant is to speak. Control tokens in it stay text."""
         ...
 
 
@@ -54,6 +62,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
+
+    def encode_plain(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace")
@@ -78,10 +89,25 @@ class CheckpointTokenizer:
         self.bos_token_id: int | None = tokenizer.token_to_id(bos_token) if bos_token else None
         eos = tokenizer.token_to_id(eos_token) if eos_token else None
         self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
+        control = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(_whole(text)).ids
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        if not self._control.search(text):
+            return self.encode(text)
+        ids: list[int] = self._without_control.encode(_whole(text)).ids
+        return ids
+
+    @cached_property
+    def _without_control(self) -> RustTokenizer:
+        """The tokenizer again, set to read control tokens as text (a switch of the whole object)."""
+        tokenizer = RustTokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -95,9 +121,27 @@ class CheckpointTokenizer:
             raise TokenizerError(f"{self._origin} has no chat template; give the prompt as one plain text")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self.render(messages)  # which has its special tokens already
-        ids: list[int] = self._tokenizer.encode(_whole(text), add_special_tokens=False).ids
+        messages, hidden = self._hide_control_tokens(messages)
+        text = _whole(self.render(messages))  # which has its special tokens already
+        ids: list[int] = []
+        for piece in re.split(f"([{''.join(hidden)}])", text) if hidden else [text]:
+            tokenizer = self._without_control if piece in hidden else self._tokenizer
+            ids += tokenizer.encode(hidden.get(piece, piece), add_special_tokens=False).ids
         return ids
+
+    def _hide_control_tokens(self, messages: Sequence[Mapping[str, str]]
+                             ) -> tuple[Sequence[Mapping[str, str]], dict[str, str]]:
+        """Puts a private-use character in the place of every control token in the contents, so that the template's own
+        control tokens are the only ones. Returns the messages, and character -> the text that it stands for."""
+        texts = "".join(message.get("content") or "" for message in messages)
+        found = sorted(set(self._control.findall(texts)))
+        if not found:
+            return messages, {}
+        unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in texts)
+        character = {token: next(unused) for token in found}
+        changed = [{**message, "content": self._control.sub(lambda match: character[match[0]], message["content"])}
+                   if message.get("content") else message for message in messages]
+        return changed, {hidden: token for token, hidden in character.items()}
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The template's text for `messages`, ending with the opening of the assistant's turn."""
