@@ -15,8 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
+from bros_ref.model.weights.checkpoint import read_json
 from bros_ref.model.weights.gguf_file import open_gguf
-from bros_ref.model.weights.hf_folder import read_json
 from bros_ref.model.weights.load import RANDOM_PREFIX, locate
 from bros_ref.model.weights.parameters import BYTE_VOCABULARY
 
