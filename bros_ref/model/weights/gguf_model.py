@@ -7,6 +7,7 @@ at rest, or a tensor without a place in the model, is refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def load_gguf_config(path: Path) -> ModelConfig:
         raise WeightsError(f"{path}: its metadata is damaged or describes no model that can be run: {error}") from None
 
 
-def end_token_ids(meta: dict[str, Any]) -> tuple[int, ...]:
+def end_token_ids(meta: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens at which generation stops, without repeats."""
     found = (meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in _END_TOKENS)
     return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
