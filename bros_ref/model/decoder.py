@@ -19,6 +19,7 @@ from bros_ref.config import ModelConfig
 from bros_ref.kv_cache.storage import KVStorage
 from bros_ref.model.attention import AttentionFn, AttentionMetadata, paged_attention
 from bros_ref.model.linear import LinearFn, linear
+from bros_ref.model.parallel import TensorParallel
 from bros_ref.model.weights.parameters import Parameters, parameter_shapes
 
 
@@ -57,7 +58,11 @@ class Layer:
 
 
 class Decoder:
-    """The model. Holds the weights it is given (moved and cast only if need be), never a second copy.
+    """The model, or with `parallel` one rank's part of it. Holds the weights it is given (moved and cast only if need
+    be), never a second copy.
+
+    Attributes:
+        config: the model's; a rank's own numbers of heads and MLP width where the model is split.
 
     Raises:
         ValueError: `weights` lacks a tensor of `parameter_shapes(config)`, or one has another shape; rotary positions
@@ -66,21 +71,26 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Parameters, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu", attention: AttentionFn = paged_attention,
-                 linear: LinearFn = linear) -> None:
+                 linear: LinearFn = linear, parallel: TensorParallel | None = None) -> None:
         if config.positions == "rope" and config.head_dim % 2:
             raise ValueError(f"{config.family}: rotary positions turn pairs, but head_dim {config.head_dim} is odd")
-        for name, shape in parameter_shapes(config).items():
+        shapes = parameter_shapes(config)
+        if parallel is not None:
+            config, shapes = parallel.local_config, parallel.shapes()
+        for name, shape in shapes.items():
             found = tuple(weights[name].shape) if name in weights else "nothing"
             if found != shape:
                 raise ValueError(f"{config.family} weights: {name} must have shape {shape}, found {found}")
         self.config, self.dtype, self.device, self._attention = config, dtype, torch.device(device), attention
-        self._linear = linear
-        placed = {name: weights[name].to(self.device, dtype) for name in parameter_shapes(config)}
+        self._linear, self._parallel = linear, parallel
+        placed = {name: weights[name].to(self.device, dtype) for name in shapes}
         self._layers = [Layer.pick(placed, i) for i in range(config.num_layers)]
         self._embed = placed["embed.weight"]
         self._learned_positions = placed.get("positions.weight")
         self._final_norm, self._final_norm_bias = placed["final_norm.weight"], placed.get("final_norm.bias")
-        self._lm_head = self._embed if config.tied_embeddings else placed["lm_head.weight"]
+        self._lm_head = placed.get("lm_head.weight", self._embed)
+        if parallel is not None and config.tied_embeddings:
+            self._lm_head = parallel.head(self._embed)
         if config.positions == "rope":
             self._cos, self._sin = rope_tables(config, dtype, self.device)
 
@@ -105,11 +115,16 @@ class Decoder:
             cos_sin = self._cos[positions], self._sin[positions]  # [T, 1, D / 2] each
         for i, layer in enumerate(self._layers):
             h = self._norm(x, layer.attn_norm, layer.attn_norm_bias)
-            x += self._attend(i, layer, h, cos_sin, kv, meta)
+            x += self._whole(self._attend(i, layer, h, cos_sin, kv, meta))
             h = self._norm(x, layer.mlp_norm, layer.mlp_norm_bias)
-            x += self._mlp(layer, h)
+            x += self._whole(self._mlp(layer, h))
         x = self._norm(x[logits_rows], self._final_norm, self._final_norm_bias)
-        return self._linear(x, self._lm_head).float()
+        logits = self._linear(x, self._lm_head).float()
+        return logits if self._parallel is None else self._parallel.gather_logits(logits)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The sum over ranks, where the model is split over several."""
+        return x if self._parallel is None else self._parallel.all_reduce(x)
 
     def _attend(self, i: int, layer: Layer, h: Tensor, cos_sin: tuple[Tensor, Tensor] | None, kv: KVStorage,
                 meta: AttentionMetadata) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bros_ref.config import ModelConfig
-from bros_ref.model.weights.parameters import Parameters, fused_rows, parameter_shapes
+from bros_ref.model.weights.parameters import Keep, Parameters, fused_rows, parameter_shapes, whole
 
 
 class WeightsError(ValueError):
@@ -55,8 +55,8 @@ class NameMap:
 
 
 def assemble(config: ModelConfig, name_map: NameMap, source: TensorSource, dtype: torch.dtype,
-             device: torch.device | str) -> Parameters:
-    """Reads every parameter, fusing parts in place, cast to `dtype` on `device`.
+             device: torch.device | str, keep: Keep = whole) -> Parameters:
+    """Reads every parameter, fusing parts in place, cast to `dtype` on `device`; of each, what `keep` returns.
 
     Raises:
         WeightsError: a tensor is missing, unreadable, or of another shape than the config says.
@@ -75,5 +75,5 @@ def assemble(config: ModelConfig, name_map: NameMap, source: TensorSource, dtype
             fused[start:start + rows] = part
             start += rows
         assert fused is not None
-        parameters[name] = fused
+        parameters[name] = keep(name, fused)
     return parameters

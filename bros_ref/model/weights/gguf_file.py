@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bros_ref.config import ModelConfig
 from bros_ref.model.weights.checkpoint import NameMap, WeightsError, assemble
-from bros_ref.model.weights.parameters import Parameters
+from bros_ref.model.weights.parameters import Keep, Parameters, whole
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -188,11 +188,11 @@ def load_gguf_config(path: Path) -> ModelConfig:
 
 
 def load_gguf_weights(path: Path, config: ModelConfig, dtype: torch.dtype,
-                      device: torch.device | str) -> Parameters:
+                      device: torch.device | str, keep: Keep = whole) -> Parameters:
     """Raises WeightsError: a tensor is missing, truncated, of the wrong shape or of an unsupported quantisation."""
     file = open_gguf(path)
     source = LlamaRowOrder(file, config) if config.family == "llama" else file
-    return assemble(config, _NAMES, source, dtype, device)
+    return assemble(config, _NAMES, source, dtype, device, keep)
 
 
 class LlamaRowOrder:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bros_ref.config import ModelConfig, RopeScaling
 from bros_ref.model.weights.checkpoint import NameMap, WeightsError, assemble
-from bros_ref.model.weights.parameters import Parameters
+from bros_ref.model.weights.parameters import Keep, Parameters, whole
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -64,10 +64,11 @@ def load_hf_config(folder: Path) -> ModelConfig:
     raise WeightsError(f"{path}: model_type {family!r} is not supported; supported: {', '.join(LLAMA_LIKE)}, opt")
 
 
-def load_hf_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> Parameters:
+def load_hf_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str,
+                    keep: Keep = whole) -> Parameters:
     """Raises WeightsError: a file or tensor is missing, truncated or of the wrong shape."""
     return assemble(config, _OPT_NAMES if config.family == "opt" else _LLAMA_NAMES, SafetensorsFolder(folder), dtype,
-                    device)
+                    device, keep)
 
 
 class SafetensorsFolder:
