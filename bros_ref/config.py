@@ -10,7 +10,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+HOST_BLOCKS_PER_BLOCK = 4  # host memory is the cheaper one, and whoever finds it full is recomputed (our decision)
 MAX_LAYERS = 10_000  # more than any model has: beyond it a config is damaged, and would be counted through for hours
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ class ModelConfig:
 class KVCacheConfig:
     """The KV pool. A *slot* is room for one token's K and V in every layer; a block is `block_size` slots.
 
-    `num_host_blocks` bounds the checkpoint store in host memory; None means as many as the device pool has.
+    `num_host_blocks` bounds the checkpoint store in host memory; None means HOST_BLOCKS_PER_BLOCK times the device
+    pool. Whoever knows how much host memory there is should say a number.
     """
 
     num_blocks: int
@@ -113,7 +120,7 @@ class KVCacheConfig:
     @property
     def host_blocks(self) -> int:
         """Blocks of the checkpoint store, with the default filled in."""
-        return self.num_blocks if self.num_host_blocks is None else self.num_host_blocks
+        return HOST_BLOCKS_PER_BLOCK * self.num_blocks if self.num_host_blocks is None else self.num_host_blocks
 
 
 @dataclass(frozen=True)

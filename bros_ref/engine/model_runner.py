@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from bros_ref.config import KVCacheConfig, ModelConfig
+from bros_ref.engine.llm_engine import RequestsFailed
 from bros_ref.engine.sampler import sample
 from bros_ref.kv_cache.storage import KVStorage
 from bros_ref.model.attention import AttentionMetadata
@@ -30,23 +31,36 @@ class Model(Protocol):
                 logits_rows: torch.Tensor) -> torch.Tensor: ...
 
 
+class NonFiniteLogits(RuntimeError):
+    """The model gave a request logits with NaN or infinity: damaged weights, or an overflow of the number format."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(f"request {request.request_id!r}: the model's logits after {request.num_tokens} tokens are "
+                         "not finite, so there is no next token; check the weights, or use a wider dtype")
+
+
 class ModelRunner:
     """Runs a model on one device, with the KV storage it owns.
 
     Attributes:
         kv: the K/V tensors and the host checkpoint store.
+        backend: what computes the model's attention, by the names of `model/backends.py`; said where speed is noted.
     """
 
     def __init__(self, model: Model, kv_config: KVCacheConfig, device: torch.device | str = "cpu",
-                 dtype: torch.dtype = torch.float32) -> None:
-        self.model = model
+                 dtype: torch.dtype = torch.float32, backend: str = "torch") -> None:
+        self.model, self.backend = model, backend
         self.device = torch.device(device)
         config = model.config
         self.kv = KVStorage(config.num_layers, config.num_kv_heads, config.head_dim, kv_config, dtype, self.device)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> list[int | None]:
-        """Computes one step. Returns [num_requests]: the sampled token, or None where the prompt is not done yet."""
+        """Computes one step. Returns [num_requests]: the sampled token, or None where the prompt is not done yet.
+
+        Raises:
+            RequestsFailed: logits of some requests are not finite, so no token can be drawn from them.
+        """
         # 1. The order matters: what is about to be overwritten is saved before anything is written.
         copies = output.kv_changes.copies
         if copies:
@@ -72,8 +86,17 @@ class ModelRunner:
         # 4. Forward and sample.
         logits = self.model.forward(self._tensor(token_ids), meta.positions, self.kv, meta, self._tensor(logits_rows))
         result: list[int | None] = [None] * len(requests)
+        errors: dict[int, Exception] = {}
+        finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one NaN or infinity spoils the sum
+        if not all(finite):
+            errors = {index: NonFiniteLogits(requests[index])
+                      for index, is_finite in zip(sampled, finite, strict=True) if not is_finite}
+            sampled = [index for index in sampled if index not in errors]
+            logits = logits[torch.tensor(finite, device=logits.device)]
         for index, token_id in zip(sampled, sample(logits, [requests[i] for i in sampled]), strict=True):
             result[index] = token_id
+        if errors:
+            raise RequestsFailed(result, errors)
         return result
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:

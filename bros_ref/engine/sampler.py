@@ -52,11 +52,12 @@ def _logprob(logits: torch.Tensor, token_id: int, num_top: int) -> TokenLogprob:
 
 def _draw(logits: torch.Tensor, request: Request) -> int:
     params = request.sampling
+    assert request.seed is not None, "the engine draws a seed for a request that brings none"
     probabilities = torch.softmax(logits.float() / params.temperature, dim=-1)
     if params.top_p < 1:
         probabilities, order = probabilities.sort(descending=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities[1:][before[1:] >= params.top_p] = 0  # keeps the smallest set that reaches top_p, never none
-    generator = torch.Generator().manual_seed((params.seed * 1_000_003 + request.num_tokens) % (1 << 63))
+    generator = torch.Generator().manual_seed((request.seed * 1_000_003 + request.num_tokens) % (1 << 63))
     choice = int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
     return int(order[choice]) if params.top_p < 1 else choice

@@ -18,7 +18,7 @@ from torch import Tensor
 from bros_ref.config import ModelConfig
 from bros_ref.kv_cache.storage import KVStorage
 from bros_ref.model.attention import AttentionFn, AttentionMetadata, paged_attention
-from bros_ref.model.linear import linear
+from bros_ref.model.linear import LinearFn, linear
 from bros_ref.model.weights.parameters import Parameters, parameter_shapes
 
 
@@ -65,7 +65,8 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, weights: Parameters, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu", attention: AttentionFn = paged_attention) -> None:
+                 device: torch.device | str = "cpu", attention: AttentionFn = paged_attention,
+                 linear: LinearFn = linear) -> None:
         if config.positions == "rope" and config.head_dim % 2:
             raise ValueError(f"{config.family}: rotary positions turn pairs, but head_dim {config.head_dim} is odd")
         for name, shape in parameter_shapes(config).items():
@@ -73,6 +74,7 @@ class Decoder:
             if found != shape:
                 raise ValueError(f"{config.family} weights: {name} must have shape {shape}, found {found}")
         self.config, self.dtype, self.device, self._attention = config, dtype, torch.device(device), attention
+        self._linear = linear
         placed = {name: weights[name].to(self.device, dtype) for name in parameter_shapes(config)}
         self._layers = [Layer.pick(placed, i) for i in range(config.num_layers)]
         self._embed = placed["embed.weight"]
@@ -107,12 +109,12 @@ class Decoder:
             h = self._norm(x, layer.mlp_norm, layer.mlp_norm_bias)
             x += self._mlp(layer, h)
         x = self._norm(x[logits_rows], self._final_norm, self._final_norm_bias)
-        return linear(x, self._lm_head).float()
+        return self._linear(x, self._lm_head).float()
 
     def _attend(self, i: int, layer: Layer, h: Tensor, cos_sin: tuple[Tensor, Tensor] | None, kv: KVStorage,
                 meta: AttentionMetadata) -> Tensor:
         c = self.config
-        heads = linear(h, layer.qkv, layer.qkv_bias).view(len(h), -1, c.head_dim)  # [T, H + 2K, D]
+        heads = self._linear(h, layer.qkv, layer.qkv_bias).view(len(h), -1, c.head_dim)  # [T, H + 2K, D]
         q, k, v = torch.split(heads, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q.copy_(rms_norm(q, layer.q_norm, c.norm_eps))
@@ -121,17 +123,17 @@ class Decoder:
             rotate_(heads[:, :c.num_heads + c.num_kv_heads], *cos_sin)
         kv.write(i, k, v, meta.slot_mapping)
         attended = self._attention(q, kv.k(i), kv.v(i), meta)
-        return linear(attended.flatten(1), layer.attn_out, layer.attn_out_bias)
+        return self._linear(attended.flatten(1), layer.attn_out, layer.attn_out_bias)
 
     def _mlp(self, layer: Layer, h: Tensor) -> Tensor:
-        inner = linear(h, layer.mlp_in, layer.mlp_in_bias)
+        inner = self._linear(h, layer.mlp_in, layer.mlp_in_bias)
         if self.config.mlp == "gated-silu":
             gate, up = inner.chunk(2, dim=1)
             # Not in place: gate's rows lie two rows apart, and a product over them runs at a quarter of its speed.
             inner = F.silu(gate, inplace=True) * up
         else:
             inner = inner.relu_()
-        return linear(inner, layer.mlp_out, layer.mlp_out_bias)
+        return self._linear(inner, layer.mlp_out, layer.mlp_out_bias)
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.config.norm == "rms":

@@ -271,6 +271,20 @@ class Scheduler:
             self.running.remove(request)
             self._send_back(request)
 
+    def restart(self) -> None:
+        """Recovers from an exception or an interrupt in the middle of `schedule`, whatever it left half done: every
+        live request waits, in the order of arrival at the engine, and recomputes its KV."""
+        self.kv.reset()
+        self.running.clear()
+        self.exempt = False
+        self.setup()
+        for request in self.requests.values():
+            if request.status is RequestStatus.RUNNING:
+                request.num_computed_tokens = 0
+                request.num_preemptions += 1
+                request.status = RequestStatus.WAITING
+            self.enqueue(request)
+
     def update_from_output(self, output: SchedulerOutput, token_ids: Sequence[int | None], now_s: float,
                            duration_s: float) -> list[Request]:
         """Books a computed step: `token_ids` is parallel to `output.requests`, None where nothing was sampled.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from bros_ref.model.attention import AttentionMetadata
 from bros_ref.model.decoder import Decoder
-from bros_ref.model.linear import FEW_ROWS, linear
 from bros_ref.model.weights.load import load_model_config, load_weights
 from bros_ref.model.weights.parameters import RANDOM_FAMILIES, parameter_shapes, random_parameters
 
@@ -127,15 +126,3 @@ def test_weights_that_do_not_fit_the_config_are_refused(change: str) -> None:
         weights["layers.2.k_norm.weight"] = tensor[1:]
     with pytest.raises(ValueError, match=r"layers\.2\.k_norm\.weight must have shape \(16,\), found"):
         Decoder(config, weights)
-
-
-@given(rows=st.sampled_from([1, 2, 7, 8, 9, 31, 32, 33, FEW_ROWS, FEW_ROWS + 1]), outputs=st.integers(1, 9),
-       inputs=st.integers(1, 9), biased=st.booleans(), seed=st.integers(0, 999))
-def test_linear_is_the_product(rows: int, outputs: int, inputs: int, biased: bool, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x, w = (torch.randn(n, inputs, generator=generator) for n in (rows, outputs))
-    b = torch.randn(outputs, generator=generator) if biased else None
-    expected = (x[:, None] * w[None]).sum(-1) + (0 if b is None else b)
-    got = linear(x, w, b)
-    assert got.is_contiguous()
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

@@ -24,6 +24,7 @@ from kernels_cupy.device import FOLDER, Kernel
 HERE = Path(__file__).parent
 COMMON_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-strict-aliasing",
                 "-ffp-contract=off", "-w")
+STEP_FLAG = "-fsanitize-coverage=trace-pc"  # every basic block calls hooks.cpp, which counts them
 # A 16-byte load must stay one access, so the optimiser may not take vector types apart.
 GCC_KERNEL_FLAGS = ("-O1", "-fno-tree-sra", "-fno-ipa-sra")
 CLANG_KERNEL_FLAGS = ("-O0",)
@@ -118,9 +119,10 @@ def _rewrite_shared(text: str) -> str:
 def _library(text: str, defines: tuple[tuple[str, str], ...], instrumented: bool) -> Path:
     command = compiler()
     flags = [*COMMON_FLAGS, *(GCC_KERNEL_FLAGS if _is_gcc(command) else CLANG_KERNEL_FLAGS), f"-I{HERE / 'include'}",
-             *(f"-D{name}={value}" for name, value in defines), *(["-fsanitize=thread"] if instrumented else [])]
+             *(f"-D{name}={value}" for name, value in defines), STEP_FLAG,
+             *(["-fsanitize=thread"] if instrumented else [])]
     runtime = _runtime()
-    key = _hash(text, *flags[:-1 if instrumented else None], str(instrumented), str(runtime), _texts("include"))
+    key = _hash(text, *command, *flags, str(runtime), _texts("include"))
     path = cache_folder() / f"kernel-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:

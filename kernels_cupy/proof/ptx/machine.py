@@ -23,7 +23,6 @@ from kernels_cupy.proof.ptx.parser import Instruction
 from kernels_cupy.proof.ptx.program import DecodedBlock, Program, leaves, text_of
 
 WAITING, GONE = 1 << 20, 1 << 30  # added to where a thread goes on after a barrier; where a thread is that has exited
-MAX_TURNS = 20_000_000  # of blocks executed: a kernel that takes more hangs
 
 
 @dataclass
@@ -76,6 +75,7 @@ class Machine:
         parameters: bytes by name.
         shared_bytes: dynamic shared memory a thread block.
         counting: fill `traffic` too.
+        turn_limit: turns after which the kernel is taken to hang; in a turn, threads execute a block of the program.
 
     Attributes:
         executed: of each block of the program, how many warps executed it.
@@ -83,9 +83,9 @@ class Machine:
     """
 
     def __init__(self, program: Program, grid: Dim3, block: Dim3, first: int, count: int, memories: dict[str, Memory],
-                 parameters: dict[str, Array], shared_bytes: int, counting: bool) -> None:
+                 parameters: dict[str, Array], shared_bytes: int, counting: bool, turn_limit: int) -> None:
         self.program, self.grid, self.block, self.first = program, grid, block, first
-        self.parameters, self.counting = parameters, counting
+        self.parameters, self.counting, self.turn_limit = parameters, counting, turn_limit
         self._real = int(np.prod(block))
         self._padded = -(-self._real // WARP) * WARP  # a block's last warp may have fewer threads
         self.num_threads = count * self._padded
@@ -167,7 +167,7 @@ class Machine:
             PtxFault: one of them broke a rule.
         """
         with np.errstate(all="ignore"):
-            for _ in range(MAX_TURNS):
+            for _ in range(self.turn_limit):
                 at = int(self._at.min())
                 if at >= GONE:
                     return
@@ -175,8 +175,12 @@ class Machine:
                     self._at[self._at < GONE] -= WAITING
                     continue
                 self._turn(at)
-        raise RuntimeError(f"{self.program.function.name} executed {MAX_TURNS} blocks of instructions and goes on: "
-                           "an endless loop")
+        thread = int(np.argmin(self._at))
+        decoded = self.program.blocks[int(self._at[thread]) % WAITING]
+        instruction = decoded.steps[0][1] if decoded.steps else decoded.block.last
+        assert instruction is not None
+        raise self._fault(instruction, Violation("endless loop", f"goes on after {self.turn_limit} turns; "
+                                                 "PtxDevice(turn_limit=...) allows more", thread))
 
     def _turn(self, at: int) -> None:
         """Those who stand at a block run it."""
