@@ -44,22 +44,20 @@ def fit_latency_model(runner: ModelRunner, max_num_seqs: int, name: str, *, refi
         on_progress: called with the fraction done.
     """
     path = _cache_path(runner, max_num_seqs, name)
-    if not refit:
+    if path.exists() and not refit:
         try:
             stored = json.loads(path.read_text())
             samples = [(StepFeatures(**features), seconds) for features, seconds in stored["samples"]]
             return StepLatencyModel.fit(samples, stored["restore_s_per_token"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            pass  # not there, unreadable or of an older version: measure now
+        except (ValueError, KeyError, TypeError):
+            pass  # unreadable or of an older version: measure again
     samples = profile(runner, max_num_seqs, on_progress)
     restore_s = measure_restore_s_per_token(runner)
     plain = [[{slot: getattr(features, slot) for slot in StepFeatures.__slots__}, seconds]
              for features, seconds in samples]
     with suppress(OSError):  # a home that cannot be written keeps nobody from serving: it is measured again next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(f".{os.getpid()}")  # renamed when complete: another process may be reading
-        whole.write_text(json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
-        whole.replace(path)
+        path.write_text(json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
     return StepLatencyModel.fit(samples, restore_s)
 
 
@@ -128,12 +126,16 @@ def _batch_output(batch: Batch, config: KVCacheConfig) -> SchedulerOutput:
     return output
 
 
-def _cache_path(runner: ModelRunner, max_num_seqs: int, name: str) -> Path:
-    """Named after everything that changes what `profile` measures. The pool's size does so only by the batches that
+def speed_key(runner: ModelRunner, max_num_seqs: int, name: str) -> str:
+    """A digest of everything that changes what `profile` measures. The pool's size does so only by the batches that
     fit it: a pool sized to the free memory is a little different each time."""
     device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else cpu_model()
     key = ("fastest", name, repr(runner.model.config), device, runner.backend, torch.__version__,
            torch.get_num_threads(), os.cpu_count(), str(runner.kv.data.dtype), runner.kv.config.block_size,
            _fitting(runner, max_num_seqs, (*PREFILLS, *DECODES, *MIXED)))
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "bros_ref" / f"latency-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+def _cache_path(runner: ModelRunner, max_num_seqs: int, name: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return root / "bros_ref" / f"latency-{speed_key(runner, max_num_seqs, name)}.json"

@@ -276,7 +276,6 @@ class Scheduler:
         live request waits, in the order of arrival at the engine, and recomputes its KV."""
         self.kv.reset()
         self.running.clear()
-        self.exempt = False
         self.setup()
         for request in self.requests.values():
             if request.status is RequestStatus.RUNNING:
