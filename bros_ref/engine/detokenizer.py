@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a simulated run has no tokenizer, and needs no torch
 _HALF = "\ufffd"  # what a tokenizer shows for a character that is not whole yet
 _MAX_CHARACTER_BYTES = 4  # of UTF-8
 _LONGEST_WINDOW = 16  # tokens; half of them hold a character that is not whole yet, and then some
+_LONGEST_UNCERTAIN_WINDOW = 48  # tokens, while the text ends in a character that is not whole yet
 
 
 class TextStream:
@@ -92,11 +93,11 @@ class IncrementalDecoder:
         self._num_uncertain = self._num_uncertain + 1 if num_half else 0
         if self._num_uncertain >= _MAX_CHARACTER_BYTES:
             num_half = min(num_half, _MAX_CHARACTER_BYTES - 1)
-        if len(self._window) >= 4 * _LONGEST_WINDOW:  # nothing but tokens without text since: it stays half
+        if len(self._window) >= _LONGEST_UNCERTAIN_WINDOW:  # nothing but tokens without text since: it stays half
             num_half = 0
         piece = self._show(text, len(text) - num_half)
-        if len(self._window) >= _LONGEST_WINDOW:
-            self._shorten(text[self._num_shown:])
+        if len(self._window) >= (_LONGEST_UNCERTAIN_WINDOW if self._num_uncertain else _LONGEST_WINDOW):
+            self._shorten(text)  # not in the middle of a character, unless it has been one for long
         return piece
 
     def finish(self) -> str:
@@ -111,9 +112,13 @@ class IncrementalDecoder:
         self._num_shown = max(self._num_shown, end)
         return piece
 
-    def _shorten(self, held: str) -> None:
-        """Keeps half of the window, unless that would lose what is held back."""
-        newest = self._window[len(self._window) // 2:]
-        text = self._tokenizer.decode(newest)
-        if text.endswith(held):
-            self._window, self._num_shown = newest, len(text) - len(held)
+    def _shorten(self, whole: str) -> None:
+        """Drops the older half of the window, or a little more: a cut in the middle of a character may make its
+        neighbours unreadable, so what is left must read as the end of `whole`, the window's text, does."""
+        held, half = whole[self._num_shown:], len(self._window) // 2
+        for cut in range(half, half + _MAX_CHARACTER_BYTES):
+            newest = self._window[cut:]
+            text = self._tokenizer.decode(newest)
+            if whole.endswith(text) and text.endswith(held):
+                self._window, self._num_shown = newest, len(text) - len(held)
+                return
