@@ -93,7 +93,7 @@ class IncrementalDecoder:
         self._num_uncertain = self._num_uncertain + 1 if num_half else 0
         if self._num_uncertain >= _MAX_CHARACTER_BYTES:
             num_half = min(num_half, _MAX_CHARACTER_BYTES - 1)
-        if len(self._window) >= _LONGEST_UNCERTAIN_WINDOW:  # nothing but tokens without text since: it stays half
+        if len(self._window) >= 2 * _LONGEST_UNCERTAIN_WINDOW:  # nothing but tokens without text since: it stays half
             num_half = 0
         piece = self._show(text, len(text) - num_half)
         if len(self._window) >= (_LONGEST_UNCERTAIN_WINDOW if self._num_uncertain else _LONGEST_WINDOW):
