@@ -12,13 +12,19 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint lab notebooks book kernels bench lock clean
+.PHONY: demo test lint soak lab notebooks book kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
 
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
+
+# Random lives of the engine under faults, aborts and interrupts: make soak MINUTES=30
+MINUTES ?= 30
+soak: $(VENV)/.installed-dev
+	LIVES_SECONDS=$$((60 * $(MINUTES))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -s \
+		tests/test_random_lives.py
 
 lab: $(VENV)/.installed-dev
 	$(BIN)/jupyter lab notebooks --LabApp.default_url=/lab/tree/00_the_whole_game.ipynb
