@@ -140,7 +140,8 @@ def test_an_adapter_is_not_its_base_model(change: Callable[..., str]) -> None:
     ("rotary_pct", 0.25), ("rope_interleaved", True), ("no_rope_layers", [1, 0, 1]), ("attention_chunk_size", 16),
     ("scale_emb", 12), ("scale_depth", 1.4), ("kv_lora_rank", 8), ("attention_sink", True), ("layer_types", ["x"] * 3),
     ("norm_type", "layernorm"), ("attn_temperature_tuning", True), ("cross_attention_layers", [1]),
-    ("hidden_act", "gelu"), ("partial_rotary_factor", 0.5), ("mup_base_width", 2)])
+    ("hidden_act", "gelu"), ("partial_rotary_factor", 0.5), ("mup_base_width", 2), ("swiglu_limit", 7.0),
+    ("dim_model_base", 256), ("emb_multiplier", 2.0), ("base_freq", 5e5), ("transformers_weights", "x.safetensors")])
 def test_a_key_that_would_change_the_logits_is_refused_by_name(change: Callable[..., str], key: str,
                                                                value: Any) -> None:
     with pytest.raises(WeightsError, match=rf"config\.json: .*{key}"):
@@ -333,6 +334,7 @@ def llama_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("metadata", "message"), [
+    ({"split__count": 2, "split__no": "x"}, "is part x of 2"),
     ({"split__count": 2, "split__no": 0}, r"is part 1 of 2 of a split model; join the parts with `llama-gguf-split"),
     ({"llama__rope__scaling__type": "longrope"}, "another way than linear or yarn"),
     ({"llama__rope__scaling__attn_factor": 1.5}, r"llama\.rope\.scaling\.attn_factor = 1\.5"),
