@@ -189,6 +189,11 @@ def test_a_window_is_a_positive_whole_number(change: Callable[..., str], window:
         load_model_config(change("mistral-windowed", sliding_window=window))
 
 
+def test_a_windowed_model_of_far_too_many_layers_is_refused_at_once(change: Callable[..., str]) -> None:
+    with pytest.raises(WeightsError, match="num_layers must be at most"):
+        load_model_config(change("mistral-windowed", num_hidden_layers=10**12))
+
+
 FIELDS = {"vocab_size": "vocab_size", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
           "max_context_tokens": "max_position_embeddings", "norm_eps": "rms_norm_eps", "rope_theta": "rope_theta",
           "tied_embeddings": "tie_word_embeddings", "bos_token_id": "bos_token_id"}
@@ -238,6 +243,13 @@ def gguf_of(tmp_path: Path, name: str = "llama-gqa-tied", arch: str = "llama", *
 def test_a_gguf_tensor_that_nobody_reads_is_refused(tmp_path: Path, name: str) -> None:
     file = gguf_of(tmp_path, extra={name: np.ones(48, np.float32)})
     with pytest.raises(WeightsError, match=f"tensor {name} has no place in this model"):
+        load_weights(file)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "float64"])
+def test_gguf_types_that_are_no_weights_are_refused(tmp_path: Path, dtype: str) -> None:
+    file = gguf_of(tmp_path, omit="output_norm.weight", extra={"output_norm.weight": np.ones(48, dtype)})
+    with pytest.raises(WeightsError, match=r"tensor output_norm\.weight: quantisation [FI]\d+ is not supported"):
         load_weights(file)
 
 

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bros_ref.config import ModelConfig, RopeScaling
+from bros_ref.config import MAX_LAYERS, ModelConfig, RopeScaling
 from bros_ref.model.weights.checkpoint import WeightsError, read_json
 
 # What transformers fills in for a key that is absent; null is a value of its own.
@@ -135,7 +135,7 @@ def _layer_windows(path: Path, raw: dict[str, Any]) -> tuple[int | None, ...]:
     if family == "llama" or (family != "mistral" and not raw.get("use_sliding_window", False)):
         window = None
     types = raw.get("layer_types")
-    if not isinstance(num_layers, int) or (window is None and types is None):
+    if not isinstance(num_layers, int) or num_layers > MAX_LAYERS or (window is None and types is None):
         return ()  # a bad number of layers is reported by ModelConfig
     first = 0 if family == "mistral" else raw.get("max_window_layers", 0)
     default = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
