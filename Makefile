@@ -7,8 +7,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requi
 PYTEST_ARGS ?=
 
 # Two workers, a file at a time (a notebook's cells belong together); one torch thread each, as two cores would have it.
+# A worker that dies is not replaced: tests/conftest.py ends the run then.
 WORKERS ?= 2
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -p no:cacheprovider
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
 .PHONY: demo test lint lab notebooks book kernels bench lock clean

@@ -24,6 +24,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
                   help="Serve real-time and best-effort LLM requests on one model, as BROS does (arXiv 2504.09590).")
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The project's own measurements.")
 app.add_typer(bench_app, name="bench")
+EXTRA_OF = {"plotly": "viz", "cupy": "gpu"}
 
 
 def output_file(value: Any) -> Any:
@@ -70,6 +71,7 @@ TimeUnitOption = Annotated[float | None, typer.Option(
     help="Seconds in one unit of `timestamp`, for files that do not tell: 1 or 0.001.")]
 ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
 CountOption = Annotated[int, typer.Option(min=1)]
+RequestsOption = Annotated[int | None, typer.Option(min=1, help="Default: half as many by the wall clock.")]
 OutOption = Annotated[Path, typer.Option(callback=output_folder,
                                          help="Folder for the report, the traces and the summary.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
@@ -87,6 +89,14 @@ def parse_policies(names: str) -> list[str]:
         if chosen.count(name) > 1:
             raise ValueError(f"policy {name!r} is named twice; its second run would replace the first")
     return chosen
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install for a package of an extra. Raises the error again if it is none of an extra."""
+    package = str(error.name).split(".")[0]
+    if package not in EXTRA_OF:
+        raise error
+    return f"{package} is missing; pip install 'bros-ref[{EXTRA_OF[package]}]' brings it"
 
 
 def make_console(json_path: str | None) -> Console:
@@ -117,7 +127,8 @@ def tell_refusals(console: Console, runs: Sequence[dict[str, Any]]) -> None:
 
 @contextmanager
 def progress(console: Console, label: str, total: float) -> Iterator[Any]:
-    """A bar on standard error; yields a function that advances it."""
+    """A bar on standard error; yields a function that advances it. Ctrl-C raises from here on, and ends the bar."""
+    raise_again()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
                TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as bar:

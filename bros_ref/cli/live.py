@@ -12,13 +12,13 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from bros_ref.cli import kernels, simulation
+from bros_ref.cli import kernels, serve, simulation
 from bros_ref.cli.common import (
     BackendOption,
     ChunkedOption,
@@ -29,6 +29,7 @@ from bros_ref.cli.common import (
     ModelOption,
     OutOption,
     RefitOption,
+    RequestsOption,
     SeedOption,
     StopOption,
     ThreadsOption,
@@ -38,6 +39,7 @@ from bros_ref.cli.common import (
     app,
     bench_app,
     make_console,
+    missing_package,
     output_file,
     parse_policies,
     progress,
@@ -46,7 +48,7 @@ from bros_ref.cli.common import (
 )
 from bros_ref.cli.terminal import abandon_stdout, prepare_streams, printable
 
-COMMAND_MODULES = (kernels, simulation)  # imported because each adds its commands to `app`
+COMMAND_MODULES = (kernels, serve, simulation)  # imported because each adds its commands to `app`
 
 
 def main() -> None:
@@ -63,6 +65,8 @@ def main() -> None:
         sys.exit(1)
     except (ValueError, OSError) as error:
         _quit(f"bros-ref: {' '.join(str(error).split())}")
+    except ModuleNotFoundError as error:
+        _quit(f"bros-ref: {missing_package(error)}")
     except (KeyboardInterrupt, typer.Abort):  # outside a command
         sys.exit(130)
 
@@ -151,7 +155,8 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     write_json(str(out / "summary.json"), "demo", seed, runs=runs, interrupted=interrupted,
                environment=result["environment"])
     say(console, f"report: {out / 'report.html'}")
-    _end(interrupted, console, f"traces: {out}")
+    if interrupted:
+        _end_interrupted(console, f"traces: {out}")
 
 
 @app.command("serve-trace")
@@ -200,7 +205,8 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     write_json(json_path, "serve-trace", seed, runs=runs, interrupted=interrupted)
     if trace_path is not None:
         engine.trace.save(trace_path)
-    _end(interrupted, console, f"trace: {trace_path}" if trace_path else "no --trace was named, so none is saved")
+    if interrupted:
+        _end_interrupted(console, f"trace: {trace_path}" if trace_path else "no --trace was named, so none is saved")
 
 
 @bench_app.command("scheduler")
@@ -240,41 +246,47 @@ def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-s
 
 
 @bench_app.command("hybrid")
-def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Default: all, and both bounds.")] = None,
-                         model: ModelOption = "smollm2", rounds: CountOption = 1,
+def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Default: both bounds, six others.")] = None,
+                         model: ModelOption = "smollm2",
+                         clock: Annotated[str, typer.Option(help="wall, or modelled: the model computes every token, "
+                                                                 "and a step takes --modelled-step.")] = "wall",
+                         modelled_step: Annotated[str, typer.Option(metavar="A,B", help=(
+                             "Seconds per step and per token."))] = "0.032,0.0025",
+                         seeds: Annotated[int, typer.Option(min=1, help="Rounds, each with arrivals of its own.")] = 5,
+                         be_requests: RequestsOption = None, rt_requests: RequestsOption = None,
                          ttft_slo_s: TtftOption = 0.6, tpot_slo_s: TpotOption = 0.4, device: DeviceOption = "auto",
                          threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
                          report: Annotated[Path | None, typer.Option(callback=output_file,
                                                                      help="Write an HTML report here.")] = None,
                          json_path: JsonOption = None) -> None:
-    """Every policy serves the same hybrid workload live, under KV pressure."""
-    from bros_ref.cli.tables import results_table
+    """Every policy serves the same hybrid workload live, under KV pressure, in rounds that alternate the policies."""
+    from bros_ref.cli.tables import median_table
     from bros_ref.engine.serve import ServeInterrupted
-    from bros_ref.evaluation.bench.hybrid import ALL, bench_hybrid
+    from bros_ref.evaluation.bench.hybrid import DEFAULT_POLICIES, bench_hybrid, parse_clock, parse_step
+    from bros_ref.evaluation.statistics import interval_rows
     from bros_ref.request import SLO
-    from bros_ref.trace.metrics import summarise
     from bros_ref.viz.figures.report import write_report
 
-    names = list(ALL) if policies is None else parse_policies(policies)
-    slo, console = SLO(ttft_slo_s, tpot_slo_s), make_console(json_path)
+    names = list(DEFAULT_POLICIES) if policies is None else parse_policies(policies)
+    slo, console, how, step = SLO(ttft_slo_s, tpot_slo_s), make_console(json_path), parse_clock(clock), parse_step(
+        modelled_step)
     loaded = _load(model, device, threads, seed)
-    interrupted = False
     try:
-        with progress(console, "hybrid", rounds * len(names)) as advance:
-            runs, traces = bench_hybrid(loaded, names, slo, rounds, seed, refit=refit, on_run=lambda *_: advance(1))
+        with progress(console, "hybrid", seeds * len(names)) as advance:
+            runs, traces = bench_hybrid(loaded, names, slo, seeds, seed, how, step, num_be=be_requests,
+                                        num_rt=rt_requests, refit=refit, on_run=lambda *_: advance(1))
     except ServeInterrupted as stop:
-        if stop.trace is None:
-            raise
-        interrupted, traces, runs = True, [stop.trace], [summarise(stop.trace)]
-    title = f"{loaded.name} on {loaded.device}, SLO {ttft_slo_s} s / {tpot_slo_s} s, seed {seed}"
-    console.print(results_table(runs, title))
-    write_json(json_path, "bench hybrid", seed, runs=runs, interrupted=interrupted)
+        _end_bench(stop.trace, report, console, json_path, seed)
+    timing = f"modelled steps of {step[0]:g} s + {step[1]:g} s per token" if how == "modelled" else "wall clock"
+    title = (f"{loaded.name} on {loaded.device}, {timing}, SLO {ttft_slo_s} s / {tpot_slo_s} s, no prefix cache; "
+             f"median of {seeds} rounds [95 % interval of the mean]")
+    rows = [{"clock": how, **row} for row in interval_rows(runs)]
+    console.print(median_table(rows, title))
     if report is not None:
-        write_report(report, traces, runs, "Hybrid serving under KV pressure", {})
-        if interrupted:
-            traces[0].save(report.with_suffix(".trace.json"))
-    _end(interrupted, console, f"trace of the run that was interrupted: {report.with_suffix('.trace.json')}"
-         if report else "no --report was named, so no trace is saved")
+        first = [next(run for run in runs if run["policy"] == name) for name in names]
+        write_report(report, traces, first, "Hybrid serving under KV pressure", {})
+    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
+               rows=rows, runs=runs)
 
 
 # -- what these commands share ----------------------------------------------------------------------------------------
@@ -324,11 +336,25 @@ def _serve(engine: Any, items: list[Any], to_request: Callable[[Any], Any], poli
     return interrupted
 
 
-def _end(interrupted: bool, console: Console, saved: str) -> None:
+def _end_bench(trace: Any, report: Path | None, console: Console, json_path: str | None, seed: int) -> NoReturn:
+    """After Ctrl-C: the run that it ended, whose trace goes beside the report."""
+    from bros_ref.cli.tables import results_table
+    from bros_ref.trace.metrics import summarise
+
+    runs = [summarise(trace)]
+    console.print(results_table(runs, "The run that was interrupted"))
+    write_json(json_path, "bench hybrid", seed, runs=runs, interrupted=True)
+    if report is None:
+        _end_interrupted(console, "no --report was named, so no trace is saved")
+    beside = report.with_suffix(".trace.json")
+    trace.save(beside)
+    _end_interrupted(console, f"trace: {beside}")
+
+
+def _end_interrupted(console: Console, saved: str) -> NoReturn:
     """After Ctrl-C: says that this is not all, and where it is; exit status 130."""
-    if interrupted:
-        say(console, f"interrupted: what was served until then is above; {saved}", "yellow")
-        raise typer.Exit(130)
+    say(console, f"interrupted: what was served until then is above; {saved}", "yellow")
+    raise typer.Exit(130)
 
 
 def _sample_answers(engine: Any, items: list[Any]) -> dict[str, str]:

@@ -98,9 +98,10 @@ def test_an_interrupted_demo_saves_what_it_has(tmp_path, monkeypatch, capsys, in
 
 def test_an_interrupted_bench_saves_what_it_has(tmp_path, monkeypatch, capsys, interrupted_run):
     report = tmp_path / "report.html"
+    report.write_text("old")
     assert call(monkeypatch, "bench", "hybrid", *TOY, "--policies", "tgi,bros", "--report", report) == 130
     assert has_part_of_a_run(tmp_path / "report.trace.json")
-    assert report.exists()
+    assert report.read_text() == "old"
 
 
 @pytest.mark.parametrize("module", ["typer.models", "rich.text", "numpy", "torch"])
