@@ -36,7 +36,8 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
           max_queued_rt: CountOption = 256, max_queued_be: CountOption = 256,
           reject_late: Annotated[bool, typer.Option("--reject-late", help="Refuse at once what the latency model says "
                                                     "will miss its TTFT target.")] = False,
-          kv_blocks: CountOption = 512, block_size: CountOption = 16, max_num_seqs: CountOption = 8,
+          kv_blocks: Annotated[int | None, typer.Option(min=1, help="Default: what fits the memory.")] = None,
+          block_size: CountOption = 16, max_num_seqs: CountOption = 8,
           max_num_batched_tokens: CountOption = 256, chunked_prefill: ChunkedOption = None,
           device: DeviceOption = "auto", backend: BackendOption = "auto", threads: ThreadsOption = 0,
           refit: RefitOption = False, seed: SeedOption = 0) -> None:
@@ -49,7 +50,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
     import torch
     from rich.console import Console
 
-    from bros_ref.engine.build import LiveSettings, load_model, make_engine, make_runner
+    from bros_ref.engine.build import LiveSettings, blocks_that_fit, load_model, make_engine, make_runner
     from bros_ref.engine.profile import fit_latency_model
     from bros_ref.request import SLO
     from bros_ref.server.settings import ServerSettings, read_api_keys
@@ -66,8 +67,10 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
     listener = open_socket(host, port)
     if threads:
         torch.set_num_threads(threads)
-    live = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
     loaded = load_model(model, device, seed, backend)
+    if kv_blocks is None:
+        kv_blocks = blocks_that_fit(loaded, block_size, max_num_seqs)
+    live = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
     runner = make_runner(loaded, live)
     with progress(Console(stderr=True), "latency model", 1.0) as advance:
         done = 0.0
@@ -79,6 +82,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
 
         latency = fit_latency_model(runner, max_num_seqs, model, refit=refit, on_progress=on_progress)
     state = ServerState(make_engine(name, loaded, runner, live, latency), loaded, settings)
+    print(f"{model} on {loaded.device}, policy {name}, {kv_blocks} KV blocks of {block_size} tokens", flush=True)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
     DrainingServer(state, lambda: print(hello(url, model, bool(keys)), flush=True)).run([listener])
 
