@@ -43,6 +43,7 @@ class Live:
         self._made_s = -FRAME_S
         self._making = asyncio.Lock()
         self.viewers = 0
+        self.closing = False  # the server shuts down: viewers must not keep it waiting
 
     async def frame(self) -> dict[str, Any]:
         """The newest frame, at most FRAME_S old."""
@@ -97,7 +98,7 @@ def live_routes(live: Live, trace: RecentTrace, batches: Batches, model_id: str)
         owner = http.state.owner
 
         async def frames() -> AsyncIterator[str]:
-            while True:
+            while not live.closing:
                 shown = (await asyncio.to_thread(batches.page, owner, None, SHOWN_BATCHES))["data"]
                 rows = [{"id": one["id"], "status": one["status"], **one["request_counts"]} for one in shown]
                 yield event(await live.frame() | {"batches": rows})

@@ -49,6 +49,7 @@ class ServerState:
 
     async def drain(self) -> None:
         """Takes no new requests and ends the best-effort ones; lines of batches go back to the waiting ones."""
+        self.live.closing = True
         await self.runner.stop()
         self.loop.drain()
 
