@@ -22,6 +22,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the outputs are those that are committed
 
+toc_object_entries = False  # every page's side bar would list every function: half of the time a build takes
+
 default_role = "literal"  # docstrings write `code` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_default_options = {"ignore-module-all": True}  # what a package re-exports is documented where it is defined
