@@ -26,7 +26,7 @@ def environment_stamp() -> dict[str, Any]:
         "torch": _version("torch"),
         "numpy": _version("numpy"),
         "platform": platform.platform(),
-        "cpu_model": _cpu_model(),
+        "cpu_model": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": _gpu_name(),
         "commit": _commit(),
@@ -53,6 +53,29 @@ def compute_device(wanted: str = "auto") -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def available_memory_bytes() -> int:
+    """Host memory that can be taken without swapping: what the machine has free, or less where a cgroup (a container)
+    allows less. Where the system does not tell, 4 GiB."""
+    free = [_kilobytes("/proc/meminfo", "MemAvailable")]
+    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+        try:
+            free.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such cgroup, or "max"
+            continue
+    return max(0, min((value for value in free if value is not None), default=4 << 30))
+
+
+def _kilobytes(path: str, field: str) -> int | None:
+    try:
+        for line in Path(path).read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
 def _version(package: str) -> str | None:
     """The installed version, without importing the package: torch alone would take seconds."""
     try:
@@ -61,7 +84,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str | None:
+def cpu_model() -> str | None:
+    """The processor's name, as the system calls it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -58,7 +58,8 @@ DECIDE_AND_ACCOUNT = [name for name in SOURCES if name.startswith(("bros_ref.sch
                       and name != "bros_ref.kv_cache.storage"]
 WITHOUT_TORCH = [*DECIDE_AND_ACCOUNT, *(f"bros_ref.{name}" for name in (
     "config", "request", "clock", "files", "trace", "trace.metrics", "workload", "workload.files", "workload.paper",
-    "engine",    "engine.serve", "engine.detokenizer", "simulator.cost_model", "simulator.runner", "simulator.simulate",
+    "engine", "engine.serve", "engine.assemble", "engine.detokenizer", "engine.progress", "simulator.cost_model",
+    "simulator.runner", "simulator.simulate", "simulator.simulation",
     "evaluation.optimality", "evaluation.reproduce", "cli.simulation"))]
 FOUNDATION = ("config", "clock", "request", "files", "kv_cache.blocks")
 

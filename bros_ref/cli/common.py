@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bros_ref.files import write_text
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Serve real-time and best-effort LLM requests on one model, as BROS does (arXiv 2504.09590).")
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The project's own measurements.")
@@ -59,6 +61,7 @@ TimeUnitOption = Annotated[float | None, typer.Option(
     help="Seconds in one unit of `timestamp`, for files that do not tell: 1 or 0.001.")]
 ChunkedOption = Annotated[bool | None, typer.Option(help="Default: as the policy's original does.")]
 CountOption = Annotated[int, typer.Option(min=1)]
+RequestsOption = Annotated[int | None, typer.Option(min=1, help="Default: half as many by the wall clock.")]
 OutOption = Annotated[Path, typer.Option(callback=output_folder,
                                          help="Folder for the report, the traces and the summary.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
@@ -111,5 +114,5 @@ def write_json(path: str | None, command: str, seed: int, **parts: Any) -> dict[
         if path == "-":
             print(text)
         else:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(path, text + "\n")
     return result

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bros_ref.cli import kernels, simulation
+from bros_ref.cli import kernels, serve, simulation
 from bros_ref.cli.common import (
     BackendOption,
     ChunkedOption,
@@ -26,6 +26,7 @@ from bros_ref.cli.common import (
     ModelOption,
     OutOption,
     RefitOption,
+    RequestsOption,
     SeedOption,
     StopOption,
     ThreadsOption,
@@ -42,7 +43,7 @@ from bros_ref.cli.common import (
     write_json,
 )
 
-COMMAND_MODULES = (kernels, simulation)  # imported because each adds its commands to `app`
+COMMAND_MODULES = (kernels, serve, simulation)  # imported because each adds its commands to `app`
 
 
 def main() -> None:
@@ -228,29 +229,43 @@ def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-s
 
 
 @bench_app.command("hybrid")
-def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Default: all, and both bounds.")] = None,
-                         model: ModelOption = "smollm2", rounds: CountOption = 1,
+def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Default: both bounds, six others.")] = None,
+                         model: ModelOption = "smollm2",
+                         clock: Annotated[str, typer.Option(help="wall, or modelled: the model computes every token, "
+                                                                 "and a step takes --modelled-step.")] = "wall",
+                         modelled_step: Annotated[str, typer.Option(metavar="A,B", help=(
+                             "Seconds per step and per token."))] = "0.032,0.0025",
+                         seeds: Annotated[int, typer.Option(min=1, help="Rounds, each with arrivals of its own.")] = 5,
+                         be_requests: RequestsOption = None, rt_requests: RequestsOption = None,
                          ttft_slo_s: TtftOption = 0.6, tpot_slo_s: TpotOption = 0.4, device: DeviceOption = "auto",
                          threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
                          report: Annotated[Path | None, typer.Option(callback=output_file,
                                                                      help="Write an HTML report here.")] = None,
                          json_path: JsonOption = None) -> None:
-    """Every policy serves the same hybrid workload live, under KV pressure."""
-    from bros_ref.cli.tables import results_table
-    from bros_ref.evaluation.bench.hybrid import ALL, bench_hybrid
+    """Every policy serves the same hybrid workload live, under KV pressure, in rounds that alternate the policies."""
+    from bros_ref.cli.tables import median_table
+    from bros_ref.evaluation.bench.hybrid import DEFAULT_POLICIES, bench_hybrid, parse_clock, parse_step
+    from bros_ref.evaluation.statistics import interval_rows
     from bros_ref.request import SLO
     from bros_ref.viz.figures.report import write_report
 
-    names = list(ALL) if policies is None else parse_policies(policies)
-    slo, console = SLO(ttft_slo_s, tpot_slo_s), make_console(json_path)
+    names = list(DEFAULT_POLICIES) if policies is None else parse_policies(policies)
+    slo, console, how, step = SLO(ttft_slo_s, tpot_slo_s), make_console(json_path), parse_clock(clock), parse_step(
+        modelled_step)
     loaded = _load(model, device, threads, seed)
-    with progress(console, "hybrid", rounds * len(names)) as advance:
-        runs, traces = bench_hybrid(loaded, names, slo, rounds, seed, refit=refit, on_run=lambda *_: advance(1))
-    title = f"{loaded.name} on {loaded.device}, SLO {ttft_slo_s} s / {tpot_slo_s} s, seed {seed}"
-    console.print(results_table(runs, title))
+    with progress(console, "hybrid", seeds * len(names)) as advance:
+        runs, traces = bench_hybrid(loaded, names, slo, seeds, seed, how, step, num_be=be_requests, num_rt=rt_requests,
+                                    refit=refit, on_run=lambda *_: advance(1))
+    timing = f"modelled steps of {step[0]:g} s + {step[1]:g} s per token" if how == "modelled" else "wall clock"
+    title = (f"{loaded.name} on {loaded.device}, {timing}, SLO {ttft_slo_s} s / {tpot_slo_s} s, no prefix cache; "
+             f"median of {seeds} rounds [95 % interval of the mean]")
+    rows = [{"clock": how, **row} for row in interval_rows(runs)]
+    console.print(median_table(rows, title))
     if report is not None:
-        write_report(report, traces, runs, "Hybrid serving under KV pressure", {})
-    write_json(json_path, "bench hybrid", seed, runs=runs)
+        first = [next(run for run in runs if run["policy"] == name) for name in names]
+        write_report(report, traces, first, "Hybrid serving under KV pressure", {})
+    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
+               rows=rows, runs=runs)
 
 
 # -- what these commands share ----------------------------------------------------------------------------------------

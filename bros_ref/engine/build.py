@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bros_ref.clock import Clock, WallClock
-from bros_ref.config import KVCacheConfig, ModelConfig, SchedulerConfig
+from bros_ref.config import HOST_BLOCKS_PER_BLOCK, KVCacheConfig, ModelConfig, cdiv
+from bros_ref.engine.assemble import RunnerFacts, assemble_engine
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import Model, ModelRunner
-from bros_ref.environment import compute_device, environment_stamp
+from bros_ref.engine.ranks import RankFailed, Ranks, TensorParallelRunner
+from bros_ref.environment import available_memory_bytes, compute_device
+from bros_ref.model.attention import paged_attention
 from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
+from bros_ref.model.linear import FastestLinear
 from bros_ref.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from bros_ref.model.weights.load import load_model_config, load_weights
 from bros_ref.model.weights.parameters import Parameters
 from bros_ref.request import Request, SamplingParams
-from bros_ref.scheduler import CHUNKED_POLICIES, make_scheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
 from bros_ref.trace.trace import Trace
 from bros_ref.workload.generate import WorkloadItem
+
+MEMORY_SHARE = 0.25  # of the free host memory, for a KV pool there; the same again for the checkpoint store
+GPU_MEMORY_SHARE = 0.9  # of a GPU's whole memory, for weights and KV pool together
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,12 @@ class LoadedModel:
     device: torch.device
     dtype: torch.dtype
     parameters: Parameters
+    backend: str = "torch"
+    ranks: Ranks | None = None  # the processes that hold the rest of a model that is split
 
     @property
     def config(self) -> ModelConfig:
+        """The model's shape; of a split model, what one rank holds."""
         return self.model.config
 
 
@@ -53,8 +62,9 @@ class LiveSettings:
     seed: int = 0
 
 
-def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto") -> LoadedModel:
-    """Loads a model by the names of `bros-ref --model`, with the attention of a backend (`model/backends.py`).
+def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto", tp: int = 1) -> LoadedModel:
+    """Loads a model by the names of `bros-ref --model`, with the attention of a backend (`model/backends.py`), split
+    over `tp` devices of this machine: processes on a CPU, GPUs otherwise.
 
     Raises:
         WeightsError: see `bros_ref.model.weights.load`.
@@ -63,6 +73,8 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
     """
     device = compute_device(device)
     if name == "checksum":
+        if tp != 1:
+            raise ValueError(f"the checksum model has no weights to split: tp must be 1, got {tp}")
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
@@ -70,40 +82,66 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
     except RuntimeError as error:  # "cupy" where it cannot be used
         raise ValueError(f"--backend {backend}: {error}") from error
     config, tokenizer = load_model_config(name), load_tokenizer(name)
+    used = "torch" if attention is paged_attention else "cupy" if device == "cuda" else "cpu-emulated"
     try:
+        if tp > 1:
+            ranks = Ranks(name, tp, device, dtype, seed, backend)
+            return LoadedModel(name, ranks.model, tokenizer, ranks.device, dtype, ranks.parameters, used, ranks)
         parameters = load_weights(name, dtype, device, seed)
-        model = Decoder(config, parameters, dtype, device, attention)
+        model = Decoder(config, parameters, dtype, device, attention, FastestLinear(parameters.values()))
+    except RankFailed:
+        raise
     except (MemoryError, RuntimeError, OverflowError) as error:  # what torch raises for more than there is
         raise ValueError(f"model {name!r} cannot be put into the memory of {device}: "
                          f"{str(error).splitlines()[0]}") from error
-    return LoadedModel(name, model, tokenizer, torch.device(device), dtype, parameters)
+    return LoadedModel(name, model, tokenizer, torch.device(device), dtype, parameters, used)
+
+
+def blocks_that_fit(loaded: LoadedModel, block_size: int, max_num_seqs: int) -> int:
+    """The KV blocks that the device's memory leaves room for, but no more than `max_num_seqs` sequences of the model's
+    full context fill, and at least one."""
+    if loaded.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(loaded.device)
+        room = free - (1 - GPU_MEMORY_SHARE) * total
+    else:
+        room = MEMORY_SHARE * available_memory_bytes()
+    useful = max_num_seqs * cdiv(loaded.config.max_context_tokens, block_size)
+    return max(1, min(useful, int(room // _block_bytes(loaded, block_size))))
+
+
+def host_blocks_that_fit(loaded: LoadedModel, block_size: int) -> int:
+    """The blocks of a checkpoint store that a share of the free host memory holds."""
+    return int(MEMORY_SHARE * available_memory_bytes() // _block_bytes(loaded, block_size))
+
+
+def _block_bytes(loaded: LoadedModel, block_size: int) -> int:
+    return block_size * loaded.config.kv_elements_per_token * loaded.dtype.itemsize
 
 
 def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
-    """A runner with a KV pool of its own."""
-    return ModelRunner(loaded.model, KVCacheConfig(settings.kv_blocks, settings.block_size), loaded.device,
-                       loaded.dtype)
+    """A runner with a KV pool of its own, and a host store of HOST_BLOCKS_PER_BLOCK times its size if a quarter of the
+    free host memory holds that many."""
+    host_blocks = min(HOST_BLOCKS_PER_BLOCK * settings.kv_blocks, host_blocks_that_fit(loaded, settings.block_size))
+    kv_config = KVCacheConfig(settings.kv_blocks, settings.block_size, host_blocks)
+    if loaded.ranks is not None:
+        return TensorParallelRunner(loaded.ranks, kv_config, loaded.dtype, loaded.backend)
+    return ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype, loaded.backend)
 
 
 def make_engine(policy: str, loaded: LoadedModel, runner: ModelRunner, settings: LiveSettings,
-                latency: StepLatencyModel | None = None, clock: Clock | None = None) -> LLMEngine:
-    """An engine for one run of one policy, with a trace. Runs may share a runner, one after the other.
+                latency: StepLatencyModel | None = None, clock: Clock | None = None,
+                trace_type: type[Trace] | None = Trace) -> LLMEngine:
+    """An engine for one run of one policy, with a trace. Runs may share a runner, one after the other. Without a
+    latency model it learns step times from its first steps on (`assemble_engine`).
 
     Raises:
         ValueError: unknown policy.
     """
-    chunked = settings.chunked_prefill
-    if chunked is None:
-        chunked = policy in CHUNKED_POLICIES
-    config = SchedulerConfig(
-        max_num_seqs=settings.max_num_seqs, max_num_batched_tokens=settings.max_num_batched_tokens,
-        chunked_prefill=chunked, max_context_tokens=loaded.config.max_context_tokens)
-    scheduler = make_scheduler(policy, config, runner.kv.config, latency, loaded.config.eos_token_ids)
-    trace = Trace(policy, loaded.name, str(loaded.device), settings.kv_blocks, settings.block_size,
-                  runner.kv.slot_bytes, settings.seed,
-                  {**environment_stamp(), "threads": torch.get_num_threads(), "settings": asdict(settings),
-                   "chunked_prefill": chunked})
-    return LLMEngine(scheduler, runner, clock or WallClock(), loaded.tokenizer, trace, loaded.config.vocab_size)
+    facts = RunnerFacts(loaded.name, str(loaded.device), runner.kv.slot_bytes, loaded.config.max_context_tokens,
+                        loaded.config.eos_token_ids, loaded.config.vocab_size)
+    return assemble_engine(policy, runner, facts, runner.kv.config, settings, clock or WallClock(), latency=latency,
+                           tokenizer=loaded.tokenizer, trace_type=trace_type,
+                           environment={"threads": torch.get_num_threads(), "backend": loaded.backend})
 
 
 def request_from_item(item: WorkloadItem, loaded: LoadedModel, seed: int = 0, *, to_length: bool = True) -> Request:

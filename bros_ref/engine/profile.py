@@ -12,13 +12,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 
-from bros_ref.config import KVCacheConfig
+from bros_ref.config import KVCacheConfig, cdiv
 from bros_ref.engine.model_runner import ModelRunner
+from bros_ref.environment import cpu_model
+from bros_ref.files import keep_cached, read_cached
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.request import Request, RequestClass
 from bros_ref.scheduler.latency_model import StepFeatures, StepLatencyModel
@@ -42,21 +42,19 @@ def fit_latency_model(runner: ModelRunner, max_num_seqs: int, name: str, *, refi
         refit: measure again.
         on_progress: called with the fraction done.
     """
-    path = _cache_path(runner, max_num_seqs, name)
-    if path.exists() and not refit:
+    cached_as = f"latency-{speed_key(runner, max_num_seqs, name)}.json"
+    if not refit and (text := read_cached(cached_as)) is not None:
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(text)
             samples = [(StepFeatures(**features), seconds) for features, seconds in stored["samples"]]
             return StepLatencyModel.fit(samples, stored["restore_s_per_token"])
-        except (ValueError, KeyError, TypeError):
-            pass  # unreadable or of an older version: measure again
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass  # damaged or of an older version: measure again
     samples = profile(runner, max_num_seqs, on_progress)
     restore_s = measure_restore_s_per_token(runner)
     plain = [[{slot: getattr(features, slot) for slot in StepFeatures.__slots__}, seconds]
              for features, seconds in samples]
-    with suppress(OSError):  # a home that cannot be written keeps nobody from serving: it is measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
+    keep_cached(cached_as, json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
     return StepLatencyModel.fit(samples, restore_s)
 
 
@@ -65,9 +63,7 @@ def profile(runner: ModelRunner, max_num_seqs: int, on_progress: Callable[[float
     """Times every candidate batch that fits the runner's pool, ROUNDS times in rotation, after one warm-up round of the
     small ones. Returns (features, seconds), the fastest of each: a foreign process can only make a step slower, and how
     much slower steps are in service is the online safety factor's business. Overwrites the runner's cache."""
-    config = runner.kv.config
-    room = min(config.num_slots, runner.model.config.max_context_tokens)
-    batches = [batch for batch in candidates if len(batch) <= max_num_seqs and _slots_needed(batch, config) <= room]
+    config, batches = runner.kv.config, _fitting(runner, max_num_seqs, candidates)
     outputs = [_batch_output(batch, config) for batch in batches]
     fastest_s = [math.inf] * len(batches)
     for round_ in range(-1, ROUNDS):
@@ -102,8 +98,14 @@ def measure_restore_s_per_token(runner: ModelRunner) -> float:
     return sorted(seconds)[ROUNDS // 2] / count
 
 
+def _fitting(runner: ModelRunner, max_num_seqs: int, candidates: Sequence[Batch]) -> list[Batch]:
+    config = runner.kv.config
+    room = min(config.num_slots, runner.model.config.max_context_tokens)
+    return [batch for batch in candidates if len(batch) <= max_num_seqs and _slots_needed(batch, config) <= room]
+
+
 def _slots_needed(batch: Batch, config: KVCacheConfig) -> int:
-    return sum(-(-(new + context) // config.block_size) * config.block_size for new, context in batch)
+    return sum(cdiv(new + context, config.block_size) * config.block_size for new, context in batch)
 
 
 def _batch_output(batch: Batch, config: KVCacheConfig) -> SchedulerOutput:
@@ -121,9 +123,11 @@ def _batch_output(batch: Batch, config: KVCacheConfig) -> SchedulerOutput:
     return output
 
 
-def _cache_path(runner: ModelRunner, max_num_seqs: int, name: str) -> Path:
-    device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu"
-    key = ("fastest", name, device, torch.__version__, torch.get_num_threads(), os.cpu_count(),
-           str(runner.kv.data.dtype), tuple(runner.kv.data.shape), max_num_seqs)
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return root / "bros_ref" / f"latency-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+def speed_key(runner: ModelRunner, max_num_seqs: int, name: str) -> str:
+    """A digest of everything that changes what `profile` measures. The pool's size does so only by the batches that
+    fit it: a pool sized to the free memory is a little different each time."""
+    device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else cpu_model()
+    key = ("fastest", name, repr(runner.model.config), device, runner.backend, torch.__version__,
+           torch.get_num_threads(), os.cpu_count(), str(runner.kv.data.dtype), runner.kv.config.block_size,
+           _fitting(runner, max_num_seqs, (*PREFILLS, *DECODES, *MIXED)))
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]

@@ -30,13 +30,13 @@ def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadI
     clock = engine.clock
     failures: list[StepFailed] = []
     while clock.now_s() < until_s:
-        for request_id in workload.out & engine.aborted:  # by a callback: no step returns them
-            workload.on_finished(request_id, clock.now_s())
         for item in workload.due(clock.now_s()):
             try:
                 engine.add_request(to_request(item), on_text)
             except RequestRefused:
                 workload.on_finished(item.request_id, clock.now_s())
+        for request_id in workload.out & engine.aborted:  # by a callback: no step returns them
+            workload.on_finished(request_id, clock.now_s())
         ended: list[str] = []
         if engine.has_unfinished:
             try:

@@ -47,7 +47,10 @@ class BidirectionalKVCacheManager(KVCacheManager):
     def __init__(self, config: KVCacheConfig, unit: PreemptionUnit = "slot") -> None:
         super().__init__(config)
         self.unit = unit
-        self.host = HostStore(config.host_blocks)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.host = HostStore(self.config.host_blocks)
         self._be_order: Sequence[Request] = ()
 
     def begin_step(self, be_order: Sequence[Request] = ()) -> None:

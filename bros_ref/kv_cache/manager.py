@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bros_ref.config import KVCacheConfig
+from bros_ref.config import KVCacheConfig, cdiv
 from bros_ref.kv_cache.blocks import ON_HOST, BlockPool, BlockView, CacheIntegrityError, KVChanges, KVSequence
 from bros_ref.request import Request
 
@@ -31,7 +31,11 @@ class KVCacheManager:
     def __init__(self, config: KVCacheConfig) -> None:
         self.config = config
         self.block_size = config.block_size
-        self.pool = BlockPool(config.num_blocks)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Sets up the accounts of an empty pool."""
+        self.pool = BlockPool(self.config.num_blocks)
         self._sequences: dict[str, KVSequence] = {}
         self.offloaded_tokens: dict[str, int] = {}
         self._changes = KVChanges()
@@ -86,6 +90,13 @@ class KVCacheManager:
         """Moves a whole request to host memory; the baseline has none."""
         return False
 
+    def reset(self) -> None:
+        """Empties the pool and the host store, whatever state an interrupted call has left them in. The next changes
+        say that every table is gone."""
+        gone = {str(change[0]): None for change in self._changes.block_changes} | dict.fromkeys(self._sequences)
+        self._clear()
+        self._changes.block_changes += [[request_id, -1, -1] for request_id in gone]
+
     def take_changes(self) -> KVChanges:
         """What has changed since the last call. The caller runs the copies before the next forward pass."""
         changes, self._changes = self._changes, KVChanges()
@@ -95,7 +106,7 @@ class KVCacheManager:
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens of one request fill."""
-        return -(-num_tokens // self.block_size)
+        return cdiv(num_tokens, self.block_size)
 
     def block_table(self, request_id: str) -> list[int]:
         """The request's block ids in logical order; empty if it holds nothing."""

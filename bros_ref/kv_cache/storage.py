@@ -9,13 +9,15 @@ reads a layer through this class sees its restored slots, on a GPU too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bros_ref.config import KVCacheConfig
 
+HOST_SEGMENT_BYTES = 4 << 20  # the host store grows by so much at a time: a millisecond, pinned or not
 SlotPairs = Sequence[tuple[int, int]]  # (source slot, destination slot)
 
 
@@ -54,10 +56,10 @@ class KVStorage:
         self.config = config
         self.device = torch.device(device)
         self.slot_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        shape = (num_layers, 2, config.num_blocks, config.block_size, num_kv_heads, head_dim)
         try:
-            self.data = torch.zeros(num_layers, 2, config.num_blocks, config.block_size, num_kv_heads, head_dim,
-                                    dtype=dtype, device=self.device)
-        except (RuntimeError, TypeError) as error:  # out of memory, or more elements than 64 bits count
+            self.data = _zeros(shape, dtype, self.device)
+        except (RuntimeError, TypeError, ValueError, MemoryError) as error:  # no memory, or more than 64 bits can count
             raise ValueError(f"a KV pool of {config.num_blocks} blocks of {config.block_size} tokens takes "
                              f"{config.num_slots * self.slot_bytes / 1e9:,.1f} GB, which {self.device} cannot give; "
                              "use fewer KV blocks") from error
@@ -65,7 +67,8 @@ class KVStorage:
         # Layer views are made once: a view costs microseconds, and a step asks for 4 * num_layers of them.
         self._blocks_of: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.data]
         self._slots_of: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self._slots]
-        self._host: Tensor | None = None  # made when the first checkpoint comes
+        self._host: dict[int, Tensor] = {}  # segment -> [num_layers, 2, segment_slots, num_kv_heads, head_dim]
+        self._segment_slots = max(1, HOST_SEGMENT_BYTES // self.slot_bytes)
         self._side_stream: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             self._side_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -73,13 +76,15 @@ class KVStorage:
 
     @property
     def host_data(self) -> Tensor:
-        """The checkpoint store, [num_layers, 2, host_slots, num_kv_heads, head_dim]; allocated on first use."""
-        if self._host is None:
-            num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
-            host_slots = self.config.host_blocks * self.config.block_size
-            self._host = torch.zeros(num_layers, two, host_slots, num_kv_heads, head_dim, dtype=self.data.dtype,
-                                     pin_memory=self._side_stream is not None)
-        return self._host
+        """A copy of the checkpoint store, [num_layers, 2, host_slots, num_kv_heads, head_dim]; 0 where nothing was
+        ever stored. For tests and teaching."""
+        num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
+        whole = torch.zeros(num_layers, two, self.config.host_blocks * self.config.block_size, num_kv_heads, head_dim,
+                            dtype=self.data.dtype)
+        for number, segment in self._host.items():
+            part = whole[:, :, number * self._segment_slots:(number + 1) * self._segment_slots]
+            part.copy_(segment[:, :, :part.shape[2]])
+        return whole
 
     def k(self, layer: int) -> Tensor:
         """[num_blocks, block_size, num_kv_heads, head_dim], a view."""
@@ -127,7 +132,8 @@ class KVStorage:
         if checkpoint:
             source, destination = self._indices(checkpoint)
             saved = self._slots.index_select(2, source.to(self.device)).cpu()
-            self.host_data.index_copy_(2, destination, saved)
+            for segment, rows, offsets in self._host_segments(destination):
+                segment.index_copy_(2, offsets, saved.index_select(2, rows))
         if relocate:
             source, destination = (index.to(self.device) for index in self._indices(relocate))
             self._slots.index_copy_(2, destination, self._slots.index_select(2, source))
@@ -135,7 +141,10 @@ class KVStorage:
             self._restore(*self._indices(restore))
 
     def _restore(self, source: Tensor, destination: Tensor) -> None:
-        saved = self.host_data.index_select(2, source)  # [num_layers, 2, n, num_kv_heads, head_dim]
+        num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
+        saved = torch.empty(num_layers, two, len(source), num_kv_heads, head_dim, dtype=self.data.dtype)
+        for segment, rows, offsets in self._host_segments(source):
+            saved.index_copy_(2, rows, segment.index_select(2, offsets))
         if self._side_stream is None:
             self._slots.index_copy_(2, destination, saved)
             return
@@ -148,6 +157,18 @@ class KVStorage:
                 self._slots[layer].index_copy_(1, destination, saved[layer].to(self.device, non_blocking=True))
                 self._restored[layer] = self._side_stream.record_event()
 
+    def _host_segments(self, host_slots: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The segments of the host store that hold these slots [n], made if need be: (segment, the indices into
+        `host_slots` that lie in it, their slots within it)."""
+        numbers = host_slots // self._segment_slots
+        for number in sorted(set(numbers.tolist())):
+            if number not in self._host:
+                num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
+                self._host[number] = torch.zeros(num_layers, two, self._segment_slots, num_kv_heads, head_dim,
+                                                 dtype=self.data.dtype, pin_memory=self._side_stream is not None)
+            rows = (numbers == number).nonzero().flatten()
+            yield self._host[number], rows, host_slots[rows] - number * self._segment_slots
+
     def _wait_for_restore(self, layer: int) -> None:
         event = self._restored[layer]
         if event is not None:
@@ -158,6 +179,17 @@ class KVStorage:
     def _indices(pairs: SlotPairs) -> tuple[Tensor, Tensor]:
         source, destination = torch.tensor(pairs, dtype=torch.int64).T.contiguous()
         return source, destination
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. In host memory the operating system hands out pages as they are first written, so a pool that is larger
+    than what is used of it costs neither time nor memory; `torch.zeros` would write them all."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    num_bytes = dtype.itemsize
+    for size in shape:
+        num_bytes *= size
+    return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(*shape)
 
 
 def _check_pairs(name: str, pairs: SlotPairs, source_slots: int, destination_slots: int) -> None:

@@ -22,6 +22,7 @@ FORGETTING = 0.995  # weight of the past after one more step: a memory of about 
 REFIT_EVERY_STEPS = 16
 PRIOR_WEIGHT = 0.05  # how strongly a coefficient that recent steps say nothing about stays where it was
 MAX_SAFETY = 2.0
+FIRST_FIT_STEPS = (4, 8, 16, 32, 64)  # when a model without an offline fit is fitted to the steps so far
 UNLIMITED_TOKENS = 1 << 30
 
 
@@ -58,6 +59,7 @@ class StepLatencyModel:
         self._peak_weight = np.zeros(4)
         self._ratios: deque[float] = deque(maxlen=256)
         self._recent: list[tuple[float, float, float, float]] = []  # weighted rows since the last refit
+        self._first_samples: list[tuple[StepFeatures, float]] | None = None if any(coefficients) else []
 
     @property
     def coefficients(self) -> tuple[float, float, float, float]:
@@ -114,8 +116,12 @@ class StepLatencyModel:
 
     def observe(self, features: StepFeatures, actual_s: float) -> None:
         """Learns from one measured step: notes it, and refits four numbers every REFIT_EVERY_STEPS steps."""
+        if not 0 < actual_s < math.inf:
+            return
+        if self._first_samples is not None and not features.restored_tokens:
+            self._learn_first(self._first_samples, features, actual_s)
         predicted_s = self.predict(features)
-        if not 0 < actual_s < math.inf or predicted_s <= 0:
+        if predicted_s <= 0:
             return
         self._ratios.append(actual_s / predicted_s)
         if 0 < self.restore_s_per_token * features.restored_tokens >= predicted_s:
@@ -125,6 +131,16 @@ class StepLatencyModel:
         if len(self._recent) == REFIT_EVERY_STEPS:
             self._refit()
             self._set_safety()
+
+    def _learn_first(self, samples: list[tuple[StepFeatures, float]], features: StepFeatures, actual_s: float) -> None:
+        """Without an offline fit the first steps stand in for one, so that deadlines count from the fifth step on."""
+        samples.append((features, actual_s))
+        if len(samples) in FIRST_FIT_STEPS:
+            fitted = self.fit(samples, self.restore_s_per_token)
+            self.c0, self.c1, self.c2, self.c3 = fitted.coefficients
+            self._offline, self.safety = fitted._offline, fitted.safety
+        if len(samples) == FIRST_FIT_STEPS[-1]:
+            self._first_samples = None
 
     def _refit(self) -> None:
         """Non-negative ridge towards the offline fit: a coefficient that no recent step exercised stays put."""

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 import os
 import signal
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, overload
 
 from bros_ref.clock import VirtualClock
-from bros_ref.config import KVCacheConfig, SchedulerConfig
+from bros_ref.config import HOST_BLOCKS_PER_BLOCK, KVCacheConfig
+from bros_ref.engine.assemble import RunnerFacts, assemble_engine
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.serve import keep_class, serve
-from bros_ref.environment import environment_stamp
 from bros_ref.request import Request, SamplingParams
-from bros_ref.scheduler import CHUNKED_POLICIES, REFERENCE_POLICIES, make_scheduler
+from bros_ref.scheduler import REFERENCE_POLICIES
 from bros_ref.simulator.cost_model import CostModel, gpu_named, model_named
 from bros_ref.simulator.runner import SimulatedRunner, fit_to
 from bros_ref.trace.metrics import StreamedTrace, summarise
@@ -29,10 +28,9 @@ from bros_ref.trace.trace import Trace
 from bros_ref.workload.generate import Workload, WorkloadItem
 from bros_ref.workload.paper import PaperWorkload
 
+HOST_STORE_BYTES = 512e9  # of host memory for checkpoints: an assumption, half of what servers with such GPUs have
 MAX_TAIL_S = 210.0  # the longest answer, 1,024 tokens, at the paper's TPOT: none is missed for the end of the run
 Arrivals = PaperWorkload | tuple[WorkloadItem, ...]
-# t(0.975) of Student's distribution for 1, 2, ... degrees of freedom; beyond the list, the normal's
-STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 @dataclass(frozen=True)
@@ -72,20 +70,20 @@ class SimulationSettings:
             raise ValueError(f"a KV pool of {tokens} tokens holds no block of {self.block_size}; ask for more of them")
         return tokens // self.block_size
 
+    @property
+    def kv_config(self) -> KVCacheConfig:
+        """The pool, and a host store of HOST_BLOCKS_PER_BLOCK times its size within HOST_STORE_BYTES."""
+        most = int(HOST_STORE_BYTES // (self.cost.model.kv_bytes_per_token * self.block_size))
+        return KVCacheConfig(self.num_blocks, self.block_size, min(HOST_BLOCKS_PER_BLOCK * self.num_blocks, most))
+
 
 def simulated_engine(policy: str, settings: SimulationSettings, *, keep_steps: bool = False) -> LLMEngine:
     """An engine on a virtual clock. `keep_steps`: a full trace for reports, else one that only measures."""
     cost, clock = settings.cost, VirtualClock()
-    chunked = policy in CHUNKED_POLICIES if settings.chunked_prefill is None else settings.chunked_prefill
-    config = SchedulerConfig(settings.max_num_seqs, settings.max_num_batched_tokens, chunked,
-                             model_named(settings.model).max_context_tokens)
-    kv_config = KVCacheConfig(settings.num_blocks, settings.block_size)
-    scheduler = make_scheduler(policy, config, kv_config, fit_to(cost))
-    header = (policy, settings.model, f"{settings.tp} x {settings.gpu} (simulated)", settings.num_blocks,
-              settings.block_size, cost.model.kv_bytes_per_token, settings.seed,
-              {**environment_stamp(), "settings": asdict(settings), "chunked_prefill": chunked})
-    trace = Trace(*header) if keep_steps else StreamedTrace(*header)
-    return LLMEngine(scheduler, SimulatedRunner(cost, clock), clock, trace=trace)
+    facts = RunnerFacts(settings.model, f"{settings.tp} x {settings.gpu} (simulated)", cost.model.kv_bytes_per_token,
+                        cost.model.max_context_tokens)
+    return assemble_engine(policy, SimulatedRunner(cost, clock), facts, settings.kv_config, settings, clock,
+                           latency=fit_to(cost), trace_type=Trace if keep_steps else StreamedTrace)
 
 
 class Zeros(Sequence[int]):
@@ -183,30 +181,3 @@ def _results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str,
 def _end_by_interrupt() -> None:
     """Ctrl-C ends a worker at once; Python's own handler would end its run and let it begin the next."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def interval(samples: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the half width of its 95 % confidence interval (Student's t); None for a single sample."""
-    if len(samples) < 2:
-        return samples[0], None
-    t = STUDENT_T[len(samples) - 2] if len(samples) - 2 < len(STUDENT_T) else 1.96
-    return statistics.fmean(samples), t * statistics.stdev(samples) / math.sqrt(len(samples))
-
-
-INTERVAL_METRICS = {"rt": ("slo_attainment", "ttft_attainment", "tpot_attainment", "median_ttft_ms", "p99_ttft_ms",
-                           "normalized_latency_ms_per_token"),
-                    "be": ("output_throughput", "request_throughput")}
-
-
-def interval_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per policy: "rt.slo_attainment" and so on -> [mean, half width of the 95 % interval or None] over its runs."""
-    rows = []
-    for policy in dict.fromkeys(run["policy"] for run in runs):
-        own = [run for run in runs if run["policy"] == policy]
-        row: dict[str, Any] = {"policy": policy, "seeds": len(own)}
-        for name, metrics in INTERVAL_METRICS.items():
-            for metric in metrics:
-                samples = [run["classes"][name][metric] for run in own if run["classes"][name][metric] is not None]
-                row[f"{name}.{metric}"] = list(interval(samples)) if samples else None
-        rows.append(row)
-    return rows

@@ -21,7 +21,8 @@ PHASES = (WAITING, PREFILL, DECODE, PENDING, RESTORING)
 class RequestRecord:
     """A request as it arrived. Times in seconds on the run's clock; `slo` fields are None for best-effort.
 
-    `request_class` is "rt" or "be". A refused request has a record too: it counts as arrived, and as missed.
+    `request_class` is "rt" or "be". A refused request has a record too: it counts as arrived, and as missed. `seed` is
+    what its samples were drawn with; None for a greedy request.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class RequestRecord:
     max_output_tokens: int
     ttft_slo_s: float | None = None
     tpot_slo_s: float | None = None
+    seed: int | None = None
 
 
 @dataclass(slots=True)

@@ -1,5 +1,8 @@
 """KVStorage against a dictionary that is told the same things slot by slot."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -90,9 +93,37 @@ def test_slot_bytes_is_one_token_over_all_layers(dtype: torch.dtype, size: int) 
 def test_host_store_is_made_by_the_first_copy_that_needs_it() -> None:
     kv = make()
     kv.run_copies(relocate=[(0, 1)])
-    assert kv._host is None
+    assert not kv._host
     kv.run_copies(checkpoint=[(0, 1)])
-    assert kv._host is not None
+    assert kv._host
+
+
+def test_the_host_store_grows_with_what_is_stored_and_a_copy_across_its_segments_is_one_copy(monkeypatch) -> None:
+    slot_bytes = make().slot_bytes
+    monkeypatch.setattr("bros_ref.kv_cache.storage.HOST_SEGMENT_BYTES", 5 * slot_bytes)
+    kv = make(num_blocks=4, block_size=3, host_blocks=4)
+    device = rows(kv)
+    kv.run_copies(checkpoint=[(0, 11)])
+    assert [segment.shape[2] for segment in kv._host.values()] == [5], "a 12-slot store, of which one slot is used"
+    kv.run_copies(checkpoint=[(slot, slot) for slot in range(12)])
+    assert torch.equal(kv.host_data, torch.stack(device, dim=2))
+    kv.data.zero_()
+    kv.run_copies(restore=[(slot, 11 - slot) for slot in range(12)])
+    assert torch.equal(kv.data.flatten(2, 3), torch.stack(device[::-1], dim=2))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident size from /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_pool_costs_no_memory_before_it_is_used(dtype: torch.dtype) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident_bytes()
+    kv = KVStorage(4, 4, 64, KVCacheConfig(2_000, 16, 8_000), dtype)
+    kv.run_copies(checkpoint=[(0, 100_000)])
+    assert kv.data.untyped_storage().nbytes() > 100e6
+    assert resident_bytes() - before < 20e6
+    assert not kv.data[3, 1, 1_999].any()
 
 
 @pytest.mark.parametrize(("lists", "message"), [
