@@ -18,12 +18,15 @@ Ours, where the paper is silent:
 - The paper's step 3 (batch full: swap the slackest RT for a BE) happens before the seat is taken: seats fill in slack
   order, so the last seat is the slackest RT's; it is offered to BE if that RT can afford two iterations, and is the
   RT's again if no BE can take it.
-- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *due*: one a step, the
-  longest-waiting, is offered the last seat, goes before all other BE and is exempt from the deadline bound and the
-  token budget. So with S BE holding KV it runs within N + S steps, unless RT hold so much of the pool that its own KV
-  cannot be put there (then it keeps no seat empty). If no BE holds KV, the head of the BE queue is due after N steps.
-  Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, one a step is exempt likewise.
-- A batch that is still empty takes its first request whatever the bound: an idle machine helps nobody.
+- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *starving*. Each step the
+  starving BE are offered a place before all other BE, the longest-waiting first, until one of them is admitted: a seat
+  is kept for it, it is exempt from the budgets of time and tokens, and it may take the blocks of all other BE. So a
+  starving BE runs at the latest in the S-th step in which its KV fits into the blocks that RT leave, where S is how many
+  BE held KV when it began to starve. If no BE holds KV, the head of the BE queue is offered the place after N steps.
+  Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, at most one per step is exempt
+  from the budgets likewise.
+- An empty batch may exceed every budget, so the machine never idles; and an RT for which there are no blocks does not
+  bound the iteration, since it cannot run however short that is.
 
 `bros-plus` is this class with four rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
 
@@ -40,8 +43,8 @@ Ours, where the paper is silent:
 from __future__ import annotations
 
 import math
-from bisect import insort
-from itertools import chain
+from bisect import bisect_right, insort
+from itertools import chain, takewhile
 from operator import attrgetter
 
 from bros_ref.request import Request, RequestStatus
@@ -49,7 +52,7 @@ from bros_ref.scheduler.base import Scheduler
 from bros_ref.scheduler.output import ADMITTED, BATCH_CAP, DEADLINE, NO_BLOCKS
 from bros_ref.scheduler.queues import FIFOQueue
 
-by_due = attrgetter("due_s")
+by_due, by_last_step = attrgetter("due_s"), attrgetter("last_step")
 WAITING, RUNNING = RequestStatus.WAITING, RequestStatus.RUNNING
 TYPICAL_RT_EMA = 0.1  # weight of the newest RT in the picture of a typical one
 
@@ -62,9 +65,8 @@ class BROSScheduler(Scheduler):
         self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
-        self._starving_be: Request | None = None  # the longest-waiting, until it was offered a place in this step
+        self._starving_be: list[Request] = []  # the longest-waiting first, until they were offered a place in a step
         self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
-        self._deadline_bound = False  # whether a deadline kept somebody out of the last batch
         self._typical_prompt_tokens = 0.0
         self._typical_ttft_s = math.inf
 
@@ -84,10 +86,10 @@ class BROSScheduler(Scheduler):
     def dequeue(self, request: Request) -> None:
         if not request.is_rt:
             self._be_waiting.pop()
-        elif request is self._rt_late.head():
-            self._rt_late.pop()
+        elif request in self._rt_waiting:
+            self._rt_waiting.remove(request)
         else:
-            self._rt_waiting.remove(request)  # at or near the front
+            self._rt_late.remove(request)
 
     # -- the algorithm ----------------------------------------------------------------------------------------
 
@@ -107,33 +109,36 @@ class BROSScheduler(Scheduler):
             if residual_s < self._alone_s(request):
                 late.append(request)
                 continue
-            step_budget_s = min(step_budget_s, residual_s)
             if be_exists and len(requests) == last_seat:
                 self._admit_starving_be(step_budget_s)
                 if 0 < len(requests) == last_seat and residual_s > patience_s:
                     aside = request  # the slackest RT leaves the last seat to BE [paper] if it can wait two steps
                     self.refuse(aside, BATCH_CAP)
                     break
-            admission = try_admit(request, step_budget_s)
+            admission = try_admit(request, min(step_budget_s, residual_s))
             if admission is BATCH_CAP:
                 return
-            if admission is not ADMITTED:
-                self._deadline_bound |= admission is DEADLINE
-                rt_queue_open &= request.status is RUNNING  # else the rest of the queue stands behind it
+            if admission is not NO_BLOCKS:  # else it cannot run, however short the step
+                step_budget_s = min(step_budget_s, residual_s)
+            if admission is not ADMITTED and request.status is WAITING:
+                rt_queue_open = False  # the rest of the queue stands behind it
 
         # 2. Late RT (our decision). They set no bound; one that has waited too long is exempt from the budget.
-        exempt_left = 1
+        exempt_left, shortest_refused = 1, math.inf
         for request in chain(late, self._rt_late.first(self.max_batch_size)):
+            if request.status is WAITING and request.num_tokens >= shortest_refused:
+                continue
             slack_s[request.request_id] = request.due_s - now_s - self.iteration_s
             if len(requests) == last_seat:
                 self._admit_starving_be(step_budget_s)
             exempt = exempt_left > 0 and self.step - request.last_step > self.config.be_max_wait_steps
-            exempt_left -= exempt
             admission = try_admit(request, step_budget_s, exempt)
             if admission is BATCH_CAP:
                 return
-            if admission is not ADMITTED and request.status is WAITING and request not in late:
-                break
+            if admission is ADMITTED:
+                exempt_left -= exempt
+            elif request.status is WAITING:
+                shortest_refused = min(shortest_refused, request.num_tokens)
 
         # 3. A starving BE (our decision), exempt from the budget, which now has to leave time for an RT that arrives.
         rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s())
@@ -143,23 +148,22 @@ class BROSScheduler(Scheduler):
         for request in self._be_order:
             if request.last_step == self.step:  # it was starving
                 continue
-            admission = try_admit(request, step_budget_s, not requests)
+            admission = try_admit(request, step_budget_s)
             if admission is BATCH_CAP:
                 return
-            if admission is DEADLINE:
-                self._deadline_bound = True
-                if not self._a_decode_fits(step_budget_s):
-                    be_queue_open = False
-                    break
-            elif admission is NO_BLOCKS:
+            if admission is NO_BLOCKS:
                 be_queue_open = False
+            elif admission is DEADLINE and not self._a_decode_fits(step_budget_s):
+                be_queue_open = False
+                break
 
         # 5. New BE, in order of arrival.
         while be_queue_open and (newcomer := self._be_waiting.head()):
-            be_queue_open = try_admit(newcomer, step_budget_s, not requests) is ADMITTED
+            be_queue_open = try_admit(newcomer, step_budget_s) is ADMITTED
 
         # 6. The last seat: if no BE could use it, the RT that stood aside takes it after all.
         if aside is not None and len(requests) == last_seat:
+            del self.output.left_out[aside.request_id]
             try_admit(aside, rt_budget_s)
 
     # -- the step's order and limits --------------------------------------------------------------------------
@@ -171,10 +175,10 @@ class BROSScheduler(Scheduler):
         self.kv.begin_step(self._be_order)
 
     def _adapt_batch_cap(self) -> None:
-        """TCP slow start (paper): double while no RT deadline binds, back to the base at once when one does."""
+        """TCP slow start (paper): double while no RT deadline binds, back to the base at once when one does, that is
+        if one kept anybody out of the last batch."""
         base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
-        self._batch_cap = base if self._deadline_bound else min(2 * self._batch_cap, ceiling)
-        self._deadline_bound = False
+        self._batch_cap = base if DEADLINE in self.output.left_out.values() else min(2 * self._batch_cap, ceiling)
         self.max_batch_size = self._batch_cap if self.config.batch_slow_start else ceiling
 
     # -- real-time --------------------------------------------------------------------------------------------
@@ -233,27 +237,32 @@ class BROSScheduler(Scheduler):
     # -- best-effort ------------------------------------------------------------------------------------------
 
     def _sorted_be(self) -> list[Request]:
-        """BE that hold KV, by (tokens to restore - aging * steps waited); a starving one goes to the very front."""
+        """BE that hold KV: first the starving, then by (tokens to restore - aging * steps waited). Finds the starving:
+        if no BE holds KV, the head of the queue may be one."""
         order = [request for request in self.running if not request.is_rt]
-        order.sort(key=attrgetter("last_step"))
-        oldest = order[0] if order else self._be_waiting.head()
+        order.sort(key=by_last_step)
+        latest = self.step - self.config.be_max_wait_steps - 1  # the last step of one that starves
         offloaded, step, aging = self.kv.offloaded_tokens, self.step, self.config.be_aging_tokens_per_step
+        num_starving = bisect_right(order, latest, key=by_last_step)
+        self._starving_be = order[:num_starving]
         if offloaded:  # else the sort above has said it all
-            order.sort(key=lambda request: offloaded.get(request.request_id, 0) - aging * (step - request.last_step))
-        self._starving_be = None
-        if oldest is not None and step - oldest.last_step > self.config.be_max_wait_steps:
-            self._starving_be = oldest
-            if order:
-                order.remove(oldest)
-                order.insert(0, oldest)
+            order[num_starving:] = sorted(order[num_starving:], key=lambda request: (
+                offloaded.get(request.request_id, 0) - aging * (step - request.last_step)))
+        head = self._be_waiting.head()
+        if not order and head is not None and head.last_step <= latest:
+            self._starving_be.append(head)
         return order
 
     def _admit_starving_be(self, step_budget_s: float) -> None:
-        """Offers the starving BE a place, once per step. If it cannot be placed, nothing is kept from those after it.
-        """
-        if self._starving_be is not None:
-            self.try_admit(self._starving_be, step_budget_s, exempt=True)
-            self._starving_be = None
+        """Admits at most one starving BE, the first that can be placed; once per step. One that cannot is preempted
+        first from here on, so that it keeps nothing from the next, which it could not use itself."""
+        for request in self._starving_be:
+            if self.try_admit(request, step_budget_s, exempt=True) is ADMITTED:
+                break
+            if request.status is RUNNING:
+                self._be_order.remove(request)
+                self._be_order.append(request)
+        self._starving_be = []
 
     def _newcomer_budget_s(self) -> float:
         """The iteration after which a typical RT that arrives right now can still make its TTFT; no bound if even
@@ -264,47 +273,50 @@ class BROSScheduler(Scheduler):
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
     def _a_decode_fits(self, step_budget_s: float) -> bool:
-        soonest_s = (self.latency.predict(self.output.features) + self.latency.c1) * self.latency.safety
-        return soonest_s <= step_budget_s
+        return (self.executing_s + self.latency.c1) * self.latency.safety <= step_budget_s
 
     # -- shortage ---------------------------------------------------------------------------------------------
 
     def can_admit(self, request: Request) -> bool:
         """An RT takes room from BE, and a due BE from other BE; the rest need empty blocks for the whole prompt."""
-        return request.is_rt or request is self._starving_be or super().can_admit(request)
+        return request.is_rt or request in self._starving_be or super().can_admit(request)
+
+    def takes_part_of_a_chunk(self, request: Request) -> bool:
+        """BE do; an RT takes the blocks of others instead."""
+        return not request.is_rt
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
-        """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
-        last. The last resort for an RT is to swap out (else recompute) an RT that is less urgent."""
+        """Nobody is preempted in vain: only if `request` finds room once everybody who may give way has done so.
+
+        BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full; a newcomer
+        displaces nobody. RT, which could not be given enough slots of BE: recompute the BE ordered last if BE suffice
+        (their slots would have been taken before, had the host store room for them); else swap out the RT with the
+        most slack (paper), or recompute it if the host store is full.
+        """
         if not request.is_rt:
-            if request.status is WAITING and request is not self._starving_be:
-                return False  # a newcomer displaces nobody
+            if request.status is WAITING:
+                return False
             if self.kv.reclaim(request, num_new_tokens):
                 return True
-        victim = self._last_idle_be(request)
-        if victim is not None:
-            self.recompute(victim)
-            return True
-        victim = self._least_urgent_rt(request) if request.is_rt else None
-        if victim is None:
-            return False
-        if self.kv.swap_out(victim.request_id):
-            self.output.preempted[victim.request_id] = "swap"
-        else:
-            self.recompute(victim)
-        return True
+        victims = [*takewhile(lambda other: other is not request, reversed(self._be_order))]
+        victims = [other for other in victims if self._can_give(other)]
+        if not self.kv.fits_without(request, num_new_tokens, victims):
+            rt_victims = self._less_urgent_rt(request) if request.is_rt else []
+            if not rt_victims or not self.kv.fits_without(request, num_new_tokens, victims + rt_victims):
+                return False
+            victims = rt_victims
+        for victim in victims:
+            if victim.is_rt and self.kv.swap_out(victim.request_id):
+                self.output.preempted[victim.request_id] = "swap"
+                return True
+            if self.kv.frees_blocks_for(victim.request_id, request.request_id):
+                self.recompute(victim)
+                return True
+        return False
 
-    def _last_idle_be(self, request: Request) -> Request | None:
-        """The last BE in order that has blocks to give; None once `request` itself is reached."""
-        for other in reversed(self._be_order):
-            if other is request:
-                return None
-            if self._can_give(other) and self.kv.frees_blocks_for(other.request_id, request.request_id):
-                return other
-        return None
-
-    def _least_urgent_rt(self, request: Request) -> Request | None:
-        """The idle RT to give way to `request`: one that is late already, else the one with the latest deadline.
+    def _less_urgent_rt(self, request: Request) -> list[Request]:
+        """The idle RT that may give way to `request`: first those that are late already, then the one with the latest
+        deadline.
 
         Not by `due_s`, which a prefill moves back with every chunk: two prompts that do not fit together would take
         the blocks from one another for ever, whoever has just advanced giving way.
@@ -317,13 +329,12 @@ class BROSScheduler(Scheduler):
         spared_s = -math.inf
         if not self.config.rt_displaces_eagerly:
             if request.request_id in self.kv.offloaded_tokens and self._can_wait(request):
-                return None
+                return []
             if request.status is WAITING and request.slo is not None:
                 spared_s = request.slo.ttft_s
-        idle = [other for other in self.running
-                if other.is_rt and other.due_s - now_s > spared_s and self._can_give(other)]
-        victim = max(idle, key=rank, default=None)
-        return victim if victim is not None and rank(victim) > rank(request) else None
+        own_rank = rank(request)
+        return sorted((other for other in self.running if other.is_rt and other.due_s - now_s > spared_s
+                       and self._can_give(other) and rank(other) > own_rank), key=rank, reverse=True)
 
     def _can_wait(self, request: Request) -> bool:
         """Whether it is on time still if it sits out two iterations."""
