@@ -95,9 +95,6 @@ class Scheduler:
         """Whether a chunk for which the blocks do not suffice is halved until they do."""
         return False
 
-    def prefill_advanced(self, request: Request) -> None:
-        """Called when a chunk was computed that did not complete the prompt."""
-
     def begin_step(self) -> None:
         """Called at the start of each step, while `output` is still the last step's."""
         self.kv.begin_step()
@@ -319,8 +316,7 @@ class Scheduler:
         eos, banks_time = self.eos_token_ids, self.config.rt_banks_time
         for request, count, token_id in zip(output.requests, output.num_scheduled_tokens, token_ids, strict=True):
             request.num_computed_tokens += count
-            if token_id is None:
-                self.prefill_advanced(request)
+            if token_id is None:  # a chunk that did not complete the prompt
                 continue
             request.output_token_ids.append(token_id)
             request.num_tokens = num_tokens = request.num_tokens + 1
@@ -332,7 +328,7 @@ class Scheduler:
                 if banks_time:
                     banked_s = BANKED_SHARE * slo.tpot_s * len(request.output_token_ids)
                     deadline_s = max(deadline_s, request.first_token_s + banked_s)
-                request.deadline_s = request.due_s = deadline_s
+                request.deadline_s = deadline_s
             if token_id in eos and not request.sampling.ignore_eos:
                 request.status = RequestStatus.FINISHED_STOP
                 ended.append(request)

@@ -47,12 +47,13 @@ from bisect import bisect_right, insort
 from itertools import chain, takewhile
 from operator import attrgetter
 
+from bros_ref.config import cdiv
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
 from bros_ref.scheduler.output import ADMITTED, BATCH_CAP, DEADLINE, NO_BLOCKS
 from bros_ref.scheduler.queues import FIFOQueue
 
-by_due, by_last_step = attrgetter("due_s"), attrgetter("last_step")
+by_deadline, by_last_step = attrgetter("deadline_s"), attrgetter("last_step")
 WAITING, RUNNING = RequestStatus.WAITING, RequestStatus.RUNNING
 TYPICAL_RT_EMA = 0.1  # weight of the newest RT in the picture of a typical one
 
@@ -61,7 +62,7 @@ class BROSScheduler(Scheduler):
     """Dynamic priority with greedy packing; the ablations run this class on other KV managers."""
 
     def setup(self) -> None:
-        self._rt_waiting: list[Request] = []  # sorted by due_s
+        self._rt_waiting: list[Request] = []  # sorted by deadline
         self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
@@ -74,8 +75,7 @@ class BROSScheduler(Scheduler):
         if not request.is_rt:
             self._be_waiting.push(request, front=front)
             return
-        self.prefill_advanced(request)
-        insort(self._rt_waiting, request, key=by_due)
+        insort(self._rt_waiting, request, key=by_deadline)
         if request.slo is not None and not front:
             known = self._typical_ttft_s < math.inf
             weight = TYPICAL_RT_EMA if known else 1.0
@@ -95,31 +95,29 @@ class BROSScheduler(Scheduler):
 
     def pack(self, now_s: float) -> None:
         """Greedy packing (paper, Algorithm 1): who is admitted, in which order, within which step budget."""
-        requests, slack_s, try_admit = self.output.requests, self.output.slack_s, self.try_admit
+        requests, try_admit = self.output.requests, self.try_admit
         last_seat, be_exists = self.max_batch_size - 1, bool(self._be_order or self._be_waiting.head())
         step_budget_s, patience_s = math.inf, 2 * self.iteration_s * self.latency.safety
-        late, aside, rt_queue_open, be_queue_open = list[Request](), None, True, True
+        urgent, late = self._rt_by_slack(now_s)
+        aside, rt_queue_open, be_queue_open = None, True, True
 
         # 1. Urgent RT, by ascending slack [paper]. The residual time of the most urgent bounds the step (Eq. 6).
-        for request in self._rt_by_slack(now_s):
+        for request in urgent:
             if not rt_queue_open and request.status is WAITING:
                 continue
-            residual_s = request.due_s - now_s
-            slack_s[request.request_id] = residual_s - self.iteration_s
-            if residual_s < self._alone_s(request):
-                late.append(request)
-                continue
+            residual_s = request.deadline_s - now_s
             if be_exists and len(requests) == last_seat:
                 self._admit_starving_be(step_budget_s)
                 if 0 < len(requests) == last_seat and residual_s > patience_s:
                     aside = request  # the slackest RT leaves the last seat to BE [paper] if it can wait two steps
                     self.refuse(aside, BATCH_CAP)
                     break
-            admission = try_admit(request, min(step_budget_s, residual_s))
+            bound_s = residual_s if residual_s < step_budget_s else step_budget_s
+            admission = try_admit(request, bound_s)
             if admission is BATCH_CAP:
                 return
             if admission is not NO_BLOCKS:  # else it cannot run, however short the step
-                step_budget_s = min(step_budget_s, residual_s)
+                step_budget_s = bound_s
             if admission is not ADMITTED and request.status is WAITING:
                 rt_queue_open = False  # the rest of the queue stands behind it
 
@@ -128,7 +126,6 @@ class BROSScheduler(Scheduler):
         for request in chain(late, self._rt_late.first(self.max_batch_size)):
             if request.status is WAITING and request.num_tokens >= shortest_refused:
                 continue
-            slack_s[request.request_id] = request.due_s - now_s - self.iteration_s
             if len(requests) == last_seat:
                 self._admit_starving_be(step_budget_s)
             exempt = exempt_left > 0 and self.step - request.last_step > self.config.be_max_wait_steps
@@ -170,7 +167,7 @@ class BROSScheduler(Scheduler):
 
     def begin_step(self) -> None:
         self._adapt_batch_cap()
-        self.running.sort(key=by_due)  # RT by slack; BE are never due (infinity) and keep their order, at the end
+        self.running.sort(key=by_deadline)  # RT by slack; BE are never due (infinity) and keep their order, at the end
         self._be_order = self._sorted_be()
         self.kv.begin_step(self._be_order)
 
@@ -183,14 +180,20 @@ class BROSScheduler(Scheduler):
 
     # -- real-time --------------------------------------------------------------------------------------------
 
-    def _rt_by_slack(self, now_s: float) -> list[Request]:
-        """RT that hold KV, and newcomers, by ascending slack. Both are sorted already; sorting one after the other is
-        a merge, in linear time."""
+    def _rt_by_slack(self, now_s: float) -> tuple[list[Request], list[Request]]:
+        """By ascending slack: RT that can be on time, pending and new, and pending RT that are late already."""
         pending = [request for request in self.running if request.is_rt]
+        urgent = [request for request in pending if request.deadline_s - now_s >= self._alone_s(request)]
+        late = []
+        if len(urgent) < len(pending):
+            on_time = set(urgent)
+            late = [request for request in pending if request not in on_time]
         if newcomers := self._newcomers_on_time(now_s):
-            pending += newcomers
-            pending.sort(key=by_due)
-        return pending
+            urgent += newcomers
+            urgent.sort(key=by_deadline)  # both parts are sorted already, so this is a merge, in linear time
+        iteration_s = self.iteration_s
+        self.output.slack_s = {rt.request_id: rt.deadline_s - now_s - iteration_s for rt in chain(urgent, late)}
+        return urgent, late
 
     def _newcomers_on_time(self, now_s: float) -> list[Request]:
         """The first of the RT queue, at most as many as a batch holds. Those that can no longer meet their deadline
@@ -203,7 +206,7 @@ class BROSScheduler(Scheduler):
             num_seen += 1
             if request.status.is_end:
                 continue
-            if request.due_s - now_s < self._alone_s(request):
+            if request.deadline_s - now_s < self._alone_s(request):
                 self._rt_late.push(request)
             else:
                 on_time.append(request)
@@ -212,27 +215,19 @@ class BROSScheduler(Scheduler):
         return on_time
 
     def _alone_s(self, request: Request) -> float:
-        """The shortest iteration that gets this request its next token (or chunk)."""
+        """The least time to this request's next token: of a prefill, all chunks that are left, run alone."""
         latency, context, offloaded = self.latency, request.num_computed_tokens, self.kv.offloaded_tokens
-        if request.num_tokens - context == 1:
+        left = request.num_tokens - context
+        if left == 1:
             executing_s = latency.c0 + latency.c1 + latency.c3 * context
         else:
-            executing_s = latency.c0 + latency.cost_s(self._next_chunk(request), context)
+            executing_s = self._num_chunks(left) * latency.c0 + latency.cost_s(left, context)
         if request.request_id in offloaded:
             executing_s = max(executing_s, latency.restore_s_per_token * offloaded[request.request_id])
         return executing_s * latency.safety
 
-    def _next_chunk(self, request: Request) -> int:
-        left = request.num_tokens - request.num_computed_tokens
-        return min(left, self.config.max_num_batched_tokens) if self.config.chunked_prefill else left
-
-    def prefill_advanced(self, request: Request) -> None:
-        """A prefill in k chunks must end by the deadline, so its next chunk is due k - 1 iterations earlier."""
-        if not request.is_rt:
-            return
-        left = request.num_tokens - request.num_computed_tokens
-        chunks = -(-left // self.config.max_num_batched_tokens) if self.config.chunked_prefill else 1
-        request.due_s = request.deadline_s - (chunks - 1) * self.iteration_s
+    def _num_chunks(self, num_tokens: int) -> int:
+        return cdiv(num_tokens, self.config.max_num_batched_tokens) if self.config.chunked_prefill else 1
 
     # -- best-effort ------------------------------------------------------------------------------------------
 
@@ -316,15 +311,13 @@ class BROSScheduler(Scheduler):
 
     def _less_urgent_rt(self, request: Request) -> list[Request]:
         """The idle RT that may give way to `request`: first those that are late already, then the one with the latest
-        deadline.
-
-        Not by `due_s`, which a prefill moves back with every chunk: two prompts that do not fit together would take
-        the blocks from one another for ever, whoever has just advanced giving way.
+        deadline, which no chunk changes: else two prompts that do not fit together would take the blocks from one
+        another for ever, whoever has just advanced giving way.
         """
         now_s = self.output.now_s
 
         def rank(rt: Request) -> tuple[bool, float, float, str]:  # total: of any two, one must give way
-            return (rt.due_s - now_s < self._alone_s(rt), rt.deadline_s, rt.arrival_s, rt.request_id)
+            return (rt.deadline_s - now_s < self._alone_s(rt), rt.deadline_s, rt.arrival_s, rt.request_id)
 
         spared_s = -math.inf
         if not self.config.rt_displaces_eagerly:
@@ -333,13 +326,13 @@ class BROSScheduler(Scheduler):
             if request.status is WAITING and request.slo is not None:
                 spared_s = request.slo.ttft_s
         own_rank = rank(request)
-        return sorted((other for other in self.running if other.is_rt and other.due_s - now_s > spared_s
+        return sorted((other for other in self.running if other.is_rt and other.deadline_s - now_s > spared_s
                        and self._can_give(other) and rank(other) > own_rank), key=rank, reverse=True)
 
     def _can_wait(self, request: Request) -> bool:
         """Whether it is on time still if it sits out two iterations."""
         soonest_s = 2 * self.iteration_s * self.latency.safety + self._alone_s(request)
-        return request.due_s - self.output.now_s > soonest_s
+        return request.deadline_s - self.output.now_s > soonest_s
 
     def _can_give(self, other: Request) -> bool:
         """Holds blocks, and sits out this step."""

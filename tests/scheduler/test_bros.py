@@ -36,7 +36,7 @@ def test_a_late_request_sets_no_bound_but_still_goes_before_best_effort():
     decider.add("be0", prompt_tokens=8)
     decider.add("be1", prompt_tokens=8)
     late = decider.add("rt0", slo=SLO(1.0, 1.0))
-    late.deadline_s = late.due_s = decider.now_s - 1.0
+    late.deadline_s = decider.now_s - 1.0
     decided = list(decider.decide())
     assert decided[0] == "rt0"
     assert len(decided) == 2
@@ -332,10 +332,10 @@ def test_a_swapped_out_request_that_can_wait_comes_back_at_nobodys_cost_if_lazy(
     decider.step()
     assert decider.kv.offloaded_tokens["rt-waiting"] > 0
     holding = decider.scheduler.requests["rt-holding"]
-    holding.deadline_s = holding.due_s = waiting.due_s + 1.0  # now the other is the more urgent one, though not urgent
+    holding.deadline_s = waiting.deadline_s + 1.0  # now the other is the more urgent one, though not urgent
     assert ("rt-waiting" in decider.decide()) is comes_back
     decider.compute()
-    waiting.deadline_s = waiting.due_s = decider.now_s + 0.03
+    waiting.deadline_s = decider.now_s + 0.03
     assert "rt-waiting" in decider.step(), "it cannot wait any longer"
 
 
