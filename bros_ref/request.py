@@ -62,6 +62,10 @@ class SamplingParams:
     `seed` None: the engine draws a seed for each request and records it in the trace, so that equal prompts give
     different samples and any of them can be repeated.
 
+    The penalties are OpenAI's: a token that was generated c times before has `frequency_penalty * c`, and if c > 0
+    `presence_penalty`, taken off its logit. `logprobs` None: none are kept; otherwise each token's log-probability and
+    those of that many most likely tokens, in the model's own distribution (before penalties and temperature).
+
     Raises:
         ValueError: a field is out of its range; the message names it.
     """
@@ -72,6 +76,9 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -82,6 +89,20 @@ class SamplingParams:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string must not be empty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must lie in [-2, 2], got {getattr(self, name)!r}")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs must be None or at least 0, got {self.logprobs}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a generated token was. `top`: the most likely (token id, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -117,6 +138,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     first_token_s: float | None = None
     last_token_s: float | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # set by the sampler, where `sampling.logprobs` wants it
     # derived once
     is_rt: bool = field(init=False)
     num_prompt_tokens: int = field(init=False)

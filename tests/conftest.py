@@ -1,11 +1,43 @@
-"""One torch thread (the machine may be busy) and one hypothesis profile for every test."""
+"""Settings for every test: one torch thread, one hypothesis profile, and a run that ends when one of its workers dies.
 
-import torch
+A test that crashes its process, or hangs until `timeout` of pyproject.toml kills the process, takes a pytest-xdist
+worker with it. By default pytest-xdist starts another one or finishes what is queued; here the run ends at once, with
+exit status 1 and the name of the test that ran.
+"""
+
+import os
+
+import pytest
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, later, by the tests that need it
 settings.register_profile(
     "bros_ref", deadline=None, print_blob=True, derandomize=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("bros_ref")
+
+DEAD_WORKERS = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Called in the main process when a worker is gone; `error` says why, None at the regular end."""
+    if error is not None:
+        node.config.stash.setdefault(DEAD_WORKERS, []).append(node.gateway.id)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Ends the run once the test that killed its worker is reported (pytest-xdist names its phase "???")."""
+    if report.when == "???":
+        others = report.node.config.pluginmanager.getplugin("dsession").nodemanager.group
+        others.terminate(timeout=0.5)  # pytest-xdist would let them finish the test they are in
+        pytest.exit(report.longrepr)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """The exit status after a death is that of a failed test, also when the worker died between two tests."""
+    if session.config.stash.get(DEAD_WORKERS, []):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from bros_ref.cli.common import JsonOption, SeedOption, app, bench_app, make_console, progress, write_json
+from bros_ref.files import write_text
 
 BEGIN, END = "<!-- ladder: written by `bros-ref kernels --write-readme` -->", "<!-- end of the ladder -->"
 QUICK_ARCHITECTURES = (80, 90)
@@ -47,7 +48,7 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
                       f"{mutations['flagged']}; beside them {len(mutations['equivalent'])} that change nothing.")
     if write_readme:
         path = Path(kernels_cupy.__file__).parent / "README.md"
-        path.write_text(with_ladder(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        write_text(path, with_ladder(path.read_text(encoding="utf-8"), rows))
     write_json(json_path, "kernels", seed, kernels=rows, mutations=mutations)
     if not all(row["verified"] and row["spill_bytes"] == 0 for row in rows):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,8 @@ from bros_ref.cli.common import (
     output_folder,
     parse_policies,
     progress,
+    say,
+    tell_refusals,
     write_json,
 )
 
@@ -56,8 +59,9 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The live system's scheduler and KV accounting, on a virtual clock and a GPU cost model."""
     from bros_ref.cli.tables import interval_table, results_table
+    from bros_ref.evaluation.statistics import interval_rows
     from bros_ref.request import SLO
-    from bros_ref.simulator.simulate import Job, SimulationSettings, interval_rows, run_all
+    from bros_ref.simulator.simulate import Job, SimulationSettings, run_all
 
     names, console, slo = parse_policies(policies), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     settings = SimulationSettings(gpu, model, tp, kv_tokens, block_size, max_num_seqs, max_num_batched_tokens,
@@ -72,6 +76,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
         runs = run_all(jobs, processes, lambda _: advance(1))
     pool = f"{settings.num_blocks * block_size:,} KV tokens"
     title = f"Simulated: {model}, {tp} x {gpu} ({settings.basis}), {pool}, SLO {ttft_slo_s}/{tpot_slo_s} s, seed {seed}"
+    tell_refusals(console, runs)
     console.print(results_table([run for run in runs if run["seed"] == seed], title))
     intervals = interval_rows(runs)
     if seeds > 1:
@@ -119,26 +124,34 @@ def _write_report(path: Path, names: list[str], settings: Any, arrivals: Any, ti
 @app.command()
 def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
                                                 help="Folder for the report and the JSON.")] = Path("out/reproduce"),
-              duration_s: Annotated[float, typer.Option(help="Simulated seconds a run; the paper's is 600.")] = 600.0,
-              quick: Annotated[bool, typer.Option("--quick", help="60 s a run and fewer rates.")] = False,
+              duration_s: Annotated[float, typer.Option(help="Simulated seconds per run; the paper's is 600.")] = 600.0,
+              seeds: Annotated[int, typer.Option(min=1, help=(
+                  "Runs per policy and setting, seeds --seed, --seed + 1, ...; fewer than 5 decide little."))] = 5,
+              minutes: Annotated[float | None, typer.Option(help=(
+                  "Budget of real time: runs become as short as it demands."))] = None,
+              quick: Annotated[bool, typer.Option("--quick", help="60 s per run and fewer rates.")] = False,
               rt_lengths: RtLengthsOption = None,
               processes: ProcessesOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The paper's evaluation, simulated: every figure and the ablation, our numbers beside the paper's."""
-    from bros_ref.cli.tables import figures_table
+    from bros_ref.cli.tables import dominance_table, figures_table
     from bros_ref.evaluation.reproduce import SHORTEST_CONTEXT_TOKENS, reproduce_paper
     from bros_ref.viz.figures.reproduction import write_reproduction
     from bros_ref.workload.files import read_lengths
 
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"--minutes must be a positive finite number, got {minutes}")
     console = make_console(json_path)
     with progress(console, "reproduce", 1.0) as advance:
         sharegpt = "sharegpt" if rt_lengths is None else read_lengths(rt_lengths, SHORTEST_CONTEXT_TOKENS)
-        result = reproduce_paper(60.0 if quick else duration_s, seed, quick=quick, processes=processes,
-                                 sharegpt=sharegpt, on_progress=advance)
-    console.print(figures_table(result["figures"]))
+        result = reproduce_paper(min(duration_s, 60.0) if quick else duration_s, seed, seeds=seeds, minutes=minutes,
+                                 quick=quick, processes=processes, sharegpt=sharegpt, on_progress=advance)
+    done = f"{result['seeds']} of {seeds} seeds" if result["seeds"] < seeds else f"{seeds} seed{'s' * (seeds > 1)}"
+    console.print(figures_table(result["figures"], f"{done}, {result['duration_s']:,.0f} simulated seconds per run"))
+    console.print(dominance_table(result["dominance"]))
     write_reproduction(out / "report.html", result)
     write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
     write_json(json_path, "reproduce", seed, **result)
-    console.print(f"report: {out / 'report.html'}")
+    say(console, f"report: {out / 'report.html'}")
 
 
 @bench_app.command("simulator")

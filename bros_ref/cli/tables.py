@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -32,6 +32,23 @@ def results_table(runs: Sequence[Run], title: str) -> Table:
             number(be["output_throughput"], 1), number(be["max_wait_s"], 1), number(kv["peak_usage"], 0, 100) + " %",
             number(kv["preempted_requests"]), number(kv["recomputed_tokens"]),
             f"{number(kv['checkpointed_slots'])} / {number(kv['restored_slots'])}")
+    return table
+
+
+def serve_table(run: Run, title: str) -> Table:
+    """What a client over HTTP saw of both classes."""
+    table = Table(title=title, title_justify="left", header_style="bold", caption=(
+        "Latencies count from the scheduled arrival. On time: share of all real-time requests that met both targets."),
+        caption_justify="left")
+    for name in ("class", "sent", "completed", "failed", "on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms",
+                 "tokens/s"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for kind, values in run["classes"].items():
+        attained = values["slo_attainment"]
+        table.add_row(kind, number(values["arrived"]), number(values["completed"]), number(values["failed"]),
+                      "–" if attained is None else number(attained, 0, 100) + " %", number(values["median_ttft_ms"]),
+                      number(values["p99_ttft_ms"]), number(values["median_tpot_ms"], 1),
+                      number(values["output_throughput"], 1))
     return table
 
 
@@ -66,19 +83,38 @@ def engine_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
+INTERVAL_COLUMNS = (("rt.slo_attainment", "RT on time %", 1, 100), ("rt.median_ttft_ms", "TTFT p50 ms", 0, 1),
+                    ("rt.p99_ttft_ms", "TTFT p99 ms", 0, 1), ("rt.median_tpot_ms", "TPOT p50 ms", 0, 1),
+                    ("be.output_throughput", "BE tokens/s", 1, 1))
+
+
 def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Means with their confidence intervals, one row a policy."""
-    columns = (("rt.slo_attainment", "RT on time %", 1, 100), ("rt.median_ttft_ms", "TTFT p50 ms", 0, 1),
-               ("rt.p99_ttft_ms", "TTFT p99 ms", 0, 1), ("be.output_throughput", "BE tokens/s", 1, 1))
-    table = Table("policy", title=title, title_justify="left", header_style="bold")
-    for _, heading, _, _ in columns:
+    def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
+        mean, half = row[key] or (None, None)
+        return number(mean, digits, scale) + ("" if half is None else f" ± {number(half, digits, scale)}")
+
+    return _interval_table(rows, title, cell)
+
+
+def median_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Medians beside the confidence intervals of the means, one row a policy."""
+    def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
+        bounds = row["interval95"][key]
+        return number(row["median"][key], digits, scale) + ("" if bounds is None else (
+            f" [{', '.join(number(bound, digits, scale) for bound in bounds)}]"))
+
+    return _interval_table(rows, title, cell)
+
+
+def _interval_table(rows: Sequence[Mapping[str, Any]], title: str,
+                    cell: Callable[[Mapping[str, Any], str, int, float], str]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("policy", min_width=max((len(row["policy"]) for row in rows), default=0))  # names are never cut
+    for _, heading, _, _ in INTERVAL_COLUMNS:
         table.add_column(heading, justify="right")
     for row in rows:
-        cells = []
-        for key, _, digits, scale in columns:
-            mean, half = row[key] or (None, None)
-            cells.append(number(mean, digits, scale) + ("" if half is None else f" ± {number(half, digits, scale)}"))
-        table.add_row(row["policy"], *cells)
+        table.add_row(row["policy"], *(cell(row, key, digits, scale) for key, _, digits, scale in INTERVAL_COLUMNS))
     return table
 
 
@@ -95,15 +131,36 @@ def simulator_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def figures_table(figures: Sequence[Mapping[str, Any]]) -> Table:
-    """The paper's numbers beside ours."""
-    table = Table("comparison", "metric", title="The paper's best cases, and ours (simulated)", title_justify="left",
-                  header_style="bold", caption="absolute: bros / baseline", caption_justify="left")
+def figures_table(figures: Sequence[Mapping[str, Any]], basis: str) -> Table:
+    """The paper's numbers beside ours; `basis`: how many seeds, and how long."""
+    table = Table("comparison", "metric", title=f"The paper's best cases, and ours (simulated; {basis})",
+                  title_justify="left", header_style="bold", caption_justify="left",
+                  caption="absolute: bros / baseline; ±: 95 % interval, at both ends of which a verdict holds")
     for name in ("paper", "ours", "absolute", "setting", "verdict"):
         table.add_column(name, justify="right" if name != "setting" else "left")
     for figure in figures:
         unit = "x" if figure["kind"] == "ratio" else "%"
         absolute = " / ".join(number(value, 3) for value in figure["absolute"].values())
         table.add_row(figure["name"], figure["metric"], f"{number(figure['paper'], 2)} {unit}",
-                      f"{number(figure['ours'], 2)} {unit}", absolute, figure["setting"] or "–", figure["verdict"])
+                      f"{number(figure['ours'], 2)}{plus_minus(figure['interval95'], 2)} {unit}", absolute,
+                      figure["setting"] or "–", figure["verdict"])
     return table
+
+
+def dominance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """bros-plus against the baseline that decides each cell."""
+    table = Table(title="bros-plus in every cell, and its lead over the baseline that decides the verdict",
+                  title_justify="left", header_style="bold", caption_justify="left", caption="±: 95 % interval")
+    for name in ("cell", "verdict", "against", "RT on time %", "points", "BE tokens/s", "difference"):
+        table.add_column(name, justify="left" if name in ("cell", "verdict", "against") else "right")
+    for row in rows:
+        bounds = row["interval95"]
+        table.add_row(row["cell"], row["verdict"], row["against"], number(row["rt"], 1, 100),
+                      f"{number(row['rt_gain'], 1, 100)}{plus_minus(bounds['rt_gain'], 1, 100)}", number(row["be"]),
+                      f"{number(row['be_gain'])}{plus_minus(bounds['be_gain'])}")
+    return table
+
+
+def plus_minus(bounds: Sequence[float] | None, digits: int = 0, scale: float = 1.0) -> str:
+    """Half the width of an interval [low, high]; nothing where there is none."""
+    return "" if bounds is None else f" ± {number((bounds[1] - bounds[0]) / 2, digits, scale)}"

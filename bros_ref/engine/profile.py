@@ -12,14 +12,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 
 from bros_ref.config import KVCacheConfig, cdiv
 from bros_ref.engine.model_runner import ModelRunner
 from bros_ref.environment import cpu_model
+from bros_ref.files import keep_cached, read_cached
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.request import Request, RequestClass
 from bros_ref.scheduler.latency_model import StepFeatures, StepLatencyModel
@@ -43,21 +42,19 @@ def fit_latency_model(runner: ModelRunner, max_num_seqs: int, name: str, *, refi
         refit: measure again.
         on_progress: called with the fraction done.
     """
-    path = _cache_path(runner, max_num_seqs, name)
-    if path.exists() and not refit:
+    cached_as = f"latency-{speed_key(runner, max_num_seqs, name)}.json"
+    if not refit and (text := read_cached(cached_as)) is not None:
         try:
-            stored = json.loads(path.read_text())
+            stored = json.loads(text)
             samples = [(StepFeatures(**features), seconds) for features, seconds in stored["samples"]]
             return StepLatencyModel.fit(samples, stored["restore_s_per_token"])
-        except (ValueError, KeyError, TypeError):
-            pass  # unreadable or of an older version: measure again
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass  # damaged or of an older version: measure again
     samples = profile(runner, max_num_seqs, on_progress)
     restore_s = measure_restore_s_per_token(runner)
     plain = [[{slot: getattr(features, slot) for slot in StepFeatures.__slots__}, seconds]
              for features, seconds in samples]
-    with suppress(OSError):  # a home that cannot be written keeps nobody from serving: it is measured again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
+    keep_cached(cached_as, json.dumps({"samples": plain, "restore_s_per_token": restore_s}))
     return StepLatencyModel.fit(samples, restore_s)
 
 
@@ -134,8 +131,3 @@ def speed_key(runner: ModelRunner, max_num_seqs: int, name: str) -> str:
            torch.get_num_threads(), os.cpu_count(), str(runner.kv.data.dtype), runner.kv.config.block_size,
            _fitting(runner, max_num_seqs, (*PREFILLS, *DECODES, *MIXED)))
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-
-
-def _cache_path(runner: ModelRunner, max_num_seqs: int, name: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return root / "bros_ref" / f"latency-{speed_key(runner, max_num_seqs, name)}.json"

@@ -1,12 +1,17 @@
 """How far from optimal? Two answers by integer programming (HiGHS, through scipy), and one by arithmetic.
 
-    iteration_gaps        one iteration: greedy packing against the exact 0/1 optimum, over recorded states
+    recorded_gaps         one iteration: greedy packing against the exact 0/1 optimum, over recorded states
     small_instance_gaps   whole runs: the policy against a clairvoyant that knows arrivals and lengths, tiny instances
     rt_work_share         whole runs: what serving RT leaves of the BE-only ceiling
 
 The first two take the RT side as given (they must be served, or served on time) and maximise best-effort work, which
 is the paper's formulation. An optimum of one iteration is no optimum of a run: taking the most tokens now may be the
 wrong tokens. The second answer says how much that matters, as far as instances can be solved.
+
+The optimum of an iteration is exact for the program that is solved, and that leaves something out. Not offered to it
+are BE with KV on the host (what they need depends on which blocks are empty by then) and all newcomers but the first
+MAX_NEWCOMERS; states in which KV is copied or somebody is preempted are not solved. How often either happened is
+reported beside the result, as "omitted".
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import ctypes
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,16 +107,24 @@ def _silent_stdout() -> Iterator[None]:
 
 
 def iteration_gaps(settings: SimulationSettings, arrivals: PaperWorkload) -> list[float]:
+    """The ratios of `recorded_gaps`."""
+    return recorded_gaps(settings, arrivals)[0]
+
+
+def recorded_gaps(settings: SimulationSettings, arrivals: PaperWorkload) -> tuple[list[float], Counter[str]]:
     """Runs BROS and, at every iteration in which nobody gives way, compares its BE tokens with the optimum.
 
     Returns:
-        greedy / optimum of each such state; 1.0 is optimal.
+        greedy / optimum of each such state, 1.0 is optimal; and what the program did not see: states with copies or a
+        preemption ("states_with_copies", "states_with_preemption"), which were not solved, and of the solved ones
+        those in which a BE with KV on the host or a newcomer beyond MAX_NEWCOMERS was not offered
+        ("states_with_offloaded_be", "states_with_more_newcomers").
     """
     engine = simulated_engine("bros", settings)
     recorder = _Recorder(engine.scheduler)
     engine.scheduler.schedule = recorder.schedule  # type: ignore[method-assign]  # observes, and changes nothing
     serve(engine, arrivals.build(settings.seed), request_of_length, arrivals.duration_s)
-    return [greedy / optimum for greedy, optimum in recorder.results]
+    return [greedy / optimum for greedy, optimum in recorder.results], recorder.omitted
 
 
 def distribution(ratios: Sequence[float]) -> dict[str, Any]:
@@ -129,12 +143,16 @@ class _Recorder:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler, self._decide = scheduler, scheduler.schedule
         self.results: list[tuple[int, int]] = []
+        self.omitted: Counter[str] = Counter()
 
     def schedule(self, now_s: float) -> SchedulerOutput:
-        free, before = self._scheduler.kv.num_free_blocks, self._candidates()
+        free, (before, not_offered) = self._scheduler.kv.num_free_blocks, self._candidates()
         output = self._decide(now_s)
         changes = output.kv_changes
-        if changes.copies or output.preempted or not before:
+        if changes.copies or output.preempted:
+            self.omitted["states_with_preemption" if output.preempted else "states_with_copies"] += 1
+            return output
+        if not before:
             return output
         rt = [index for index, request in enumerate(output.requests) if request.is_rt]
         rt_ids = {output.requests[index].request_id for index in rt}
@@ -150,23 +168,29 @@ class _Recorder:
             self._scheduler.config.max_num_batched_tokens - rt_tokens, step_budget_s / latency.safety - spent_s))
         if optimum and greedy <= optimum:  # a due BE may exceed what the deadlines allow: no basis for a comparison
             self.results.append((greedy, optimum))
+            self.omitted.update(not_offered)
         return output
 
-    def _candidates(self) -> list[Candidate]:
+    def _candidates(self) -> tuple[list[Candidate], set[str]]:
+        """The BE that the program may choose from, and whom it does not see."""
         kv, latency = self._scheduler.kv, self._scheduler.latency
-        newcomers, found = 0, []
+        newcomers, not_offered = 0, set()
+        found: list[Candidate] = []
         for request in self._scheduler.requests.values():
             if request.is_rt:
                 continue
             if request.status is RequestStatus.WAITING:
                 newcomers += 1
                 if newcomers > MAX_NEWCOMERS:
+                    not_offered.add("states_with_more_newcomers")
                     continue
+            if request.request_id in kv.offloaded_tokens:
+                not_offered.add("states_with_offloaded_be")
+                continue
             tokens, context = request.num_tokens - request.num_computed_tokens, request.num_computed_tokens
-            if request.request_id not in kv.offloaded_tokens:
-                found.append(Candidate(tokens, latency.cost_s(tokens, context),
-                                       kv.blocks_for(request.num_tokens) - len(kv.block_table(request.request_id))))
-        return found
+            found.append(Candidate(tokens, latency.cost_s(tokens, context),
+                                   kv.blocks_for(request.num_tokens) - len(kv.block_table(request.request_id))))
+        return found, not_offered
 
 
 # -- what RT work leaves ----------------------------------------------------------------------------------------------

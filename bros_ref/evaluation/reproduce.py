@@ -5,45 +5,41 @@ numbers is set beside the best case over our sweep, with both absolute values, a
 
     same            within 25 % of the paper's gain (of its ratio less one, or of its percentage)
     better, worse   for BROS, beyond that
+    undecided       the verdict is not the same at both ends of the 95 % interval; a single seed decides nothing
     not comparable  the baseline's absolute value is so near zero that a ratio means nothing
 
-Beyond the paper, `bros-plus` is set beside every baseline in every cell of all sweeps:
+The paper does not say which scheduler its vLLM had. Its numbers are set beside both: `vllm-fcfs` (V1) and `vllm-v0`,
+the one in use when it was written.
 
-    ahead    no baseline has more RT on time or more BE tokens/s, beyond noise
-    trade    some baseline has more of one and less of the other
-    behind   some baseline has more of one and no less of the other
-
-Nothing is tuned per figure: one SLO, one demand of BE work, one set of scheduler limits for all.
+Beyond the paper, `bros-plus` is set beside every baseline in every cell of all sweeps (`dominance.py`). Every figure
+rests on several seeds, and policies are compared on the same arrivals, seed by seed (`statistics.py`).
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bros_ref.evaluation.optimality import distribution, iteration_gaps, rt_work_share, small_instance_gaps
-from bros_ref.request import SLO
-from bros_ref.scheduler import PLUS
-from bros_ref.simulator.simulate import Job, SimulationSettings, run_all
-from bros_ref.workload.paper import RT_LENGTHS, PaperWorkload, be_batch_for
+from bros_ref.evaluation.dominance import Runs, Summary, be_of_reference, coverage, dominance, mean, values
+from bros_ref.evaluation.optimality import distribution, recorded_gaps, small_instance_gaps
+from bros_ref.evaluation.statistics import Interval, interval, metric_samples, paired_ratio
+from bros_ref.evaluation.sweeps import POLICIES, RATES, SYSTEMS, Lengths, all_jobs, run_name
+from bros_ref.simulator.simulate import Job, run_all
+from bros_ref.workload.paper import PaperWorkload
 
-SYSTEMS = {"opt-13b": SimulationSettings("a100-40gb", "opt-13b", 2),
-           "opt-30b": SimulationSettings("a100-40gb", "opt-30b", 4),
-           "llama-3-70b": SimulationSettings("a100-80gb", "llama-3-70b", 8)}
-RATES = (2.0, 4.0, 6.0, 8.0, 10.0)
-POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority", "bros-rr", "bros", "bros-plus", "rt-only", "be-only")
-BASELINES = ("vllm-fcfs", "vllm-priority", "sglang-priority", "bros-rr")
-CONTENDERS = ("vllm-priority", "sglang-priority", "bros", "bros-plus")
-PLUS_ABLATION = ("bros", *(f"bros+{option}" for option in PLUS), "bros-plus")
-BASE_RATE = 6.0  # of the sweeps beyond the paper, OPT-13B
+__all__ = ["AGAINST_V0", "FIGURES", "POLICIES", "RATES", "SYSTEMS", "PaperFigure", "compare", "reproduce_paper",
+           "verdict"]
+
 SHORTEST_CONTEXT_TOKENS = 2048  # of its models, OPT's: what a dataset of lengths must fit
-MAX_BE_BATCH = 512  # Llama-3-70B's pool would ask for more than its seats can serve
 MAX_RECORDED_S = 120.0  # of each run whose states are solved exactly
 NEAR_ZERO = 0.05  # an attainment below this is no basis for a ratio
-RT_NOISE, BE_NOISE = 0.01, 0.02  # of an attainment; relative, of a throughput: seeds differ by as much
 PAPER_OVERHEAD = (0.076, 0.095)  # the paper's scheduler, of the time of an iteration
+PROBE_S, PROBE_JOBS = 5.0, 16  # what a budget of time is estimated from
+SHORTEST_S = 10.0  # simulated seconds below which a run says nothing
+BUDGET_SHARE = 0.6  # of the time left: long runs of overloaded policies cost more per second than the probe says
 WHY = {  # what a comparison rests on, whatever its verdict
     "vllm-fcfs/rt.normalized_latency_ms_per_token": "the queue that FCFS builds, which load and length of run decide",
     "vllm-fcfs/rt.ttft_attainment": "how near zero FCFS comes, which the load decides",
@@ -57,10 +53,13 @@ WHY = {  # what a comparison rests on, whatever its verdict
     "bros-recompute/rt.tpot_attainment": "recomputed prompts lengthen iterations; the deadlines absorb most of it",
     "vllm-fcfs/rt.normalized_latency_ms_per_token/rt": "one class with one SLO: slack order is order of arrival",
     "vllm-fcfs/rt.request_throughput/rt": "what arrives is served: arrivals are the limit, not the scheduler",
+    "vllm-v0/rt.normalized_latency_ms_per_token": "the queue, and decodes that wait for every prompt",
+    "vllm-v0/rt.ttft_attainment": "how near zero FCFS comes, which the load decides",
+    "vllm-v0/rt.tpot_attainment": "decodes wait while prompts run, so how many prompts arrive in a row",
+    "vllm-v0/be.request_throughput": "prompts and decodes in steps of their own: more steps for the same tokens",
+    "vllm-v0/rt.normalized_latency_ms_per_token/rt": "prompts and decodes share steps, against steps of one kind",
+    "vllm-v0/rt.request_throughput/rt": "what arrives is served: arrivals are the limit, not the scheduler",
 }
-
-Lengths = str | tuple[tuple[int, int], ...]
-Runs = dict[str, dict[str, Any]]  # job name -> summary
 
 
 @dataclass(frozen=True)
@@ -107,162 +106,136 @@ FIGURES = (
                 only="rt"),
     PaperFigure("Real-time requests only", "rt.request_throughput", "vllm-fcfs", 1.08, "ratio", only="rt"),
 )
+# The same numbers of the paper against vLLM V0, in which prompts go before decodes.
+AGAINST_V0 = tuple(replace(figure, name=f"{figure.name.removesuffix(' against vllm-fcfs')} against vllm-v0",
+                           baseline="vllm-v0") for figure in FIGURES if figure.baseline == "vllm-fcfs")
 
 
-def reproduce_paper(duration_s: float, seed: int, *, quick: bool = False, processes: int = 0,
-                    sharegpt: Lengths = "sharegpt", on_progress: Callable[[float], None] | None = None,
-                    ) -> dict[str, Any]:
-    """Runs everything; `sharegpt` stands for the lengths of that name.
+def reproduce_paper(duration_s: float, seed: int, *, seeds: int = 5, minutes: float | None = None, quick: bool = False,
+                    processes: int = 0, sharegpt: Lengths = "sharegpt",
+                    on_progress: Callable[[float], None] | None = None) -> dict[str, Any]:
+    """Runs everything with the seeds seed, seed + 1, ...; `sharegpt` stands for the lengths of that name.
+
+    Args:
+        minutes: a budget of wall time. Runs are then as long as the budget allows, at most `duration_s`, and no seed
+            is begun that would exceed it.
 
     Returns:
         "figures", "overhead", "bounds", "dominance", and the absolute values of every run: "systems" (the paper's
-        sweep), "sweeps" (beyond the paper) and "ablation" (the options of bros-plus); all JSON.
+        sweep), "sweeps" (beyond the paper) and "ablation" (the options of bros-plus); "duration_s" and "seeds" are
+        what was run; all JSON.
+
+    Raises:
+        ValueError: the budget does not suffice for one seed of SHORTEST_S; it says how much would.
     """
+    started_s = time.monotonic()
+    advance = on_progress or (lambda _: None)
     rates = RATES[::2] if quick else RATES
-    jobs = {job.name: _with_lengths(job, sharegpt)
-            for job in (*_paper_jobs(duration_s, seed, rates), *_sweep_jobs(duration_s, seed, quick),
-                        *_ablation_jobs(duration_s, seed, quick))}
-    share = 0.95 / len(jobs)
-    summaries = run_all(list(jobs.values()), processes,
-                        lambda _: on_progress(share) if on_progress is not None else None)
-    runs: Runs = dict(zip(jobs, summaries, strict=True))
-    bounds = {"coverage": _coverage(runs, rates), "be_of_reference": _be_of_reference(jobs, runs),
-              "iteration_optimum": distribution(_all_gaps(jobs)),
+    if minutes is not None:
+        probe = list(all_jobs(PROBE_S, rates, quick=quick, sharegpt=sharegpt).values())
+        duration_s = min(duration_s, _affordable_s(probe, 60 * minutes, seeds, processes))
+    jobs = all_jobs(duration_s, rates, quick=quick, sharegpt=sharegpt)
+    runs: Runs = {name: [] for name in jobs}
+    for done in range(seeds):
+        spent_s = time.monotonic() - started_s
+        if minutes is not None and done and spent_s * (done + 1) / done > 60 * minutes:
+            break
+        seeded = [replace(job, settings=replace(job.settings, seed=seed + done)) for job in jobs.values()]
+        for name, summary in zip(jobs, run_all(
+                seeded, processes, lambda _: advance(0.95 / len(jobs) / seeds)), strict=True):
+            runs[name].append(summary)
+    bounds = {"coverage": coverage(runs, rates), "be_of_reference": be_of_reference(jobs, runs),
+              "iteration_optimum": _iteration_optimum(jobs),
               "clairvoyant": small_instance_gaps(seed)}
-    if on_progress is not None:
-        on_progress(0.05)
-    return {"duration_s": duration_s, "figures": [compare(figure, runs, rates) for figure in FIGURES],
-            "overhead": _overhead(runs), "bounds": bounds, "dominance": _dominance(runs),
-            **{group: [_row(name, run) for name, run in runs.items() if name.startswith(prefix)]
+    finished = len(next(iter(runs.values())))
+    advance(0.05 + 0.95 * (1 - finished / seeds))
+    return {"duration_s": duration_s, "seeds": finished,
+            "figures": [compare(figure, runs, rates) for figure in (*FIGURES, *AGAINST_V0)],
+            "overhead": _overhead(runs), "bounds": bounds, "dominance": dominance(runs),
+            **{group: [_row(name, own) for name, own in runs.items() if name.startswith(prefix)]
                for group, prefix in (("systems", "paper/"), ("sweeps", "sweep/"), ("ablation", "ablation/"))}}
 
 
-# -- what is run ------------------------------------------------------------------------------------------------------
+def _affordable_s(jobs: Sequence[Job], budget_s: float, seeds: int, processes: int) -> float:
+    """Simulated seconds per run such that all jobs of all seeds fit the budget, estimated from some of them."""
+    started_s = time.monotonic()
+    chosen = jobs[::max(1, len(jobs) // PROBE_JOBS)]
+    run_all(chosen, processes)
+    probed_s = time.monotonic() - started_s
+    round_s = probed_s / PROBE_S * len(jobs) / len(chosen)  # wall time of one seed, per simulated second
+    affordable_s = BUDGET_SHARE * (budget_s - probed_s) / seeds / round_s
+    if affordable_s < SHORTEST_S:
+        enough = (SHORTEST_S * round_s * seeds / BUDGET_SHARE + probed_s) / 60
+        raise ValueError(f"--minutes {budget_s / 60:g} is too short for {seeds} seeds of {SHORTEST_S:g} simulated "
+                         f"seconds a run: this machine needs about {enough:.1f}; ask for more minutes or fewer seeds")
+    return affordable_s
 
 
-def _batch(settings: SimulationSettings, lengths: str = "paper") -> int:
-    return min(MAX_BE_BATCH, be_batch_for(settings.num_blocks * settings.block_size, lengths))
-
-
-def _paper_jobs(duration_s: float, seed: int, rates: Iterable[float]) -> Iterable[Job]:
-    for system, settings in SYSTEMS.items():
-        settings = replace(settings, seed=seed)
-        for dataset in RT_LENGTHS:
-            for rate in rates:
-                arrivals = PaperWorkload(rate, duration_s, _batch(settings), rt_lengths=dataset)
-                for policy in POLICIES:
-                    yield Job(_name(system, dataset, rate, policy), policy, settings, arrivals)
-                if dataset == "sharegpt":
-                    alone = replace(arrivals, be_batch=0)
-                    for policy in ("vllm-fcfs", "tgi", "bros"):
-                        yield Job(_name(system, dataset, rate, policy, "rt"), policy, settings, alone)
-    settings = replace(SYSTEMS["opt-30b"], seed=seed)
-    arrivals = PaperWorkload(10.0, duration_s, _batch(settings))
-    for policy in ("bros-recompute", "bros-swap-request", "bros-swap-block"):
-        yield Job(_name("opt-30b", "sharegpt", 10.0, policy), policy, settings, arrivals)
-
-
-def _name(system: str, dataset: str, rate: float, policy: str, only: str = "") -> str:
-    return f"paper/{system}/{dataset}{'-' + only if only else ''}/{rate:g}/{policy}"
-
-
-Point = tuple[str, SimulationSettings, PaperWorkload]
-
-
-def _sweep_jobs(duration_s: float, seed: int, quick: bool) -> Iterable[Job]:
-    for label, settings, arrivals in sweep_points(duration_s, seed)[::3 if quick else 1]:
-        for policy in CONTENDERS:
-            yield Job(f"sweep/{label}/{policy}", policy, settings, arrivals)
-
-
-def _ablation_jobs(duration_s: float, seed: int, quick: bool) -> Iterable[Job]:
-    """The options of bros-plus, one at a time, where it matters: tight targets, little memory, bursts, many seats."""
-    points = {label: (label, settings, arrivals) for label, settings, arrivals in sweep_points(duration_s, seed)}
-    chosen = [points["SLO/0.2 s, 0.05 s"], points["KV pool/12,000 tokens"], points["arrivals/gamma, CV 4"]]
-    large = replace(SYSTEMS["llama-3-70b"], seed=seed)
-    chosen.append(("Llama-3-70B/10 RT per s", large, PaperWorkload(10.0, duration_s, _batch(large))))
-    for label, settings, arrivals in chosen[:1] if quick else chosen:
-        for policy in PLUS_ABLATION:
-            yield Job(f"ablation/{label}/{policy}", policy, settings, arrivals)
-
-
-def sweep_points(duration_s: float, seed: int) -> list[Point]:
-    """Beyond the paper, OPT-13B at BASE_RATE unless said otherwise: one thing changed at a time."""
-    base = replace(SYSTEMS["opt-13b"], seed=seed)
-    workload = PaperWorkload(BASE_RATE, duration_s, _batch(base))
-    points: list[Point] = []
-    for ttft_s, tpot_s in ((0.2, 0.05), (0.4, 0.1), (0.4, 0.2), (1.0, 0.2), (2.0, 0.5)):
-        points.append((f"SLO/{ttft_s:g} s, {tpot_s:g} s", base, replace(workload, slo=SLO(ttft_s, tpot_s))))
-    for tokens in (12_000, 16_000, 24_000, 40_000, 66_000):
-        small = replace(base, kv_tokens=tokens)
-        points.append((f"KV pool/{tokens:,} tokens", small, replace(workload, be_batch=_batch(small))))
-    for size in (16, 32, 64, 128, 256):
-        points.append((f"block size/{size}", replace(base, block_size=size, kv_tokens=24_000), replace(
-            workload, be_batch=_batch(replace(base, kv_tokens=24_000)))))
-    for batch in (8, 16, 32, 64):
-        points.append((f"BE outstanding/{batch}", base, replace(workload, be_batch=batch)))
-    points.append(("arrivals/gamma, CV 4", base, replace(workload, cv=4.0)))
-    points.append(("BE lengths/arXiv", base, replace(workload, be_batch=_batch(base, "arxiv"), be_lengths="arxiv")))
-    control = SimulationSettings("a100-80gb", "llama-3-8b", 1, seed=seed)
-    points.append(("negative control/Llama-3-8B, no memory pressure", control, replace(workload, be_batch=64)))
-    return points
-
-
-def _with_lengths(job: Job, sharegpt: Lengths) -> Job:
-    """The same job with a dataset's own lengths in the place of the fitted ones."""
-    assert isinstance(job.arrivals, PaperWorkload)
-    return replace(job, arrivals=replace(job.arrivals, rt_lengths=sharegpt)) if (
-        job.arrivals.rt_lengths == "sharegpt") else job
-
-
-def _all_gaps(jobs: dict[str, Job]) -> list[float]:
+def _iteration_optimum(jobs: dict[str, Job]) -> dict[str, Any]:
     """States under loose targets, under tight ones and in a small pool: nothing binds, time does, memory does."""
     ratios: list[float] = []
+    omitted: Counter[str] = Counter()
     for label in ("SLO/1 s, 0.2 s", "SLO/0.4 s, 0.1 s", "KV pool/24,000 tokens"):
         job = jobs.get(f"sweep/{label}/bros")  # the quick sweep has fewer
         if job is not None and isinstance(job.arrivals, PaperWorkload):
-            ratios += iteration_gaps(job.settings, replace(
+            found, left_out = recorded_gaps(job.settings, replace(
                 job.arrivals, duration_s=min(job.arrivals.duration_s, MAX_RECORDED_S)))
-    return ratios
+            ratios += found
+            omitted += left_out
+    return {**distribution(ratios), "omitted": dict(omitted)}
 
 
 # -- what is said about it --------------------------------------------------------------------------------------------
 
-
-def _row(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """Absolute values of one run."""
-    rt, be = run["classes"]["rt"], run["classes"]["be"]
-    return {"name": name, "policy": run["policy"],
-            **{key: rt[key] for key in ("ttft_attainment", "tpot_attainment", "slo_attainment", "median_ttft_ms",
-                                        "p99_ttft_ms", "normalized_latency_ms_per_token")},
-            "rt_tokens_per_s": rt["output_throughput"],
-            "be_requests_per_s": be["request_throughput"], "be_tokens_per_s": be["output_throughput"],
-            "restored_slots": run["kv"]["restored_slots"], "recomputed_tokens": run["kv"]["recomputed_tokens"],
-            "decision_share_of_iteration": run["scheduler"]["share_of_iteration"]}
+ROW_METRICS = {"ttft_attainment": "rt.ttft_attainment", "tpot_attainment": "rt.tpot_attainment",
+               "slo_attainment": "rt.slo_attainment", "median_ttft_ms": "rt.median_ttft_ms",
+               "p99_ttft_ms": "rt.p99_ttft_ms",
+               "normalized_latency_ms_per_token": "rt.normalized_latency_ms_per_token",
+               "rt_tokens_per_s": "rt.output_throughput", "be_requests_per_s": "be.request_throughput",
+               "be_tokens_per_s": "be.output_throughput"}
 
 
-def _value(run: dict[str, Any], metric: str) -> float:
-    name, key = metric.split(".")
-    return float(run["classes"][name][key] or 0.0)
+def _row(name: str, runs: Sequence[Summary]) -> dict[str, Any]:
+    """Absolute values of one job: means over the seeds, and under "interval95" the [low, high] of each."""
+    row: dict[str, Any] = {"name": name, "policy": runs[0]["policy"], "seeds": len(runs), "interval95": {}}
+    for key, metric in ROW_METRICS.items():
+        samples = metric_samples(runs, metric)
+        row[key] = interval(samples).mean if samples else None
+        row["interval95"][key] = interval(samples).bounds if samples else None
+    for group, key in (("kv", "restored_slots"), ("kv", "recomputed_tokens")):
+        row[key] = interval([run[group][key] for run in runs]).mean
+    row["decision_share_of_iteration"] = interval([run["scheduler"]["share_of_iteration"] or 0.0 for run in runs]).mean
+    return row
 
 
 def compare(figure: PaperFigure, runs: Runs, rates: Iterable[float]) -> dict[str, Any]:
-    """The best case for BROS over the sweep (of a loss: the worst), with its absolute values and a verdict."""
-    cases = []
+    """The best case for BROS over the sweep (of a loss: the worst), with its absolute values and a verdict. Runs are
+    paired by seed."""
+    cases: list[tuple[Interval, str, float]] = []
+    chosen = set(rates)
     for system in figure.systems:
-        for rate in (rate for rate in figure.rates if rate in tuple(rates)):
-            ours = _value(runs[_name(system, figure.dataset, rate, "bros", figure.only)], figure.metric)
-            theirs = _value(runs[_name(system, figure.dataset, rate, figure.baseline, figure.only)], figure.metric)
-            if theirs > 0 and ours > 0:
-                gain = ours / theirs if figure.kind == "ratio" else 100 * (ours / theirs - 1)
-                cases.append((gain, system, rate, ours, theirs))
+        for rate in (rate for rate in figure.rates if rate in chosen):
+            ours, theirs = (runs[run_name(system, figure.dataset, rate, policy, figure.only)]
+                            for policy in ("bros", figure.baseline))
+            ratio = paired_ratio(values(ours, figure.metric), values(theirs, figure.metric))
+            if ratio is not None and ratio.mean > 0:
+                cases.append((ratio if figure.kind == "ratio" else _percent(ratio), system, rate))
     entry: dict[str, Any] = {"name": figure.name, "metric": figure.metric, "baseline": figure.baseline,
                              "paper": figure.paper, "kind": figure.kind, "why": figure.why}
     if not cases:
-        return entry | {"setting": None, "ours": None, "absolute": {}, "verdict": "not comparable"}
-    gain, system, rate, ours, theirs = max(cases) if figure.kind == "ratio" else min(cases)
-    return entry | {"setting": f"{system}, {figure.dataset}, {rate:g} RT/s", "ours": gain,
-                    "absolute": {"bros": ours, figure.baseline: theirs}, "verdict": verdict(figure, gain, theirs)}
+        return entry | {"setting": None, "ours": None, "interval95": None, "absolute": {}, "verdict": "not comparable"}
+    gain, system, rate = (max if figure.kind == "ratio" else min)(cases, key=lambda case: case[0].mean)
+    absolute = {policy: mean(runs[run_name(system, figure.dataset, rate, policy, figure.only)], figure.metric)
+                for policy in ("bros", figure.baseline)}
+    found = {verdict(figure, bound, absolute[figure.baseline]) for bound in (gain.low, gain.mean, gain.high)}
+    return entry | {"setting": f"{system}, {figure.dataset}, {rate:g} RT/s", "ours": gain.mean,
+                    "interval95": gain.bounds, "absolute": absolute,
+                    "verdict": found.pop() if len(found) == 1 else "undecided"}
+
+
+def _percent(ratio: Interval) -> Interval:
+    """A relative change in per cent."""
+    return Interval(100 * (ratio.mean - 1), None if ratio.half is None else 100 * ratio.half)
 
 
 def verdict(figure: PaperFigure, ours: float, theirs: float) -> str:
@@ -278,79 +251,6 @@ def verdict(figure: PaperFigure, ours: float, theirs: float) -> str:
 
 def _overhead(runs: Runs) -> dict[str, Any]:
     """What BROS's decisions take of an iteration: CPU time here, against the simulated time of the iteration."""
-    shares = [run["scheduler"]["share_of_iteration"] for name, run in runs.items()
+    shares = [run["scheduler"]["share_of_iteration"] for name, own in runs.items() for run in own
               if name.startswith("paper/") and name.endswith("/bros")]
     return {"paper": list(PAPER_OVERHEAD), "ours": [min(shares), max(shares)]}
-
-
-def _cells(runs: Runs) -> dict[str, dict[str, dict[str, Any]]]:
-    """Setting -> policy -> summary, of the settings in which bros-plus and a baseline met both classes."""
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, run in runs.items():
-        cell, _, policy = name.rpartition("/")
-        if not name.startswith("ablation/") and "-rt/" not in cell:
-            cells.setdefault(cell, {})[policy] = run
-    return cells
-
-
-def _dominance(runs: Runs) -> list[dict[str, Any]]:
-    """bros-plus against every baseline in every cell, by the rule of the module's docstring; told is the baseline that
-    decides the verdict, or else the one that has most RT on time."""
-    rows = []
-    for cell, policies in _cells(runs).items():
-        ours = policies["bros-plus"]
-        judged = [(*_judge(ours, policies[name]), name) for name in BASELINES if name in policies]
-        verdict_, rt_gain, be_change, against = min(
-            judged, key=lambda row: (("behind", "trade", "ahead").index(row[0]), row[1]))
-        fewer = 1 - _value(policies[against], "rt.output_throughput") / _value(ours, "rt.output_throughput")
-        rows.append({"cell": cell, "against": against, "verdict": verdict_, "rt_gain": rt_gain, "be_change": be_change,
-                     "rt": _value(ours, "rt.slo_attainment"), "be": _value(ours, "be.output_throughput"),
-                     "fewer_rt_tokens": fewer})
-    return rows
-
-
-def _judge(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, float, float]:
-    """Verdict, gain in RT attainment, relative change of BE tokens/s."""
-    rt_gain = _value(ours, "rt.slo_attainment") - _value(theirs, "rt.slo_attainment")
-    be_change = _value(ours, "be.output_throughput") / max(_value(theirs, "be.output_throughput"), 1e-9) - 1
-    more = rt_gain > RT_NOISE or be_change > BE_NOISE
-    less = rt_gain < -RT_NOISE or be_change < -BE_NOISE
-    return ("trade" if more else "behind") if less else "ahead", rt_gain, be_change
-
-
-def _coverage(runs: Runs, rates: Iterable[float]) -> dict[str, Any]:
-    """How much of the distance from vllm-priority to the bounds a policy covers: median over the sweep's cells in
-    which there is a distance. RT: attainment up, and normalized latency down, to rt-only's. BE: output tokens/s up to
-    be-only's, which serves no RT at all."""
-    targets = {"rt_attainment": ("rt.slo_attainment", "rt-only"),
-               "rt_latency": ("rt.normalized_latency_ms_per_token", "rt-only"),
-               "be": ("be.output_throughput", "be-only")}
-    shares: dict[str, dict[str, list[float]]] = {policy: {name: [] for name in targets}
-                                                 for policy in ("bros", "bros-plus")}
-    for system in SYSTEMS:
-        for dataset in RT_LENGTHS:
-            for rate in rates:
-                for name, (metric, bound) in targets.items():
-                    start, end = (_value(runs[_name(system, dataset, rate, policy)], metric)
-                                  for policy in ("vllm-priority", bound))
-                    if abs(start - end) < 0.02 * end:
-                        continue
-                    for policy, covered in shares.items():
-                        ours = _value(runs[_name(system, dataset, rate, policy)], metric)
-                        covered[name].append((ours - start) / (end - start))
-    return {policy: {name: statistics.median(values) if values else None for name, values in covered.items()}
-            for policy, covered in shares.items()}
-
-
-def _be_of_reference(jobs: dict[str, Job], runs: Runs) -> dict[str, Any]:
-    """BE tokens/s as a share of what serving RT leaves of the ceiling (`rt_work_share`), over the paper's sweep: median
-    and least."""
-    shares: dict[str, list[float]] = {policy: [] for policy in ("vllm-priority", "bros", "bros-plus")}
-    for name, job in jobs.items():
-        cell, _, policy = name.rpartition("/")
-        if name.startswith("paper/") and policy == "be-only" and isinstance(job.arrivals, PaperWorkload):
-            left = 1 - rt_work_share(job.settings, job.arrivals)
-            ceiling = _value(runs[name], "be.output_throughput")
-            for other, values in shares.items():
-                values.append(_value(runs[f"{cell}/{other}"], "be.output_throughput") / (ceiling * left))
-    return {policy: {"median": statistics.median(values), "least": min(values)} for policy, values in shares.items()}

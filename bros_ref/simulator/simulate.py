@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from bros_ref.workload.paper import PaperWorkload
 HOST_STORE_BYTES = 512e9  # of host memory for checkpoints: an assumption, half of what servers with such GPUs have
 MAX_TAIL_S = 210.0  # the longest answer, 1,024 tokens, at the paper's TPOT: none is missed for the end of the run
 Arrivals = PaperWorkload | tuple[WorkloadItem, ...]
-# t(0.975) of Student's distribution for 1, 2, ... degrees of freedom; beyond the list, the normal's
-STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 @dataclass(frozen=True)
@@ -184,30 +181,3 @@ def _results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, dict[str,
 def _end_by_interrupt() -> None:
     """Ctrl-C ends a worker at once; Python's own handler would end its run and let it begin the next."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def interval(samples: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the half width of its 95 % confidence interval (Student's t); None for a single sample."""
-    if len(samples) < 2:
-        return samples[0], None
-    t = STUDENT_T[len(samples) - 2] if len(samples) - 2 < len(STUDENT_T) else 1.96
-    return statistics.fmean(samples), t * statistics.stdev(samples) / math.sqrt(len(samples))
-
-
-INTERVAL_METRICS = {"rt": ("slo_attainment", "ttft_attainment", "tpot_attainment", "median_ttft_ms", "p99_ttft_ms",
-                           "normalized_latency_ms_per_token"),
-                    "be": ("output_throughput", "request_throughput")}
-
-
-def interval_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per policy: "rt.slo_attainment" and so on -> [mean, half width of the 95 % interval or None] over its runs."""
-    rows = []
-    for policy in dict.fromkeys(run["policy"] for run in runs):
-        own = [run for run in runs if run["policy"] == policy]
-        row: dict[str, Any] = {"policy": policy, "seeds": len(own)}
-        for name, metrics in INTERVAL_METRICS.items():
-            for metric in metrics:
-                samples = [run["classes"][name][metric] for run in own if run["classes"][name][metric] is not None]
-                row[f"{name}.{metric}"] = list(interval(samples)) if samples else None
-        rows.append(row)
-    return rows

@@ -1,6 +1,5 @@
 """OBSERVE: every step with its reasons, and what can be derived from it."""
 
-from bros_ref.files import write_text
 from bros_ref.kv_cache.blocks import BlockView
 from bros_ref.scheduler.output import (
     BATCH_CAP,
@@ -45,5 +44,4 @@ __all__ = [
     "SlotCopies",
     "StepRecord",
     "Trace",
-    "write_text",
 ]

@@ -9,32 +9,33 @@
     BurstGPT      Timestamp, Model, Request tokens, Response tokens, ...                seconds
     plain         arrival_s, input_tokens, output_tokens                                seconds
 
-A file is recognised by its columns; CSV or JSONL by its first character, gzip by its first bytes. Columns that are
-not listed are ignored. Invariant: one line is held at a time, and whatever is wrong is one `WorkloadError` that
-names the file, the line and the field.
+A file is recognised by its columns; columns that are not listed are ignored. A row of a public trace whose prompt or
+answer has 0 tokens is a request that failed: it cannot be served again, so it is skipped, counted, and the count is
+logged. Invariant: one line is held at a time (all of them only where a pipe would have to be read twice), and whatever
+is wrong is one `WorkloadError` that names the file, the line and the field. `rows.py` reads the lines.
 """
 
 from __future__ import annotations
 
 import csv
 import datetime
-import gzip
 import io
-import json
+import logging
 import math
-import zlib
+import reprlib
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from bros_ref.files import write_text
 from bros_ref.request import SLO, RequestClass
-from bros_ref.workload.generate import WorkloadError, WorkloadItem, merge
+from bros_ref.workload.generate import MAX_TOKENS, WorkloadError, WorkloadItem, merge
+from bros_ref.workload.rows import Row, is_rereadable, read_rows
 
-Row = dict[str, Any]
-MAX_TOKENS = 10**7  # more than any model reads: a length beyond it is a slip, and its prompt would fill the memory
+logger = logging.getLogger(__name__)
 OWN_COLUMNS = ("arrival_s", "request_class", "prompt_tokens", "output_tokens", "ttft_slo_s", "tpot_slo_s", "prompt")
 LENGTH_COLUMNS = (("prompt_tokens", "output_tokens"), ("input_tokens", "output_tokens"), ("in", "out"),
                   ("num_prefill_tokens", "num_decode_tokens"), ("ContextTokens", "GeneratedTokens"),
@@ -43,22 +44,26 @@ LENGTH_COLUMNS = (("prompt_tokens", "output_tokens"), ("input_tokens", "output_t
 
 @dataclass(frozen=True)
 class _Format:
-    """Where a format keeps its three numbers. `unit_s`: seconds in one unit of time; None for a date and time."""
+    """Where a format keeps its three numbers. `unit_s`: seconds in one unit of time; None for a date and time.
+    `published`: a recording of a service, in which a request of 0 tokens is one that failed."""
 
     name: str
     arrival: str
     prompt_tokens: str
     output_tokens: str
     unit_s: float | None
+    published: bool = True
 
 
-_OWN = _Format("bros_ref", "arrival_s", "prompt_tokens", "output_tokens", 1.0)
+_OWN = _Format("bros_ref", "arrival_s", "prompt_tokens", "output_tokens", 1.0, published=False)
 _AZURE = _Format("Azure LLM trace", "TIMESTAMP", "ContextTokens", "GeneratedTokens", None)
 _MOONCAKE = _Format("Mooncake", "timestamp", "input_length", "output_length", 1e-3)
 _TIMED_TRACE = _Format("timed_trace", "timestamp", "input_length", "output_length", 1.0)
+_UNDECIDED = _Format("Mooncake or timed_trace", "timestamp", "input_length", "output_length", 1.0)
 _BURSTGPT = _Format("BurstGPT", "Timestamp", "Request tokens", "Response tokens", 1.0)
-_PLAIN = _Format("plain trace", "arrival_s", "input_tokens", "output_tokens", 1.0)
+_PLAIN = _Format("plain trace", "arrival_s", "input_tokens", "output_tokens", 1.0, published=False)
 _FORMATS = (_OWN, _AZURE, _MOONCAKE, _BURSTGPT, _PLAIN)  # timed_trace has Mooncake's columns: see `_detect`
+_DAY_S = 86_400.0
 
 
 def read_workload(path: Path | str, request_class: RequestClass | None = None, slo: SLO | None = None,
@@ -80,15 +85,31 @@ def iter_workload(path: Path | str, request_class: RequestClass | None = None, s
         WorkloadError: when the bad line is reached; the message names file, line number and field.
     """
     path = Path(path)
-    rows = _rows(path)
+    rows = read_rows(path)
     first = next(rows, None)
     if first is None:
         raise WorkloadError(f"{path}: no requests in it; expected a header line and one request a line (CSV), or one "
                             "JSON object a line (JSONL)")
-    reader = _RowReader(path, _detect(path, *first, time_unit_s), request_class, slo)
-    origin_s = _earliest(path, reader) if reader.format.unit_s is None else 0.0
-    for line, row in chain([first], rows):
-        yield reader.item(line, row, origin_s)
+    rows, reader = chain([first], rows), _RowReader(path, _detect(path, *first, time_unit_s), request_class, slo)
+    origin_s = 0.0
+    if reader.format.unit_s is None or reader.format is _UNDECIDED:  # all rows must be seen before the first is read
+        if is_rereadable(path):
+            seen: Iterable[tuple[int, Row]] = read_rows(path)
+        else:
+            seen = held = list(rows)
+            rows = iter(held)
+        if reader.format is _UNDECIDED:
+            reader = replace(reader, format=_unit_of_decimals(reader, seen))
+        else:
+            origin_s = min(reader.time_s(line, row) for line, row in seen)
+    num_rows = num_failed = 0
+    for line, row in rows:
+        num_rows += 1
+        if reader.failed(line, row):
+            num_failed += 1
+        else:
+            yield reader.item(line, row, origin_s)
+    _say_failed(path, num_failed, num_rows)
 
 
 def read_lengths(path: Path | str, max_total_tokens: int) -> tuple[tuple[int, int], ...]:
@@ -100,17 +121,24 @@ def read_lengths(path: Path | str, max_total_tokens: int) -> tuple[tuple[int, in
     """
     path, lengths = Path(path), []
     reader: _RowReader | None = None
-    for line, row in _rows(path):
+    num_rows = num_failed = 0
+    for line, row in read_rows(path):
         if reader is None:
             columns = next((pair for pair in LENGTH_COLUMNS if row.keys() >= set(pair)), None)
             if columns is None:
                 known = "; ".join(", ".join(pair) for pair in LENGTH_COLUMNS)
-                raise WorkloadError(f"{path}:{line}: no lengths among {', '.join(row)}; expected one of: {known}")
-            reader = _RowReader(path, _Format("lengths", "", *columns, None), None, None)
+                raise WorkloadError(f"{path}:{line}: no lengths among {_shown(row)}; expected one of: {known}")
+            published = any(kind.published and kind.prompt_tokens == columns[0] for kind in _FORMATS)
+            reader = _RowReader(path, _Format("lengths", "", *columns, None, published), None, None)
+        num_rows += 1
+        if reader.failed(line, row):
+            num_failed += 1
+            continue
         pair = (reader.tokens(line, row, reader.format.prompt_tokens),
                 reader.tokens(line, row, reader.format.output_tokens))
         if sum(pair) <= max_total_tokens:
             lengths.append(pair)
+    _say_failed(path, num_failed, num_rows)
     if not lengths:
         raise WorkloadError(f"{path}: no lengths in it that fit a context of {max_total_tokens} tokens")
     return tuple(lengths)
@@ -128,57 +156,6 @@ def save_workload(items: Iterable[WorkloadItem], path: Path | str) -> None:
     write_text(Path(path), text.getvalue())
 
 
-# -- from bytes to rows ---------------------------------------------------------------------------------------------
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, columns) of each row, blank lines skipped; reading errors name the file."""
-    line = 0
-    try:
-        with _open(path) as stream:
-            first = stream.read(1)
-            while first.isspace():
-                first = stream.read(1)
-            stream.seek(0)
-            for line, row in _json_rows(path, stream) if first == "{" else _csv_rows(path, stream):
-                yield line, row
-    except (OSError, EOFError, zlib.error) as error:
-        raise WorkloadError(f"{path}: cannot be read after line {line}: {error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise WorkloadError(f"{path}: after line {line}: {error}; expected CSV or JSONL text in UTF-8") from error
-
-
-def _open(path: Path) -> TextIO:
-    with path.open("rb") as stream:
-        is_gzip = stream.read(2) == b"\x1f\x8b"
-    if is_gzip:
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Row]]:
-    for line, text in enumerate(stream, start=1):
-        if text.isspace():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise WorkloadError(f"{path}:{line}: not JSON ({error}); expected one object a line") from error
-        if not isinstance(row, dict):
-            raise WorkloadError(f"{path}:{line}: expected a JSON object, got {text.strip()[:40]}")
-        yield line, row
-
-
-def _csv_rows(path: Path, stream: TextIO) -> Iterator[tuple[int, Row]]:
-    reader = csv.DictReader(stream)
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-    for row in reader:
-        if None in row:
-            raise WorkloadError(f"{path}:{reader.line_num}: {len(row[None])} cells more than the header has columns; "
-                                "expected text with a comma in it to be quoted")
-        yield reader.line_num - (row.get("prompt") or "").count("\n"), row  # a quoted prompt may span lines
-
-
 # -- from rows to items ---------------------------------------------------------------------------------------------
 
 
@@ -190,14 +167,15 @@ def _detect(path: Path, line: int, row: Row, time_unit_s: float | None) -> _Form
     if len(missing[best]) == 3:
         known = "; ".join(f"{kind.arrival}, {kind.prompt_tokens}, {kind.output_tokens} ({kind.name})"
                           for kind in _FORMATS)
-        raise WorkloadError(f"{path}:{line}: no known columns among {', '.join(row)}; expected one of: {known}")
+        raise WorkloadError(f"{path}:{line}: no known columns among {_shown(row)}; expected one of: {known}")
     if missing[best]:
         raise WorkloadError(f"{path}:{line}: column {missing[best][0]} is missing; the {best.name} format, whose other "
                             "columns are there, needs it")
     if time_unit_s is None:
-        # Mooncake counts whole milliseconds; traces in seconds have fractions (or, from Bailian, a chat_id).
-        in_seconds = best is _MOONCAKE and ("chat_id" in row or _has_fraction(row["timestamp"]))
-        return _TIMED_TRACE if in_seconds else best
+        # Mooncake publishes whole milliseconds, Bailian (whose rows have a chat_id) seconds; decimals may be either.
+        if best is _MOONCAKE and "chat_id" in row:
+            return _TIMED_TRACE
+        return _UNDECIDED if best is _MOONCAKE and _is_decimal(row["timestamp"]) else best
     if best is not _MOONCAKE:
         raise WorkloadError(f"{path}: time_unit_s is for files with a `timestamp` column; the {best.name} format says "
                             "itself what its times are")
@@ -206,8 +184,38 @@ def _detect(path: Path, line: int, row: Row, time_unit_s: float | None) -> _Form
     return replace(_TIMED_TRACE, unit_s=time_unit_s)
 
 
-def _has_fraction(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, str) and "." in value)
+def _is_decimal(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, str) and not value.strip().isdecimal())
+
+
+def _unit_of_decimals(reader: _RowReader, rows: Iterable[tuple[int, Row]]) -> _Format:
+    """Seconds or milliseconds, for a file whose times are written as decimals. A fraction speaks for seconds; that no
+    time has one, and that they would be days if they were seconds, for milliseconds. Else it is asked."""
+    latest, num_fractions = 0.0, 0
+    for line, row in rows:
+        value = reader.time_s(line, row)
+        latest = max(latest, value)
+        num_fractions += not value.is_integer()
+    if latest == 0 or (num_fractions and latest < _DAY_S):
+        return _TIMED_TRACE
+    if not num_fractions and latest >= _DAY_S:
+        return _MOONCAKE
+    what = f"{num_fractions} of its times have fractions" if num_fractions else "its times are whole numbers"
+    raise WorkloadError(f"{reader.path}: timestamp: seconds or milliseconds? {what}, up to {latest:g}, so it could be "
+                        "either; say --time-unit-s 1 or --time-unit-s 0.001, or pass time_unit_s")
+
+
+def _say_failed(path: Path, num_failed: int, num_rows: int) -> None:
+    if not num_failed:
+        return
+    said = f"{path}: skipped {num_failed:,} of {num_rows:,} rows: failed requests, with 0 tokens of prompt or answer"
+    if num_failed == num_rows:
+        raise WorkloadError(f"{said}; nothing is left to serve")
+    logger.warning(said)
+
+
+def _shown(row: Row) -> str:
+    return textwrap.shorten(", ".join(row), 200, placeholder=" ...")
 
 
 @dataclass(frozen=True)
@@ -220,11 +228,23 @@ class _RowReader:
     slo: SLO | None
 
     def item(self, line: int, row: Row, origin_s: float) -> WorkloadItem:
+        """The row's item; `origin_s` is the time that counts as 0."""
         request_class = self._class(line, row)
-        return WorkloadItem(self.time_s(line, row) - origin_s, request_class,
-                            self.tokens(line, row, self.format.prompt_tokens),
-                            self.tokens(line, row, self.format.output_tokens),
-                            self._slo(line, row, request_class), self._prompt(line, row))
+        arrival_s = self.time_s(line, row) - origin_s
+        prompt_tokens = self.tokens(line, row, self.format.prompt_tokens)
+        output_tokens = self.tokens(line, row, self.format.output_tokens)
+        slo, prompt = self._slo(line, row, request_class), self._prompt(line, row)
+        try:
+            return WorkloadItem(arrival_s, request_class, prompt_tokens, output_tokens, slo, prompt)
+        except WorkloadError as error:
+            raise WorkloadError(f"{self.path}:{line}: {error}") from error
+
+    def failed(self, line: int, row: Row) -> bool:
+        """Whether this is a request that failed when the trace was recorded."""
+        if not self.format.published:
+            return False
+        lengths = [self._number(line, row, column) for column in (self.format.prompt_tokens, self.format.output_tokens)]
+        return min(lengths) == 0 and all(length.is_integer() for length in lengths)
 
     def time_s(self, line: int, row: Row) -> float:
         """The row's time in seconds; since the epoch if the format gives a date."""
@@ -232,9 +252,9 @@ class _RowReader:
         if self.format.unit_s is None:
             try:
                 moment = datetime.datetime.fromisoformat(str(row.get(column)).strip())
-            except ValueError:
+                return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
+            except (ValueError, OverflowError):
                 self._refuse(line, column, "a date and time such as 2023-11-16 18:15:46.680590", row.get(column))
-            return (moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)).timestamp()
         value = self._number(line, row, column)
         if self.format is _MOONCAKE and not value.is_integer():
             self._refuse(line, column, "whole milliseconds, as in the lines before; if these are seconds, say "
@@ -258,8 +278,7 @@ class _RowReader:
         """A length in tokens."""
         value = self._number(line, row, column)
         if not (value.is_integer() and 1 <= value <= MAX_TOKENS):
-            hint = " (this trace marks failed requests with 0: drop those lines)" if self.format is _BURSTGPT else ""
-            self._refuse(line, column, f"a whole number of tokens from 1 to {MAX_TOKENS}{hint}", row[column])
+            self._refuse(line, column, f"a whole number of tokens from 1 to {MAX_TOKENS}", row[column])
         return int(value)
 
     def _slo(self, line: int, row: Row, request_class: RequestClass) -> SLO | None:
@@ -290,7 +309,8 @@ class _RowReader:
     def _number(self, line: int, row: Row, column: str) -> float:
         raw = row.get(column)
         try:
-            value = math.nan if isinstance(raw, bool) or raw is None else float(raw)
+            odd = isinstance(raw, bool) or "_" in str(raw)  # both of which float would take
+            value = math.nan if raw is None or odd else float(raw)
         except (ValueError, TypeError, OverflowError):
             value = math.nan
         if not math.isfinite(value):
@@ -298,10 +318,5 @@ class _RowReader:
         return value
 
     def _refuse(self, line: int, column: str, expected: str, got: Any) -> NoReturn:
-        shown = "nothing" if got is None or got == "" else repr(got)
+        shown = "nothing" if got is None or got == "" else reprlib.repr(got)
         raise WorkloadError(f"{self.path}:{line}: {column}: expected {expected}; got {shown}")
-
-
-def _earliest(path: Path, reader: _RowReader) -> float:
-    """The earliest moment of a file of dates: a first pass, so that the second can hold one line at a time."""
-    return min(reader.time_s(line, row) for line, row in _rows(path))

@@ -2,7 +2,7 @@
 
 It knows no tokens, no engine and no clock: the loop says what time it is. Invariants: items come out in order of
 arrival, ties in the order they were put in; the same seed gives the same workload; an impossible rate or length is
-refused here, not noticed an hour into a run. Files are read and written by `workload_files.py`.
+refused here, not noticed an hour into a run. Files are read and written by `files.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from bros_ref.request import SLO, RequestClass
 LengthSampler = Callable[[np.random.Generator, int], npt.NDArray[np.int64]]
 
 
+MAX_TOKENS = 10**7  # more than any model reads: a length beyond it is a slip, and its prompt would fill the memory
+MAX_PROMPT_CHARACTERS = 2**23  # as far as a file's line is read
+
+
 class WorkloadError(ValueError):
     """A workload that cannot be served. The message says what was wrong, what was expected, and where."""
 
@@ -33,9 +37,9 @@ class WorkloadItem:
 
     Attributes:
         arrival_s: seconds after the start of the run.
-        prompt_tokens, output_tokens: at least 1 each; the output length is when it stops, not a limit.
+        prompt_tokens, output_tokens: 1 to MAX_TOKENS each; the output length is when it stops, not a limit.
         slo: needed by a real-time item, not allowed for a best-effort one.
-        prompt: text to be tokenised; None means that only the length matters.
+        prompt: text to be tokenised, of at most MAX_PROMPT_CHARACTERS; None means that only the length matters.
         request_id: given by `Workload` when the item comes due; no part of what the item is.
 
     Raises:
@@ -54,12 +58,14 @@ class WorkloadItem:
         if not (math.isfinite(self.arrival_s) and self.arrival_s >= 0):
             raise WorkloadError(f"arrival_s: expected a finite number of seconds, at least 0, got {self.arrival_s!r}")
         for name in ("prompt_tokens", "output_tokens"):
-            if getattr(self, name) < 1:
-                raise WorkloadError(f"{name}: expected at least 1 token, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MAX_TOKENS:
+                raise WorkloadError(f"{name}: expected 1 to {MAX_TOKENS} tokens, got {getattr(self, name)}")
         if (self.request_class is RequestClass.REAL_TIME) != (self.slo is not None):
             raise WorkloadError("slo: a real-time request needs one, and a best-effort one must have none")
         if self.prompt == "":
             raise WorkloadError("prompt: expected text, or None where only the length matters; got an empty string")
+        if self.prompt is not None:
+            _check_text(self.prompt)
 
 
 # -- arrivals and lengths -------------------------------------------------------------------------------------------
@@ -240,6 +246,17 @@ class Workload:
     def _add(self, item: WorkloadItem, loop: int) -> None:
         heapq.heappush(self._coming, (item.arrival_s, self._num_seen, item, loop))
         self._num_seen += 1
+
+
+def _check_text(prompt: str) -> None:
+    """Refuses what no file could hold and no tokenizer could read."""
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise WorkloadError(f"prompt: expected at most {MAX_PROMPT_CHARACTERS:,} characters, got {len(prompt):,}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise WorkloadError(f"prompt: character {error.start} is U+{ord(prompt[error.start]):04X}, a lone surrogate, "
+                            "half of a character; expected text") from error
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -263,7 +263,7 @@ def test_a_failed_step_leaves_each_of_its_requests_the_reason():
 
 def test_a_policy_that_schedules_nobody_is_reported_instead_of_spinning():
     engine = checksum_engine("bros")
-    engine.scheduler.candidates = lambda now_s: iter(())
+    engine.scheduler.pack = lambda now_s: None
     engine.add_request(make_request("r", False, [1], 1))
 
     def spin():

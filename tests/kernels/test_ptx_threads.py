@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernels.ptx_lanes import kernel, lanes, run
+from kernels.ptx_lanes import kernel, lanes, run, tensor
 
 from kernels_cupy.proof.ptx import PtxDevice, PtxError, PtxFault
 from kernels_cupy.proof.ptx.flow import blocks_of
@@ -80,10 +80,13 @@ def test_a_barrier_that_some_lanes_miss_is_named():
     assert caught.value.what == "divergent barrier"
 
 
-def test_an_endless_loop_ends(monkeypatch):
-    monkeypatch.setattr("kernels_cupy.proof.ptx.machine.MAX_TURNS", 50)
-    with pytest.raises(RuntimeError, match="endless"):
-        run(kernel("L: bra L;", 1), TID.copy())
+@pytest.mark.parametrize("body", ["L: bra L;", "L: bar.sync 0; bra L;", "setp.eq.u32 %p1, %tid, 3; L: @%p1 bra L;"])
+def test_an_endless_loop_is_a_fault(body):
+    device = PtxDevice(80, turn_limit=50)
+    with pytest.raises(PtxFault, match="goes on after 50 turns") as caught:
+        device.run(kernel(body, 1), "k", (1, 1, 1), (64, 1, 1), 0, [tensor(TID.copy())])
+    assert caught.value.what == "endless loop"
+    assert caught.value.thread == ((3, 0, 0) if "setp" in body else (0, 0, 0))
 
 
 # ----- warps

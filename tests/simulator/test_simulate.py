@@ -26,7 +26,6 @@ from bros_ref.simulator.simulate import (
     Job,
     SimulationSettings,
     Zeros,
-    interval,
     request_of_length,
     run,
     run_all,
@@ -207,13 +206,6 @@ def test_real_time_alone_beyond_the_pool_does_not_thrash_under_bros_plus():
     paper, plus = (run(policy, small, arrivals)[0] for policy in ("bros", "bros-plus"))
     assert plus["kv"]["restored_slots"] < 0.5 * paper["kv"]["restored_slots"]
     assert plus["classes"]["rt"]["slo_attainment"] >= paper["classes"]["rt"]["slo_attainment"]
-
-
-def test_intervals_are_students():
-    assert interval([3.0]) == (3.0, None)
-    mean, half = interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(4.30 / 3**0.5)
 
 
 @pytest.mark.parametrize("seed", range(3))

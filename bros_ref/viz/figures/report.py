@@ -14,6 +14,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from bros_ref.files import write_text
 from bros_ref.trace import Trace
 from bros_ref.viz.figures import charts, kv_blocks, page, timeline
 from bros_ref.viz.figures.page import Cell
@@ -118,7 +119,7 @@ def write_report(path: Path | str, traces: Sequence[Trace], summaries: Sequence[
     nav = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name in links.items())
     body = (f'{_header(title, traces)}<nav aria-label="Sections"><ul>{nav}</ul></nav>'
             f"<main>{_cards(summaries, featured)}{''.join(sections)}</main>{_footer(traces[0])}")
-    Path(path).write_text(page.document(title, body, get_plotlyjs()), encoding="utf-8")
+    write_text(path, page.document(title, body, get_plotlyjs()))
 
 
 def _featured(traces: Sequence[Trace]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from bros_ref.files import write_text
 from bros_ref.viz.figures import page
 from bros_ref.viz.figures.page import Cell
 from bros_ref.viz.figures.style import INK, POLICY_COLOURS, dress, policy_look
@@ -23,7 +24,8 @@ METRICS = {"rt.normalized_latency_ms_per_token": "RT latency, ms/token", "rt.ttf
            "rt.request_throughput": "RT requests/s"}
 
 
-VERDICTS = {"ahead": "no baseline has more of either, beyond noise", "trade": "more of one, less of the other",
+VERDICTS = {"ahead": "no baseline has more of either, and a loss beyond the margin is excluded",
+            "undecided": "an interval is too wide to tell", "trade": "more of one, less of the other",
             "behind": "a baseline has more of one and no less of the other"}
 LINE_SWEEPS = ("SLO", "KV pool", "BE outstanding")  # sweeps whose points make a line
 
@@ -34,11 +36,12 @@ def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
         row["policy"] for row in (*result["systems"], *result["sweeps"])))}
     sections = (
         ("paper", "Paper", "The paper's numbers beside ours", "Each row is a best case over rates and models, as the "
-         "paper reports them; absolute values stand beside every ratio.",
+         "paper reports them; absolute values stand beside every ratio. A verdict holds at both ends of the 95 % "
+         "interval, or it is undecided. vllm-fcfs is vLLM V1, vllm-v0 the scheduler of its time.",
          [_paper_table(result["figures"]), _overhead(result["overhead"])]),
-        ("frontier", "Frontier", "What each policy makes of the same load", "A point is a run. High and far to the "
-         "right is good: users on time, and much batch work done. A line joins the points of one policy, in the order "
-         "of what is varied.",
+        ("frontier", "Frontier", "What each policy makes of the same load", "A point is the mean over the seeds. High "
+         "and far to the right is good: users on time, and much batch work done. A line joins the points of one "
+         "policy, in the order of what is varied.",
          [page.chart(f"frontier-{place}", frontier(rows, places), setting, note) for place, (setting, rows, note) in
           enumerate((*_settings(result["systems"]), *_swept(result["sweeps"])))]),
         ("cells", "Every cell", "bros-plus against every baseline", _verdict_counts(result["dominance"]),
@@ -49,9 +52,10 @@ def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
          [_bounds_table(result["bounds"]), page.chart(
              "gaps", gap_histogram(result["bounds"]["iteration_optimum"]), "Greedy against the exact 0/1 optimum",
              "Iterations in which nobody gives way. Greedy takes BE by the KV they must get back and newcomers by "
-             "arrival; the program takes whichever fit best, and counts a prompt's tokens as work.")]),
-        ("runs", "All runs", "The paper's sweep in numbers", "Every run behind the figures above; real-time requests "
-         "alone at the end.", _run_tables([_by_system(row) for row in result["systems"]])),
+             "arrival; the program takes whichever fit best, and counts a prompt's tokens as work. "
+             + _omitted(result["bounds"]["iteration_optimum"]))]),
+        ("runs", "All runs", "The paper's sweep in numbers", "Means behind the figures above, with 95 % intervals; "
+         "real-time requests alone at the end.", _run_tables([_by_system(row) for row in result["systems"]])),
         ("options", "Options", "What each option of bros-plus gives", "bros is the paper's form; then each option "
          "alone, then all of them.", _run_tables(result["ablation"])),
         ("sweeps", "Sweeps", "Beyond the paper", "OPT-13B on two A100-40GB unless said otherwise; one thing is changed "
@@ -59,13 +63,15 @@ def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
     nav = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, *_ in sections)
     parts = [page.section(anchor, heading, lead, *content) for anchor, _, heading, lead, content in sections]
     title = "BROS, reproduced in simulation"
-    lead = (f"The paper's evaluation on a virtual clock: {result['duration_s']:g} simulated seconds a run. The "
+    seeds = result["seeds"]
+    lead = (f"The paper's evaluation on a virtual clock: {seeds} seed{'s' if seeds > 1 else ''} of "
+            f"{result['duration_s']:,.0f} simulated seconds for each policy and setting; ± is a 95 % interval. The "
             "scheduler and the KV accounting are those of the live engine; the time of an iteration comes from a cost "
             "model fitted to public profiles. No figure here was measured on a GPU by us.")
     body = (f"<header><div><h1>{escape(title)}</h1><p>{escape(lead)}</p></div></header>"
             f'<nav aria-label="Sections"><ul>{nav}</ul></nav><main>{"".join(parts)}</main>'
             "<footer>Made by bros_ref.</footer>")
-    Path(path).write_text(page.document(title, body, get_plotlyjs()), encoding="utf-8")
+    write_text(path, page.document(title, body, get_plotlyjs()))
 
 
 # -- the frontier -----------------------------------------------------------------------------------------------------
@@ -115,8 +121,9 @@ def _paper_table(figures: list[Row]) -> str:
     rows = []
     for figure in figures:
         unit = "×" if figure["kind"] == "ratio" else " %"
+        ours = "none" if figure["ours"] is None else f"{figure['ours']:,.2f}{unit}"
         cells = [Cell(METRICS[figure["metric"]]), Cell(f"{figure['paper']:,.2f}{unit}"),
-                 Cell("none" if figure["ours"] is None else f"{figure['ours']:,.2f}{unit}"),
+                 Cell(ours, _plus_minus(figure["interval95"], 2, unit=unit)),
                  Cell(" / ".join(f"{_absolute(value, figure['metric'])}" for value in figure["absolute"].values()),
                       figure["setting"] or ""),
                  Cell(figure["verdict"]), Cell(figure["why"], prose=True)]
@@ -149,14 +156,20 @@ def _dominance_table(rows: list[Row]) -> str:
     table = []
     for row in sorted(rows, key=lambda row: list(VERDICTS).index(row["verdict"]), reverse=True):
         reason = ""
-        if row["verdict"] != "ahead":
+        if row["verdict"] == "undecided":
+            reason = "the seeds differ too much"
+        elif row["verdict"] != "ahead":
             fewer = row["fewer_rt_tokens"]
             reason = (f"{row['against']} served {fewer:.1%} fewer RT tokens in that time" if fewer > 0.005 else
                       "iterations kept short enough for the targets carry less batch work")
         group, _, cell = row["cell"].partition("/")
         table.append((cell.replace("/", ", ") + (" RT per s" if group == "paper" else ""), [
-            Cell(row["verdict"]), Cell(row["against"]), Cell(f"{row['rt']:.1%}", f"{100 * row['rt_gain']:+.1f} points"),
-            Cell(f"{row['be']:,.0f}", f"{row['be_change']:+.1%}"), Cell(reason, prose=True)]))
+            Cell(row["verdict"]), Cell(row["against"]),
+            Cell(f"{row['rt']:.1%}",
+                 f"{100 * row['rt_gain']:+.1f}{_plus_minus(row['interval95']['rt_gain'], 1, 100)} points"),
+            Cell(f"{row['be']:,.0f}",
+                 f"{row['be_gain']:+,.0f}{_plus_minus(row['interval95']['be_gain'])} ({row['be_change']:+.1%})"),
+            Cell(reason, prose=True)]))
     return page.table("RT on time and BE tokens/s of bros-plus, and its lead over the baseline", [
         "cell", "verdict", "baseline", "RT on time", "BE tokens/s", "why not ahead"], table)
 
@@ -211,14 +224,25 @@ def _run_tables(rows: list[Row]) -> list[str]:
     tables: defaultdict[str, list[tuple[str, list[Cell]]]] = defaultdict(list)
     for row in rows:
         _, sweep, point, policy = row["name"].split("/")
-        cells = [Cell(policy), Cell(_share(row["slo_attainment"])), Cell(_number(row["median_ttft_ms"])),
-                 Cell(_number(row["p99_ttft_ms"])), Cell(_number(row["normalized_latency_ms_per_token"])),
-                 Cell(_number(row["be_tokens_per_s"])), Cell(_number(row["restored_slots"])),
-                 Cell(_number(row["recomputed_tokens"]))]
+        bounds = row["interval95"]
+        cells = [Cell(policy), Cell(_share(row["slo_attainment"]), _plus_minus(bounds["slo_attainment"], 0, 100))]
+        cells += [Cell(_number(row[key]), _plus_minus(bounds[key])) for key in (
+            "median_ttft_ms", "p99_ttft_ms", "normalized_latency_ms_per_token", "be_tokens_per_s")]
+        cells += [Cell(_number(row[key])) for key in ("restored_slots", "recomputed_tokens")]
         tables[sweep].append((point, cells))
     heads = ["", "policy", "RT on time", "TTFT median, ms", "TTFT p99, ms", "latency, ms/token", "BE tokens/s",
              "restored slots", "recomputed tokens"]
     return [page.table(sweep, heads, cells) for sweep, cells in tables.items()]
+
+
+def _plus_minus(bounds: list[float] | None, digits: int = 0, scale: float = 1.0, unit: str = "") -> str:
+    """Half the width of an interval [low, high]; nothing where one seed gave none."""
+    return "" if bounds is None else f" ± {scale * (bounds[1] - bounds[0]) / 2:,.{digits}f}{unit}"
+
+
+def _omitted(gaps: Row) -> str:
+    told = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in gaps["omitted"].items())
+    return f"Not solved, or not offered to it: {told or 'nothing'}."
 
 
 def _number(value: float | None) -> str:

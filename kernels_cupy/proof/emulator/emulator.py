@@ -17,11 +17,13 @@ import numpy as np
 import torch
 
 from kernels_cupy.device import Argument, Dim3, Kernel
-from kernels_cupy.proof.emulator import build
+from kernels_cupy.proof.emulator.build import load
 from kernels_cupy.proof.emulator.faults import KernelFault, Location, locate
+from kernels_cupy.proof.emulator.stacks import reserve
 
 GAP_BYTES = 1 << 20  # of untouched address space on either side of a tensor's copy; costs no memory
 MAX_THREADS, MAX_SHARED_BYTES = 1024, 232 * 1024 - 5 * 1024  # 227 KiB: what a block may have on sm_90
+STEP_LIMIT = 20_000_000  # basic blocks of a thread; 16,384 tokens in step 0 take a third of that
 ORDERS = {"forward": 0, "reverse": 1}
 _launching = threading.Lock()  # a library's runtime holds one launch at a time
 _KINDS = ("load", "store", "atomic")
@@ -34,7 +36,8 @@ class _Dim3(ctypes.Structure):
 class _Config(ctypes.Structure):
     _fields_ = [("grid", _Dim3), ("block", _Dim3), ("shared_bytes", ctypes.c_uint32),
                 ("checks", ctypes.c_uint32), ("counters", ctypes.c_uint32), ("early_copies", ctypes.c_uint32),
-                ("order", ctypes.c_uint32), ("record_limit", ctypes.c_uint32), ("serves", ctypes.c_void_p)]
+                ("order", ctypes.c_uint32), ("record_limit", ctypes.c_uint32), ("step_limit", ctypes.c_uint32),
+                ("serves", ctypes.c_void_p), ("stacks", ctypes.c_void_p)]
 
 
 class _Region(ctypes.Structure):
@@ -141,6 +144,7 @@ class Emulator:
         cp_async: "late" lands copies when the program waits for them, "early" at once: two ends of what a GPU may do.
         order: of the threads of a warp: "forward", "reverse", or a seed.
         sources: texts to use in place of files, by file name: for kernels that are not in the folder, and mutants.
+        step_limit: basic blocks that a thread may execute; one that executes more is taken to hang.
 
     Attributes:
         counters: LaunchCounters of the last launch; None before, or without `counters=True`.
@@ -148,10 +152,13 @@ class Emulator:
     """
 
     def __init__(self, checks: bool = True, counters: bool = False, record: bool | int = False, cp_async: str = "late",
-                 order: str | int = "forward", sources: Mapping[str, str] | None = None) -> None:
+                 order: str | int = "forward", sources: Mapping[str, str] | None = None,
+                 step_limit: int = STEP_LIMIT) -> None:
         if cp_async not in ("late", "early"):
             raise ValueError(f"cp_async must be 'late' or 'early', not {cp_async!r}")
-        self.sources = dict(sources or {})
+        if not 0 < step_limit < 1 << 32:
+            raise ValueError(f"step_limit must be between 1 and 2^32 - 1, not {step_limit}")
+        self.sources, self.step_limit = dict(sources or {}), step_limit
         self.record_limit = 100_000 if record is True else int(record)
         self.checks = checks or counters or bool(record)
         self.count = counters
@@ -199,21 +206,26 @@ class Emulator:
             KernelFault: the kernel broke a rule; with checks on, no tensor was changed.
             ValueError, TypeError: the launch itself is impossible: sizes, or arguments that do not fit the signature.
             CompilerMissing, RuntimeError: the kernel could not be built.
+            MemoryError: the system has no room for the threads' stacks, or for the checks' bookkeeping.
         """
         _check_sizes(grid, block, shared_bytes)
-        library, path = build.load(kernel, self.checks, self.sources)
+        library, path = load(kernel, self.checks, self.sources)
         _check_arguments(library, kernel, arguments)
         memory = _Memory(arguments, self.checks)
         regions = (_Region * max(len(memory.regions), 1))(*memory.regions)
         self._apply_guards(memory, regions)
         served = self._served(grid)
         config = _Config(_Dim3(*grid), _Dim3(*block), shared_bytes, self.checks, self.count, self.early, self.order,
-                         self.record_limit, None if served is None else served.ctypes.data)
+                         self.record_limit, self.step_limit, None if served is None else served.ctypes.data)
         fault = _Fault()
         with _launching:
+            config.stacks = reserve(int(np.prod(block)))
             failed = library.emu_launch(ctypes.byref(config), regions, len(memory.regions), memory.pointers,
                                         ctypes.byref(fault))
             self._collect(library, path, int(np.prod(block)))
+        if failed < 0:
+            raise MemoryError(f"no memory to check {sum(region.bytes for region in memory.regions)} bytes of tensors: "
+                              "each element needs 44 bytes of bookkeeping; use smaller tensors or checks=False")
         if failed:
             raise KernelFault(kernel.function, fault.what.decode(), fault.message.decode(), locate(path, fault.pc),
                               locate(path, fault.other_pc), _index(fault.block), _index(fault.thread))

@@ -18,13 +18,16 @@ import torch
 from kernels_cupy.device import Argument, Dim3, Kernel
 from kernels_cupy.proof.compile import compile_ptx
 from kernels_cupy.proof.ptx.arithmetic import Array
-from kernels_cupy.proof.ptx.machine import Machine, Request
+from kernels_cupy.proof.ptx.decode import decode
+from kernels_cupy.proof.ptx.machine import Machine
 from kernels_cupy.proof.ptx.memory import ALIGNMENT, GAP_BYTES, GLOBAL_START, Memory
+from kernels_cupy.proof.ptx.operands import Program
 from kernels_cupy.proof.ptx.parser import Instruction, Module, Variable, parse
-from kernels_cupy.proof.ptx.program import Program, decode
+from kernels_cupy.proof.ptx.state import Request
 
 THREADS_AT_ONCE = 1 << 14  # more need much memory and gain nothing
 MAX_BLOCK_THREADS = 1024
+TURN_LIMIT = 200_000  # steps 0 to 2 take one turn for each token of the longest context
 HALF_FORMATS = ("f16", "bf16", "f16x2", "bf16x2")
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # that a block may have
 _TYPES: dict[str, tuple[type, str]] = {
@@ -104,15 +107,17 @@ class PtxDevice:
         arch: compute capability, e.g. 80.
         counters: fill `counters` after every launch.
         sources: texts to use in place of files, by file name.
+        turn_limit: turns of a launch's threads after which it is taken to hang.
 
     Attributes:
         counters: PtxCounters of the last launch; None before, or without `counters=True`.
     """
 
-    def __init__(self, arch: int = 80, counters: bool = False, sources: Mapping[str, str] | None = None) -> None:
+    def __init__(self, arch: int = 80, counters: bool = False, sources: Mapping[str, str] | None = None,
+                 turn_limit: int = TURN_LIMIT) -> None:
         if arch not in SHARED_KB:
             raise ValueError(f"arch must be one of {', '.join(map(str, SHARED_KB))}, not {arch}")
-        self.arch, self.count, self.sources = arch, counters, dict(sources or {})
+        self.arch, self.count, self.sources, self.turn_limit = arch, counters, dict(sources or {}), turn_limit
         self.counters: PtxCounters | None = None
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, arguments: Sequence[Argument]) -> None:
@@ -147,7 +152,7 @@ class PtxDevice:
         for first in range(0, total, at_once):
             machine = Machine(program, grid, block, first, min(at_once, total - first),
                               {"global": memory.memory, "const": constants}, memory.parameters(program), shared_bytes,
-                              self.count)
+                              self.count, self.turn_limit)
             machine.run()
             executed += machine.executed
             for key, one in machine.traffic.items():

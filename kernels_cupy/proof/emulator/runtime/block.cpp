@@ -214,14 +214,14 @@ static void run_warp(uint32_t w) {
 static void start_thread(uint32_t t) {
     Lane& lane = lanes[t];
     const Index& b = launch.config.block;
-    if (!lane.stack) lane.stack = map_stack();
+    lane.stack = launch.config.stacks + (size_t)t * STACK_BYTES;
     lane.index = {t % b.x, t / b.x % b.y, t / b.x / b.y};
     lane.thread = t;
     lane.global = launch.block_id * launch.threads + t;
     lane.state = READY;
     lane.clock = 1;
     memset(lane.seen, 0, sizeof lane.seen);
-    lane.fence_time = lane.acquire_time = lane.steps = lane.committed = 0;
+    lane.fence_time = lane.acquire_time = lane.steps = lane.blocks = lane.committed = 0;
     lane.copies.clear();
     lane.fiber.start(lane.stack, thread_main);
 }
@@ -274,15 +274,15 @@ extern "C" __attribute__((visibility("default"))) int emu_launch(
     launch = {*config, regions, num_regions, arguments, fault, false, threads, (threads + 31) / 32, 0, g.x * g.y * g.z,
               ++now};
     choose_order();
-    start_memory();
+    bool ready = start_memory();
     start_counters();
-    for (uint32_t i = 0; i < launch.num_blocks && !launch.failed; i++) {
+    for (uint32_t i = 0; ready && i < launch.num_blocks && !launch.failed; i++) {
         launch.block_id = i;
         block_index = {i % g.x, i / g.x % g.y, i / g.x / g.y};
         run_block();
     }
     end_memory();
-    return launch.failed;
+    return ready ? launch.failed : -1;
 }
 
 // ---- what the kernel's text calls

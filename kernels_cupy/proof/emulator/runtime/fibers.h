@@ -2,11 +2,9 @@
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
-#include <sys/mman.h>
 
 namespace emu {
-constexpr size_t STACK_BYTES = 128 * 1024;  // of which the lowest page is a guard
-constexpr size_t GUARD_BYTES = 16 * 1024;
+constexpr size_t STACK_BYTES = 128 * 1024;  // of which stacks.py protects the lowest part
 
 #if defined(__x86_64__) && !defined(EMU_UCONTEXT)
 void switch_stack(void** save, void* load) __asm__("emu_switch_stack");
@@ -68,11 +66,4 @@ struct Fiber {
 };
 inline void switch_fiber(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.context); }
 #endif
-
-inline char* map_stack() {  // an overflow hits the guard and dies there instead of in a neighbour's variables
-    void* memory = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return nullptr;
-    mprotect(memory, GUARD_BYTES, PROT_NONE);
-    return (char*)memory;
-}
 }  // namespace emu

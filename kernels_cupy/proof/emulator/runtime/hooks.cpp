@@ -1,4 +1,5 @@
-// What -fsanitize=thread calls before every load and store of the kernel. Its own runtime is not linked; this is it.
+// What -fsanitize=thread calls before every load and store of the kernel, and -fsanitize-coverage=trace-pc in every
+// basic block. Their own runtimes are not linked; this is it.
 #include "state.h"
 
 #define HOOK extern "C" void
@@ -17,6 +18,12 @@
 EMU_SIZES(EMU_DEFINE)
 HOOK __tsan_read_range(void* a, unsigned long n) { emu::access(a, (uint32_t)n, emu::READ, EMU_PC, false); }
 HOOK __tsan_write_range(void* a, unsigned long n) { emu::access(a, (uint32_t)n, emu::WRITE, EMU_PC, false); }
+HOOK __sanitizer_cov_trace_pc() {
+    using namespace emu;
+    if (current && ++current->blocks > launch.config.step_limit)
+        fail("endless loop", *current, EMU_PC, 0,
+             "executed %u basic blocks and goes on; Emulator(step_limit=...) allows more", launch.config.step_limit);
+}
 HOOK __tsan_init() {}
 HOOK __tsan_func_entry(void*) {}
 HOOK __tsan_func_exit() {}

@@ -22,7 +22,7 @@ static bool anything_known;
 static std::unordered_map<uint64_t, std::vector<Known>> released;  // by address of the atomic
 static std::vector<uint32_t> fence_times;                         // by thread of the launch
 
-void start_memory() {
+bool start_memory() {
     statics.clear();
     statics_end = GAP;
     released.clear();
@@ -31,7 +31,9 @@ void start_memory() {
     for (int i = 0; i < launch.num_regions; i++) {
         Region& r = launch.regions[i];
         r.cells = launch.config.checks ? (Cell*)calloc(r.bytes / r.granule + 2, sizeof(Cell)) : nullptr;
+        if (launch.config.checks && !r.cells) return false;
     }
+    return true;
 }
 
 void end_memory() {

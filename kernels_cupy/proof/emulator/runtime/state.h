@@ -16,14 +16,16 @@ extern "C" void emu_entry(void** arguments);  // in the kernel's object
 namespace emu {
 struct Index { unsigned x, y, z; };
 
-// ---- what Python fills in (emulator/device.py mirrors these)
+// ---- what Python fills in (emulator.py mirrors these)
 struct Config {
     Index grid, block;
     uint32_t shared_bytes;
     uint32_t checks, counters, early_copies;
     uint32_t order;             // of a block's threads: 0 ascending, 1 descending, else the seed of a shuffle
     uint32_t record_limit;
+    uint32_t step_limit;        // basic blocks that a thread may execute: one that executes more hangs
     const int32_t* serves;      // [blocks of the grid] the sequence each block serves, -1 for any; may be null
+    char* stacks;               // [threads of a block] of STACK_BYTES each
 };
 struct Cell;
 struct Region {                 // one tensor argument, or the union of overlapping ones
@@ -78,6 +80,7 @@ struct Lane {
     uint32_t clock, seen[32];   // vector clock inside the warp: what __syncwarp ordered before this lane
     uint32_t fence_time, acquire_time;
     uint32_t steps;             // accesses so far
+    uint32_t blocks;            // basic blocks executed so far
     std::vector<Copy> copies;
     uint32_t committed;
     std::vector<uint32_t> occurrences;  // per site, for the counters
@@ -117,7 +120,7 @@ __attribute__((format(printf, 5, 6))) void fail(const char* what, const Lane& wh
 void leave();                   // back to the scheduler
 
 // ---- parts
-void start_memory();            // per launch
+bool start_memory();            // per launch; false if there is no memory for the cells
 void end_memory();
 void start_block_memory();
 void access(const void* address, uint32_t size, Kind kind, uint32_t pc, bool aligned);
