@@ -33,6 +33,20 @@ def results_table(runs: Sequence[Run], title: str) -> FittedTable:
     return table
 
 
+def serve_table(run: Run, title: str) -> FittedTable:
+    """What a client over HTTP saw of both classes."""
+    table = FittedTable(title, _columns("class", figures=(
+        "sent", "completed", "failed", "on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "tokens/s")), caption=(
+        "Latencies count from the scheduled arrival. On time: share of all real-time requests that met both targets."))
+    for kind, values in run["classes"].items():
+        attained = values["slo_attainment"]
+        table.add_row(kind, number(values["arrived"]), number(values["completed"]), number(values["failed"]),
+                      "–" if attained is None else number(attained, 0, 100) + " %", number(values["median_ttft_ms"]),
+                      number(values["p99_ttft_ms"]), number(values["median_tpot_ms"], 1),
+                      number(values["output_throughput"], 1))
+    return table
+
+
 def scheduler_table(rows: Sequence[Mapping[str, Any]], slopes: Mapping[str, float]) -> FittedTable:
     """What deciding costs."""
     table = FittedTable("CPU time of schedule + update, no model", _columns("policy", figures=(
