@@ -16,30 +16,14 @@ import torch
 from torch import Tensor
 
 from kernels_cupy import tensor_core_shapes as shapes
-from kernels_cupy.device import Argument, Device, Dim3, Kernel
+from kernels_cupy.device import Argument, Device, Dim3, Kernel, cdiv
+from kernels_cupy.heads import Heads
 from kernels_cupy.launch import paged_attention, workspace
-from kernels_cupy.launch_prefill import SCALARS, choose_kernel, prefill_attention
+from kernels_cupy.launch_prefill import TENSOR_CORES, prefill_attention, prefill_launch
 from kernels_cupy.proof.emulator import Emulator
 from kernels_cupy.proof.ptx import PtxDevice
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the output's largest value
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What a kernel is compiled for."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    block_size: int
-    dtype: torch.dtype
-
-    def kernel(self, file: str, function: str) -> Kernel:
-        """The kernel compiled for these sizes."""
-        values = (SCALARS[self.dtype], self.head_dim, self.num_heads, self.num_kv_heads, self.block_size)
-        names = ("SCALAR", "HEAD_DIM", "NUM_HEADS", "NUM_KV_HEADS", "BLOCK_SIZE")
-        return Kernel(file, function, tuple((name, str(value)) for name, value in zip(names, values, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -71,7 +55,7 @@ class Batch:
         """Draws blocks, directions (unless given) and values; two blocks stay unused. A `steepness` above 1 makes
         scores differ more, so that a running maximum is passed by much, and often."""
         size = heads.block_size
-        needs = [-(-length // size) for length in context_lens]
+        needs = [cdiv(length, size) for length in context_lens]
         num_blocks = sum(needs) + 2
         order = rng.permutation(num_blocks).tolist()
         lists = [order[sum(needs[:i]):sum(needs[:i + 1])] for i in range(len(needs))]
@@ -112,7 +96,7 @@ class Batch:
         h, outs = self.heads, []
         for s, (query, context) in enumerate(zip(self.query_lens, self.context_lens, strict=True)):
             slots = self.slots(s)
-            k, v = (cache.flatten(0, 1)[slots].double().repeat_interleave(h.num_heads // h.num_kv_heads, dim=1)
+            k, v = (cache.flatten(0, 1)[slots].double().repeat_interleave(h.group, dim=1)
                     for cache in (self.k.cpu(), self.v.cpu()))
             q = self.q.cpu()[int(self.starts[s]):int(self.starts[s + 1])].double()
             scores = torch.einsum("qhd,chd->hqc", q, k) * h.head_dim ** -0.5
@@ -143,10 +127,11 @@ class _FirstLaunch:
 
     def __init__(self, first: Device) -> None:
         self._device = self._then = first
+        self.gpu = first.gpu
         if isinstance(first, Emulator):
-            self._then = Emulator(sources=first.sources)
+            self._then = Emulator(sources=first.sources, arch=first.gpu.arch)
         elif isinstance(first, PtxDevice):
-            self._then = PtxDevice(first.arch, sources=first.sources)
+            self._then = PtxDevice(first.gpu.arch, sources=first.sources)
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int,
                arguments: Sequence[Argument]) -> None:
@@ -175,16 +160,17 @@ def prefill(device: Device, batch: Batch, tensor_cores: bool = True) -> Tensor:
     """Several tokens a sequence, or a mixed batch, through a prefill kernel. Returns [T, H, D]."""
     h, out = batch.heads, torch.full_like(batch.q, torch.nan)
     if isinstance(device, Emulator):
-        kernel = choose_kernel(h.dtype, h.num_heads, h.num_kv_heads, h.head_dim, h.block_size, tensor_cores)
-        firsts = batch.starts[:-1].tolist()  # the first blockIdx.x of each sequence: a token each, or a tile of rows
-        if "tensor" in kernel.file:
-            group = h.num_heads // h.num_kv_heads
-            firsts = [start * group // shapes.PREFILL_ROWS + s for s, start in enumerate(firsts)]
+        kernel, shape = prefill_launch(h, device.gpu, len(batch.q), len(batch.query_lens), tensor_cores)
+        firsts = batch.starts[:-1].tolist()  # of each sequence, its first token or tile of rows
+        fast, last = kernel.file == TENSOR_CORES, shape.grid[0] - 1
+        if fast:
+            firsts = [start * h.group // shapes.prefill_rows(h) + s for s, start in enumerate(firsts)]
         for cache in (batch.k, batch.v):
-            device.guard(cache, batch.owner, serves=lambda x, y, z: bisect.bisect_right(firsts, x) - 1)
+            device.guard(cache, batch.owner,
+                         serves=lambda x, y, z: bisect.bisect_right(firsts, last - x if fast else x) - 1)
     try:
         prefill_attention(device, batch.q, batch.k, batch.v, *batch.integers(), batch.starts, out,
-                          tensor_cores=tensor_cores)
+                          use_tensor_cores=tensor_cores)
     finally:
         if isinstance(device, Emulator):
             device.unguard()

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from kernels_cupy.device import FOLDER
+from kernels_cupy.heads import Heads
 from kernels_cupy.launch import copy_slots, store_kv
-from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.proof.contract import Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator, KernelFault
 
 HALF = torch.float16
@@ -123,8 +124,8 @@ MUTANTS = [
            "out of bounds"),
     Mutant("copy_slots", "copy_slots.cu", "i += blockDim.x", "i += 2 * blockDim.x", "numerics"),
     # barriers
-    Mutant("step 4", STEP_4, "store_rows((float*)ring, rows, lane);\n    __syncthreads();",
-           "store_rows((float*)ring, rows, lane);", "uninitialised read"),
+    Mutant("step 4", STEP_4, "store_rows((float*)ring, rows[0], lane);\n    __syncthreads();",
+           "store_rows((float*)ring, rows[0], lane);", "uninitialised read"),
     Mutant("step 4", STEP_4, "        __syncwarp();  // every lane's copies", "        //", "uninitialised read"),
     Mutant("step 4", STEP_4, "    __syncwarp();  // the ring is this warp's own", "    //", "race"),
     Mutant("step 5", STEP_5, "    __syncwarp();\n    unsigned weights", "    unsigned weights", "uninitialised read"),
@@ -182,13 +183,13 @@ MUTANTS = [
     Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "token >= tokens", "numerics"),
     Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "(token ^ s.flip) > tokens", "numerics"),
     Mutant("step 5", STEP_5, "((lane / 4 + 8 * half) ^ flip) >= tokens", "(lane / 4 + 8 * half) >= tokens", "numerics"),
-    Mutant("prefill 1", PREFILL_1, "> position[half]", ">= position[half]", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "> position[2 * m + half]", ">= position[2 * m + half]", "numerics"),
     Mutant("prefill 1", PREFILL_1, "(token ^ s.flip) > position", "token > position", "numerics"),
     Mutant("prefill 1", PREFILL_1, "last_row / GROUP + 1,", "last_row / GROUP + 2,", "foreign slot"),
     Mutant("prefill 0", PREFILL_0, "query_starts[seq + 1] - 1 - token", "query_starts[seq + 1] - 2 - token",
            "foreign slot"),
     # operands and arithmetic
-    Mutant("step 4", ROWS, "multiply_add(score[2 * PART + 1], q, k + 2)", "multiply_add(score[2 * PART + 1], q, k)",
+    Mutant("step 4", ROWS, "multiply_add(score[m][2 * PART + 1], q[m], k + 2)", "multiply_add(score[m][2 * PART + 1], q[m], k)",
            "numerics"),
     Mutant("step 4", ROWS, "load_matrices_trans<PART * TILE * 2>(v,", "load_matrices<PART * TILE * 2>(v,", "numerics"),
     Mutant("step 4", ROWS, "corner(step, lane, false)",
@@ -203,7 +204,7 @@ MUTANTS = [
     Mutant("step 4", STEP_4, "value / sum);\n        } else", "value);\n        } else", "numerics"),
     Mutant("step 4, two splits", "merge.cuh", "total += weight;", "total = weight;", "numerics"),
     Mutant("step 4, two splits", "merge.cuh", "exp2f(logs[i] - top)", "exp2f(logs[0] - top)", "numerics"),
-    Mutant("step 5", STEP_5, "exp2f(logs[piece] - top)", "exp2f(top - logs[piece])", "numerics"),
+    Mutant("step 5", STEP_5, "exp2f(log - new_top)", "exp2f(new_top - log)", "numerics"),
     Mutant("prefill 0", PREFILL_0, "sum = sum * correction + weight;", "sum = sum + weight;", "numerics"),
     Mutant("prefill 0", PREFILL_0, "    sum = warp_sum(sum);\n", "", "numerics"),
 ]

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from bros_ref.model.attention import AttentionMetadata, dense_attention
 from kernels_cupy import tensor_core_shapes as shapes
-from kernels_cupy.launch_prefill import choose_kernel, prefill_attention
-from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.device import Gpu
+from kernels_cupy.heads import Heads
+from kernels_cupy.launch_prefill import TENSOR_CORES, prefill_attention, prefill_launch
+from kernels_cupy.proof.contract import Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator
 
 pytestmark = needs_emulator
@@ -128,7 +130,7 @@ def test_prefill_refuses_what_it_cannot_run() -> None:
     tables, lengths, reversed_ = batch.integers()
     with pytest.raises(TypeError, match="int32"):
         prefill_attention(device, batch.q, batch.k, batch.v, tables.long(), lengths, reversed_, starts, out)
-    with pytest.raises(ValueError, match="entries"):
+    with pytest.raises(ValueError, match="query_starts must be"):
         prefill_attention(device, batch.q, batch.k, batch.v, tables, lengths, reversed_, starts[:1], out)
     with pytest.raises(ValueError, match="contiguous"):
         prefill_attention(device, batch.q.transpose(0, 1).contiguous().transpose(0, 1), batch.k, batch.v, tables,
@@ -136,11 +138,25 @@ def test_prefill_refuses_what_it_cannot_run() -> None:
     with pytest.raises(TypeError, match="k_cache"):
         prefill_attention(device, batch.q, batch.k.float(), batch.v, tables, lengths, reversed_, starts, out)
     with pytest.raises(ValueError, match="16-byte"):
-        choose_kernel(HALF, 4, 2, 20, 16)
+        Heads(4, 2, 20, 16, HALF)
     with pytest.raises(ValueError, match="evenly"):
-        choose_kernel(HALF, 4, 3, 64, 16)
+        Heads(4, 3, 64, 16, HALF)
     with pytest.raises(TypeError, match="float64"):
-        choose_kernel(torch.float64, 4, 2, 64, 16)
+        Heads(4, 2, 64, 16, torch.float64)
+    with pytest.raises(ValueError, match="at most 256"):
+        Heads(4, 2, 512, 16, HALF)
+    with pytest.raises(ValueError, match="block_size"):
+        Heads(4, 2, 64, 0, HALF)
+
+
+@pytest.mark.parametrize(("arch", "dtype", "fast"), [(75, HALF, True), (75, BFLOAT, False), (80, BFLOAT, True),
+                                                     (90, torch.float32, False)])
+def test_prefill_takes_tensor_cores_where_the_gpu_has_them(arch: int, dtype: torch.dtype, fast: bool) -> None:
+    for head_dim in (64, 128, 256):
+        gpu = Gpu.of(arch)
+        kernel, shape = prefill_launch(Heads(4, 2, head_dim, 16, dtype), gpu, 100, 2)
+        assert (kernel.file == TENSOR_CORES) == fast
+        assert shape.shared_bytes <= gpu.shared_bytes
 
 
 def _tiles_of_warps(run: Callable[[Emulator], Tensor], heads: Heads) -> dict[tuple[int, int], float]:
