@@ -120,7 +120,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
             _number(row["warp_instructions_per_kib"], ".0f"), _number(row["main_loop_instructions_per_kib"], ".0f"),
             str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
             _number(row["direction_overhead"], "+.1%"), _number(feeding, ".0%") if row["mma_instructions"] else "-",
-            "-" if caps is None else ", ".join(f"{cap:.0%}" for cap in caps.values()), "not measured here"]
+            "-" if caps is None else ", ".join(map(_cap, caps.values())), "not measured here"]
+
+
+def _cap(share: float) -> str:
+    return f"{share:.0%}" if share < 1 else "not the limit"
 
 
 def _number(value: float | None, form: str) -> str:

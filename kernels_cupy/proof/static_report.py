@@ -240,8 +240,7 @@ def compiled(rung: Rung, heads: Heads, arch: int) -> StaticRow:
 
 
 def error_of(rung: Rung, heads: Heads, rng: np.random.Generator, device: Device) -> float:
-    """The rung's largest error against float64 on a ragged batch, on a device; relative to the largest output. Raises
-    KernelFault if a check fires."""
+    """The largest error of a row against float64 on a ragged batch. Raises KernelFault if a check fires."""
     size = heads.block_size
     lengths = [1, size - 1, size, size + 1, int(rng.integers(2 * size, 8 * size))]
     if rung.is_prefill:

@@ -79,8 +79,8 @@ def fake(monkeypatch):
     gpu._compiled.cache_clear()
 
 
-def launch(device, shared_bytes, arguments=(np.int32(3),)):
-    device.launch(KERNEL, (2, 1, 1), (128, 1, 1), shared_bytes, list(arguments))
+def launch(device, shared_bytes, *arguments):
+    device.launch(KERNEL, (2, 1, 1), (128, 1, 1), shared_bytes, arguments)
 
 
 def test_it_knows_the_gpu_it_runs_on(fake):
@@ -113,10 +113,10 @@ def test_it_launches_on_its_own_gpu_and_torchs_stream_of_it(fake, monkeypatch):
 def test_tensors_of_another_device_are_refused(fake, monkeypatch):
     device = gpu.CupyDevice()
     with pytest.raises(ValueError, match=r"argument 0: it lies on cpu, the kernel runs on cuda:1.*pinned"):
-        launch(device, 0, [torch.zeros(4)])
+        launch(device, 0, torch.zeros(4))
     monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
     pinned = torch.zeros(4)
-    launch(device, 0, [pinned, np.float32(2)])
+    launch(device, 0, pinned, np.float32(2))
     assert fake.function.calls[-1][2] == (pinned.data_ptr(), np.float32(2))
     elsewhere = types.SimpleNamespace(device=torch.device("cuda:0"))
     assert not device._reaches(elsewhere)

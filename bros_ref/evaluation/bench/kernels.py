@@ -123,8 +123,8 @@ def _discarding(call: Callable[[], Tensor]) -> Callable[[], None]:
 def _verify(system: str, batch: Batch, out: Tensor) -> None:
     error, allowed = batch.error(out), TOLERANCE[batch.heads.dtype]
     if not error <= allowed:  # NaN too
-        raise ArithmeticError(f"{system} is off by {error:.2g} of the largest output, {allowed} is allowed: a wrong "
-                              "kernel is not timed")
+        raise ArithmeticError(f"{system} is off by {error:.2g} in a row, {allowed} is allowed: a wrong kernel is not "
+                              "timed")
 
 
 def _sdpa(batch: Batch) -> Callable[[], None]:

@@ -107,9 +107,16 @@ class SiteCounters:
 
 @dataclass(frozen=True)
 class LaunchCounters:
-    """Memory traffic of a launch, per instruction, and its sums."""
+    """Memory traffic of a launch, per instruction, and its sums.
+
+    Attributes:
+        products: mma instructions.
+        copies_under_way: groups of a warp's asynchronous copies under way when it multiplies, the mean over products.
+    """
 
     sites: tuple[SiteCounters, ...]
+    products: int
+    copies_under_way: float
 
     def total(self, field: str, space: str, kind: str | None = None) -> int:
         """Sum of a field ("requests", "bytes" or "sectors") over all sites of a space, and of a kind if given."""
@@ -249,11 +256,14 @@ class Emulator:
     def _collect(self, library: ctypes.CDLL, path: Path, threads: int) -> None:
         self.counters, self.accesses = None, []
         if self.count:
+            products = np.zeros(2, np.uint64)
+            library.emu_products(ctypes.c_void_p(products.ctypes.data))
             self.counters = LaunchCounters(tuple(
                 SiteCounters(locate(path, int(s["pc"])), "shared" if s["shared"] else "global", _KINDS[s["kind"]],
                              int(s["requests"]), int(s["bytes"]), int(s["sectors"]), int(s["worst"]),
                              float(s["cycles"] / s["phases"]) if s["phases"] else 0.0)
-                for s in _read(library.emu_sites, _SITE)))
+                for s in _read(library.emu_sites, _SITE)), int(products[0]),
+                float(products[1]) / max(int(products[0]), 1))
         if self.record_limit:
             self.accesses = [
                 Access(int(r["block"]), int(r["thread"]) // 32, int(r["thread"]) % 32, int(r["step"]),
