@@ -63,11 +63,11 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
 
     from bros_ref.evaluation.bench.kernels import CASES, CudaTimer, bench_kernels, copy_bandwidth
     from kernels_cupy.gpu import CupyDevice, why_unavailable
-    from kernels_cupy.launch import STEPS
-    from kernels_cupy.proof.contract import TOLERANCE, Heads
+    from kernels_cupy.heads import SCALARS, Heads
+    from kernels_cupy.launch import STEPS, Problem, why_not
 
     console = make_console(json_path)
-    known = {str(one).removeprefix("torch."): one for one in TOLERANCE}
+    known = {str(one).removeprefix("torch."): one for one in SCALARS}
     if dtype not in known:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
     if reason := why_unavailable():
@@ -75,11 +75,11 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
         write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
         return
     device, timer, heads = CupyDevice(), CudaTimer(), Heads(32, 8, head_dim, 16, known[dtype])
-    steps = [step for step in STEPS if not (step in (4, 5) and known[dtype] is torch.float32)
-             and not (step == 0 and head_dim > 128)]
+    longest = max(max(case.context_lens) for case in CASES) // heads.block_size
+    steps = [step for step in STEPS if why_not(step, Problem(heads, 1, longest), device.gpu) is None]
     bandwidth = copy_bandwidth(timer, "cuda")
     with progress(console, "kernels", len(CASES) * (len(steps) + 1)) as advance:
-        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps, num_sms=device.num_sms,
+        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps,
                              on_row=lambda: advance(1))
     console.print(kernel_times_table(rows, torch.cuda.get_device_name()))
     write_json(json_path, "bench kernels", seed, rows=rows, copy_bandwidth=bandwidth, cuda=torch.version.cuda,
@@ -117,7 +117,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
             _number(row["warp_instructions_per_kib"], ".0f"), _number(row["main_loop_instructions_per_kib"], ".0f"),
             str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
             _number(row["direction_overhead"], "+.1%"), _number(feeding, ".0%") if row["mma_instructions"] else "-",
-            "-" if caps is None else ", ".join(f"{cap:.0%}" for cap in caps.values()), "not measured here"]
+            "-" if caps is None else ", ".join(map(_cap, caps.values())), "not measured here"]
+
+
+def _cap(share: float) -> str:
+    return f"{share:.0%}" if share < 1 else "not the limit"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -136,7 +140,7 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
     import numpy as np
     import torch
 
-    from kernels_cupy.proof.contract import Heads
+    from kernels_cupy.heads import Heads
     from kernels_cupy.proof.emulator import Emulator
     from kernels_cupy.proof.ptx import PtxDevice
     from kernels_cupy.proof.static_report import GPUS, compiled, error_of, executed, issue_cap, traffic, verified
