@@ -71,6 +71,7 @@ class ScorpioScheduler(VLLMV0Scheduler):
 
     def enqueue(self, request: Request, *, front: bool = False) -> None:
         self._queue.insert(0 if front else len(self._queue), request)
+        self._credits.pop(request.request_id, None)  # whoever was preempted starts over
 
     def dequeue(self, request: Request) -> None:
         self._queue.remove(request)
@@ -107,7 +108,7 @@ class ScorpioScheduler(VLLMV0Scheduler):
         tightest_s = min(_tpot_s(request) for request in self.running)
         self._credits = {request.request_id: self._credits.get(request.request_id, 0.0) + tightest_s / _tpot_s(request)
                          for request in self.running}
-        for request in list(self.running):
+        for request in self.running:  # a preemption shortens the list at its end: the loop ends earlier then
             is_tightest = _tpot_s(request) == tightest_s
             if is_tightest or self._credits[request.request_id] >= 1 - 1e-9:  # sums of fractions fall short of 1
                 self._credits[request.request_id] -= 1.0
