@@ -20,8 +20,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
                   help="Serve real-time and best-effort LLM requests on one model, as BROS does (arXiv 2504.09590).")
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The project's own measurements.")
 app.add_typer(bench_app, name="bench")
-
-
+EXTRA_OF = {"plotly": "viz", "cupy": "gpu"}
 
 def output_file(value: Any) -> Any:
     """Refuses, before any work is done, a file that could not be written after it; "-" is standard output."""
@@ -80,6 +79,14 @@ def parse_policies(names: str) -> list[str]:
         if chosen.count(name) > 1:
             raise ValueError(f"policy {name!r} is named twice; its second run would replace the first")
     return chosen
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install for a package of an extra. Raises the error again if it is none of an extra."""
+    package = str(error.name).split(".")[0]
+    if package not in EXTRA_OF:
+        raise error
+    return f"{package} is missing; pip install 'bros-ref[{EXTRA_OF[package]}]' brings it"
 
 
 def make_console(json_path: str | None) -> Console:

@@ -36,6 +36,7 @@ from bros_ref.cli.common import (
     app,
     bench_app,
     make_console,
+    missing_package,
     output_file,
     parse_policies,
     progress,
@@ -53,6 +54,8 @@ def main() -> None:
         _quit(f"bros-ref: {error.format_message()}")
     except (ValueError, OSError) as error:
         _quit(f"bros-ref: {' '.join(str(error).split())}")
+    except ModuleNotFoundError as error:
+        _quit(f"bros-ref: {missing_package(error)}")
     except (KeyboardInterrupt, typer.Abort):  # outside a command
         sys.exit(130)
 

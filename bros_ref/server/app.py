@@ -13,7 +13,9 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from bros_ref.server.batch_routes import batch_routes
 from bros_ref.server.errors import ErrorBody, install_error_handlers, not_found
+from bros_ref.server.files import file_routes
 from bros_ref.server.middleware import Gateway
 from bros_ref.server.protocol import ChatBody, CompletionBody
 from bros_ref.server.service import Service, unless_disconnected
@@ -45,6 +47,8 @@ def create_app(state: ServerState) -> FastAPI:
     install_error_handlers(app)
     app.add_middleware(Gateway, settings=state.settings, metrics=state.metrics)
     app.include_router(completion_routes(state.service))
+    app.include_router(file_routes(state.files))
+    app.include_router(batch_routes(state.batches, state.runner))
     app.include_router(status_routes(state))
     return app
 

@@ -19,6 +19,7 @@ LATENCY_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5,
 GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 30)
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
 BLOCK_STATES = ("empty", "rt_only", "be_only", "shared")
+LINE_STATES = ("waiting", "completed", "failed")
 SLOT_EVENTS = {"checkpoint": "checkpointed", "restore": "restored", "relocate": "relocated"}
 
 
@@ -53,7 +54,7 @@ class Metrics:
         self._http = counter("http_requests", "HTTP answers.", "route", "status")
         self._requests = gauge("requests_now", "Requests in the engine.", "class", "state")
         self._blocks = gauge("kv_blocks", "KV blocks.", "state")
-        self._lines = gauge("batch_lines", "Lines of batches.", "state")
+        self._lines = gauge("batch_lines", "Lines of the batches that have not ended.", "state")
 
     # -- in the engine's thread ---------------------------------------------------------------------------------
 
@@ -115,9 +116,9 @@ class Metrics:
         self._http.labels(route, str(status)).inc()
 
     def batch_lines(self, counts: dict[str, int]) -> None:
-        """Lines of all batches by state."""
-        for state, count in counts.items():
-            self._lines.labels(state).set(count)
+        """Lines of the batches that have not ended, by state."""
+        for state in LINE_STATES:
+            self._lines.labels(state).set(counts.get(state, 0))
 
     def page(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its content type."""

@@ -7,7 +7,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bros_ref.server.errors import APIError
 from bros_ref.server.metrics import Metrics
-from bros_ref.server.settings import MAX_HEADER_BYTES, ServerSettings
+from bros_ref.server.settings import (
+    FORM_OVERHEAD_BYTES,
+    MAX_BODY_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_UPLOAD_BYTES,
+    ServerSettings,
+)
 
 OPEN_PATHS = frozenset({"/health", "/dashboard", "/docs", "/openapi.json"})  # pages without data of anybody
 
@@ -47,9 +53,12 @@ class Gateway:
     def _authorise(self, scope: Scope) -> None:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise APIError(431, f"the headers exceed {MAX_HEADER_BYTES} bytes")
-        authorization = next((value.decode("latin-1") for name, value in scope["headers"]
-                              if name == b"authorization"), None)
-        owner = self._settings.owner_of(authorization)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        owner = self._settings.owner_of(headers.get(b"authorization"))
         if owner is None and scope["path"] not in OPEN_PATHS:
             raise APIError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        limit = MAX_UPLOAD_BYTES + FORM_OVERHEAD_BYTES if scope["path"] == "/v1/files" else MAX_BODY_BYTES
+        length = headers.get(b"content-length", "0")
+        if length.isdecimal() and int(length) > limit:  # one that lies or says nothing is cut off while it is read
+            raise APIError(413, f"the body has {length} bytes; this address takes at most {limit}")
         scope.setdefault("state", {})["owner"] = owner

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bros_ref.clock import WallClock
 from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
-from bros_ref.engine.detokenizer import TextStream
+from bros_ref.engine.detokenizer import IncrementalDecoder, TextStream
 from bros_ref.engine.serve import serve
 from bros_ref.model.tokenizer import ByteTokenizer
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
@@ -242,6 +242,49 @@ def test_streamed_text_ends_exactly_before_the_first_stop_string(text, stop):
                                                 if s in text[:min(ends)])]
     assert "".join(pieces) == stream.text == expected
     assert stream.stopped == bool(found)
+
+
+class CountingTokenizer(ByteTokenizer):
+    """Counts what it is asked to decode."""
+
+    num_decoded = 0
+
+    def decode(self, token_ids):
+        self.num_decoded += len(token_ids)
+        return super().decode(token_ids)
+
+
+CHUNKS = [bytes([0xFF]), "\ufffd".encode(), bytes([0xF0, 0x9F]), bytes([0x98]), bytes([0x98, 0x80, 0xF0, 0x9F]), b"a",
+          "é".encode(), "🎉".encode(), bytes([0xE2, 0x82]), bytes([0xF0])]
+
+
+class ChunkTokenizer:
+    """Tokens of several bytes, which may begin and end in the middle of a character; 99 is a token without text."""
+
+    def decode(self, token_ids):
+        return b"".join(CHUNKS[i] for i in token_ids if i != 99).decode("utf-8", errors="replace")
+
+
+@settings(max_examples=400)
+@given(start=st.lists(st.integers(0, len(CHUNKS) - 1), max_size=20), times=st.integers(1, 15),
+       unit=st.lists(st.integers(0, len(CHUNKS) - 1) | st.just(99), min_size=1, max_size=4))
+def test_text_in_pieces_is_the_text_at_once_however_often_a_damaged_character_comes_again(start, unit, times):
+    tokenizer, token_ids = ChunkTokenizer(), start + unit * times
+    decoder = IncrementalDecoder(tokenizer)
+    pieces = [decoder.push(token_id) for token_id in token_ids]
+    assert "".join(pieces) + decoder.finish() == tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("run", [[0xFF], list("\ufffd".encode()), [0x98, 0x80, 0xF0, 0x9F], [257]])
+def test_a_run_that_is_no_text_is_shown_as_it_comes_with_the_same_work_for_each_token(run):
+    tokenizer = CountingTokenizer()
+    stream, token_ids = TextStream(tokenizer), [0xE2, *run * 400]
+    for count, token_id in enumerate(token_ids, start=1):
+        stream.push(token_id)
+        assert count < 4 or len(ByteTokenizer().decode(token_ids[:count])) - len(stream.text) <= 3
+    assert tokenizer.num_decoded <= 40 * len(token_ids)
+    stream.close()
+    assert stream.text == ByteTokenizer().decode(token_ids)
 
 
 def byte_engine(policy="bros"):

@@ -18,8 +18,9 @@ import torch
 
 from bros_ref.config import ModelConfig
 from bros_ref.model.weights.checkpoint import WeightsError
-from bros_ref.model.weights.gguf_file import load_gguf_config, load_gguf_weights
-from bros_ref.model.weights.hf_folder import load_hf_config, load_hf_weights
+from bros_ref.model.weights.gguf_model import load_gguf_config, load_gguf_weights
+from bros_ref.model.weights.hf_config import load_hf_config
+from bros_ref.model.weights.hf_folder import load_hf_weights
 from bros_ref.model.weights.parameters import RANDOM_FAMILIES, Keep, Parameters, random_parameters, whole
 
 __all__ = ["RANDOM_PREFIX", "WeightsError", "load_model_config", "load_weights", "locate"]
