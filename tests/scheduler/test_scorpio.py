@@ -18,7 +18,11 @@ class ScorpioOracle(V0Oracle):
 
     def __post_init__(self):
         super().__post_init__()
-        self.credits = {}
+        self.credits, self.loosest = {}, BE_TPOT_S
+
+    def add(self, life):
+        super().add(life)
+        self.loosest = max(self.loosest, life.tpot_s if life.is_rt else 0)
 
     def remaining(self, life, now_s):
         if not life.is_rt:
@@ -26,7 +30,7 @@ class ScorpioOracle(V0Oracle):
         return life.ttft_s - (now_s - life.arrival_s) if life.first_s is None else float("-inf")
 
     def tpot(self, life):
-        return life.tpot_s if life.is_rt else BE_TPOT_S
+        return life.tpot_s if life.is_rt else self.loosest
 
     def passes_gate(self, life):
         batch = [*self.running, life]
@@ -132,10 +136,12 @@ def test_credits_let_a_loose_class_decode_in_its_share_of_steps_and_keep_its_mem
     decider = Decider("scorpio")
     decider.add("rt0", slo=SLO(9.0, 0.2))
     decider.add("rt1", slo=SLO(9.0, 0.4))
+    decider.add("rt2", slo=SLO(9.0, 0.8))
     decider.add("be0")
     decider.step()
     blocks = decider.kv.num_used_blocks
     steps = [decider.step() for _ in range(20)]
-    assert [sum(name in step for step in steps) for name in ("rt0", "rt1", "be0")] == [20, 10, 4]
+    assert [sum(name in step for step in steps) for name in ("rt0", "rt1", "rt2", "be0")] == [
+        20, 10, 5, 5], "best-effort work is of the loosest class"
     assert decider.kv.num_used_blocks >= blocks
     assert not decider.output.preempted
