@@ -35,6 +35,23 @@ def results_table(runs: Sequence[Run], title: str) -> Table:
     return table
 
 
+def serve_table(run: Run, title: str) -> Table:
+    """What a client over HTTP saw of both classes."""
+    table = Table(title=title, title_justify="left", header_style="bold", caption=(
+        "Latencies count from the scheduled arrival. On time: share of all real-time requests that met both targets."),
+        caption_justify="left")
+    for name in ("class", "sent", "completed", "failed", "on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms",
+                 "tokens/s"):
+        table.add_column(name, justify="left" if name == "class" else "right")
+    for kind, values in run["classes"].items():
+        attained = values["slo_attainment"]
+        table.add_row(kind, number(values["arrived"]), number(values["completed"]), number(values["failed"]),
+                      "–" if attained is None else number(attained, 0, 100) + " %", number(values["median_ttft_ms"]),
+                      number(values["p99_ttft_ms"]), number(values["median_tpot_ms"], 1),
+                      number(values["output_throughput"], 1))
+    return table
+
+
 def scheduler_table(rows: Sequence[Mapping[str, Any]], slopes: Mapping[str, float]) -> Table:
     """What deciding costs."""
     table = Table(title="CPU time of schedule + update, no model", title_justify="left", header_style="bold",

@@ -2,12 +2,13 @@
 
 The invariant: what `IncrementalDecoder` hands out piece by piece is, put together, exactly what decoding everything at
 once gives, and no piece ever ends in the middle of a character. (One exception: a byte-fallback vocabulary turns a
-whole run of byte tokens to U+FFFD once one of them is not UTF-8, so there a character already shown can be missing from
+whole run of byte tokens to U+FFFD once one of them is not UTF-8, so in such a run the characters shown can differ from
 the text decoded at once.)
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # a simulated run has no tokenizer, and needs no torch
@@ -81,22 +82,24 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._window: list[int] = []
         self._num_shown = 0  # characters of the window's text that were handed out
+        self._lengths = deque[int](maxlen=_MAX_CHARACTER_BYTES)  # of the window's text after each of the newest tokens
         self._num_uncertain = 0  # newest tokens for which the text ended in U+FFFD
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token. U+FFFD at its end is held back as long as it may be the
-        beginning of a character: of four bytes, and so of four tokens, at most."""
+        beginning of a character: that has four bytes at most, so three tokens can come before its last one."""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        num_half = len(text) - len(text.rstrip(_HALF))
-        self._num_uncertain = self._num_uncertain + 1 if num_half else 0
-        if self._num_uncertain >= _MAX_CHARACTER_BYTES:
-            num_half = min(num_half, _MAX_CHARACTER_BYTES - 1)
+        end = len(text.rstrip(_HALF))
+        self._lengths.append(len(text))
+        self._num_uncertain = self._num_uncertain + 1 if end < len(text) else 0
         if len(self._window) >= 4 * _LONGEST_WINDOW:  # nothing but tokens without text since: it stays half
-            num_half = 0
-        piece = self._show(text, len(text) - num_half)
+            end = len(text)
+        elif self._num_uncertain >= _MAX_CHARACTER_BYTES:
+            end = max(end, min(len(text) - _MAX_CHARACTER_BYTES + 1, *self._lengths))
+        piece = self._show(text, end)
         if len(self._window) >= _LONGEST_WINDOW:
-            self._shorten(text[self._num_shown:])
+            self._shorten(text)
         return piece
 
     def finish(self) -> str:
@@ -104,6 +107,7 @@ class IncrementalDecoder:
         text = self._tokenizer.decode(self._window)
         piece = self._show(text, len(text))
         self._window, self._num_shown, self._num_uncertain = [], 0, 0
+        self._lengths.clear()
         return piece
 
     def _show(self, text: str, end: int) -> str:
@@ -111,9 +115,16 @@ class IncrementalDecoder:
         self._num_shown = max(self._num_shown, end)
         return piece
 
-    def _shorten(self, held: str) -> None:
-        """Keeps half of the window, unless that would lose what is held back."""
-        newest = self._window[len(self._window) // 2:]
-        text = self._tokenizer.decode(newest)
-        if text.endswith(held):
-            self._window, self._num_shown = newest, len(text) - len(held)
+    def _shorten(self, text: str) -> None:
+        """Keeps the newest half of the window, cut between two characters: there the text of the rest is the end of the
+        text. Where damaged text offers no such place, cuts anyway a little later."""
+        half, held = len(self._window) // 2, text[self._num_shown:]
+        overdue = len(self._window) >= 2 * _LONGEST_WINDOW
+        if held and not overdue:
+            return
+        for start in range(half, half - _MAX_CHARACTER_BYTES, -1):
+            rest = self._tokenizer.decode(self._window[start:])
+            if rest.endswith(held) and (overdue or text.endswith(rest)):
+                self._window, self._num_shown = self._window[start:], len(rest) - len(held)
+                self._lengths.extend([length - len(text) + len(rest) for length in self._lengths])
+                return

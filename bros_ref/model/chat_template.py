@@ -11,8 +11,10 @@ This file is also the child's program; that is why it imports nothing of the pac
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -61,8 +63,9 @@ class TemplateRenderer:
                 self.close()
                 raise
             if not answer:
-                self.close()
-                raise TemplateFailedError(f"it took more than {CPU_SECONDS:g} s or {MEMORY_BYTES >> 20} MiB")
+                code = self.close()
+                raise TemplateFailedError(f"it took more than {CPU_SECONDS:g} s" if code == -signal.SIGPROF else
+                                          f"the process that rendered it ended with code {code}")
         succeeded, text = json.loads(answer)
         if not succeeded:
             raise TemplateFailedError(text)
@@ -82,12 +85,15 @@ class TemplateRenderer:
             return ""
         return self._child.stdout.readline()
 
-    def close(self) -> None:
-        """Ends the child, if there is one."""
-        if self._child is not None and self._owner == os.getpid():
-            self._child.kill()
-            self._child.communicate()
-        self._child = None
+    def close(self) -> int | None:
+        """Ends the child, if there is one. Returns its exit code, negative for a signal."""
+        child, self._child = self._child, None
+        if child is None or self._owner != os.getpid():
+            return None
+        with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
+            child.communicate(timeout=1)  # closes its input, at which it ends
+        child.kill()
+        return child.wait()
 
 
 RENDERER = TemplateRenderer()
@@ -147,9 +153,10 @@ def _answer(request: str) -> str:
 def _serve() -> None:
     """The child's side: one line in, one line out, each within the limits."""
     import resource
-    import signal
 
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY_BYTES if most == resource.RLIM_INFINITY else min(most, MEMORY_BYTES)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for request in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # nobody handles its signal, so it ends the process

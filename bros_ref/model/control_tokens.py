@@ -28,19 +28,20 @@ class ControlTokens:
         self._names = {token.content: f"<{secret}:{i}>"
                        for i, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special}
         longest_first = sorted(self._names, key=len, reverse=True)  # as the tokenizer matches them
-        self._spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._overlapping = re.compile(f"(?=({self._spelling.pattern}))(.)", re.DOTALL)
+        firsts = "".join(re.escape(first) for first in {name[0] for name in longest_first})
+        any_of = f"(?=[{firsts}])(?:{'|'.join(map(re.escape, longest_first))})" if firsts else "(?!)"
+        self._spelling, self._first = re.compile(any_of), re.compile(f"(?={any_of}).", re.DOTALL)
 
     def hide(self, value: Any) -> tuple[Any, dict[str, str]]:
         """`value` (texts, lists, mappings) with stand-ins, and the character that each stand-in stands for; no
         stand-ins where no text spells a control token."""
         texts = "\n".join(_texts(value))
-        firsts = sorted({match[2] for match in self._overlapping.finditer(texts)})
+        firsts = sorted({*self._first.findall(texts)})
         free = (chr(code) for code in _STAND_INS if chr(code) not in texts)
         stand_ins = dict(zip(firsts, free, strict=False))
         if not stand_ins:
             return value, {}
-        hidden = _map_texts(value, lambda text: self._overlapping.sub(lambda match: stand_ins[match[2]], text))
+        hidden = _map_texts(value, lambda text: self._first.sub(lambda match: stand_ins[match[0]], text))
         return hidden, {stand_in: first for first, stand_in in stand_ins.items()}
 
     def encode(self, text: str, stand_ins: Mapping[str, str], add_special_tokens: bool) -> list[int]:

@@ -36,7 +36,10 @@ def apply_options(tokenizer: RustTokenizer, options: Mapping[str, Any]) -> dict[
     special: dict[str, Any] = {
         name: text for name, text in _CLASS_DEFAULTS.get(class_name, {}).items()
         if name not in options and tokenizer.token_to_id(text) is not None}
-    special |= {name: text for name in NAMES if (text := _token_text(options.get(name)))}
+    extra = options.get("extra_special_tokens")  # a model's own, by names of its own
+    named = dict(extra) if isinstance(extra, Mapping) else {}
+    named |= {name: options[name] for name in NAMES if name in options}
+    special |= {name: text for name, token in named.items() if (text := _token_text(token))}
     additional = [text for token in options.get("additional_special_tokens") or [] if (text := _token_text(token))]
     if additional:
         special["additional_special_tokens"] = additional
@@ -45,7 +48,7 @@ def apply_options(tokenizer: RustTokenizer, options: Mapping[str, Any]) -> dict[
         (options.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))]
     known = {token.content for token in added} | {
         token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    texts = dict.fromkeys([text for name, text in special.items() if name in NAMES] + additional)
+    texts = dict.fromkeys([text for text in special.values() if isinstance(text, str)] + additional)
     for token in added:
         token.special = token.special or token.content in texts
     tokenizer.add_tokens(added + [AddedToken(text, special=True) for text in texts if text not in known])

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Observer(Protocol):
     """What measures the loop; called in the engine's thread."""
 
-    def token_gap(self, request: Request, gap_s: float) -> None: ...
+    def token(self, request: Request, gap_s: float | None) -> None: ...
 
     def ended(self, request: Request, outcome: str) -> None: ...
 
@@ -204,8 +204,7 @@ class EngineLoop:
             before_s = self._last_token_s.get(request.request_id)
             if before_s == request.last_token_s:
                 continue  # a part of a prompt: no token came of it
-            if before_s is not None:
-                self._observer.token_gap(request, request.last_token_s - before_s)
+            self._observer.token(request, None if before_s is None else request.last_token_s - before_s)
             self._last_token_s[request.request_id] = request.last_token_s
             text, logprobs = self._texts.pop(request.request_id, ""), tuple(request.logprobs)
             request.logprobs.clear()
@@ -227,7 +226,8 @@ class EngineLoop:
         request = generation.request
         reason = FINISH_REASONS.get(request.status)
         if reason is None:
-            self._end(generation, request.status.value, APIError(500, "the request failed", code="failed"))
+            cause = type(request.error).__name__
+            self._end(generation, "failed", APIError(500, f"this request failed ({cause})", code="request_failed"))
         else:
             self._end(generation, reason, None)
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse
 
 from bros_ref.server.errors import APIError, not_found
-from bros_ref.server.settings import FORM_OVERHEAD_BYTES, MAX_BATCH_LINES, MAX_BODY_BYTES, MAX_UPLOAD_BYTES
+from bros_ref.server.settings import MAX_BATCH_LINES, MAX_BODY_BYTES, MAX_UPLOAD_BYTES
 from bros_ref.server.store import Store
 
 LIVE = ("validating", "in_progress", "finalizing", "cancelling")  # batches that still read their input
@@ -141,7 +141,7 @@ def file_routes(files: Files) -> APIRouter:
     """The routes; work on disk is done in threads."""
     router = APIRouter(prefix="/v1/files", tags=["files"])
 
-    @router.post("", max_body_size=MAX_UPLOAD_BYTES + FORM_OVERHEAD_BYTES)
+    @router.post("")
     async def upload(http: Request, file: UploadFile, purpose: Annotated[Literal["batch"], Form()]) -> dict[str, Any]:
         """Takes the input file of a batch: JSON Lines, at most 200 MB and 50,000 lines."""
         name = (file.filename or "batch.jsonl")[:255]

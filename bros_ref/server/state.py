@@ -12,6 +12,7 @@ from bros_ref.server.batches import Batches
 from bros_ref.server.calls import Planner
 from bros_ref.server.engine_loop import EngineLoop
 from bros_ref.server.files import Files
+from bros_ref.server.live import Live
 from bros_ref.server.metrics import Metrics
 from bros_ref.server.recent import RecentTrace
 from bros_ref.server.service import Service
@@ -38,6 +39,7 @@ class ServerState:
         self.service = Service(self.loop, planner, settings)
         self.store = Store(settings.data_dir)
         self.files, self.batches = Files(self.store), Batches(self.store)
+        self.live = Live(self.loop, self.metrics)
         self.runner = BatchRunner(self.batches, self.store, self.service, settings.batch_lines_in_flight)
 
     async def start(self) -> None:
@@ -47,6 +49,7 @@ class ServerState:
 
     async def drain(self) -> None:
         """Takes no new requests and ends the best-effort ones; lines of batches go back to the waiting ones."""
+        self.live.closing = True
         await self.runner.stop()
         self.loop.drain()
 

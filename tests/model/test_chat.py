@@ -197,6 +197,7 @@ def test_llama_3_takes_whole_words_of_its_vocabulary(tmp_path: Path) -> None:
     "{{ {'b': '<é>', 'a': 1} | tojson }} {{ {'b': 1, 'a': 2} | tojson(sort_keys=true, separators=(',', ':')) }}",
     "{{ strftime_now('%d %b %Y') }}", "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}|{{ sep_token }}",
     "{{ pad_token is defined }} {{ unk_token is defined }} {{ cls_token is defined }} {{ bos_token is defined }}",
+    "{{ image_token }}{{ messages[0].content }}",
     "{{ additional_special_tokens }} {{ additional_special_tokens | join(',') }}",
     "{{ tools is defined }} {{ tools is none }} {{ documents is defined }} {{ documents is none }} {{ no is defined }}",
     "{% for message in messages %}{% if loop.index0 == 2 %}{% break %}{% endif %}{{ message.content }}{% endfor %}",
@@ -209,6 +210,7 @@ def test_llama_3_takes_whole_words_of_its_vocabulary(tmp_path: Path) -> None:
     "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}", ""])
 def test_a_template_renders_as_in_transformers(tmp_path: Path, template: str) -> None:
     assert_equals_transformers(write_folder(tmp_path, template=template, pad_token="</s>",
+                                            extra_special_tokens={"image_token": "<image>"},
                                             additional_special_tokens=["<|im_end|>"]))
 
 

@@ -140,7 +140,8 @@ def test_an_adapter_is_not_its_base_model(change: Callable[..., str]) -> None:
     ("rotary_pct", 0.25), ("rope_interleaved", True), ("no_rope_layers", [1, 0, 1]), ("attention_chunk_size", 16),
     ("scale_emb", 12), ("scale_depth", 1.4), ("kv_lora_rank", 8), ("attention_sink", True), ("layer_types", ["x"] * 3),
     ("norm_type", "layernorm"), ("attn_temperature_tuning", True), ("cross_attention_layers", [1]),
-    ("hidden_act", "gelu"), ("partial_rotary_factor", 0.5), ("mup_base_width", 2)])
+    ("hidden_act", "gelu"), ("partial_rotary_factor", 0.5), ("mup_base_width", 2), ("swiglu_limit", 7.0),
+    ("dim_model_base", 256), ("emb_multiplier", 2.0), ("base_freq", 5e5), ("transformers_weights", "x.safetensors")])
 def test_a_key_that_would_change_the_logits_is_refused_by_name(change: Callable[..., str], key: str,
                                                                value: Any) -> None:
     with pytest.raises(WeightsError, match=rf"config\.json: .*{key}"):
@@ -186,6 +187,11 @@ def test_layer_types_that_mean_nothing_are_refused(change: Callable[..., str], n
 def test_a_window_is_a_positive_whole_number(change: Callable[..., str], window: Any) -> None:
     with pytest.raises(WeightsError, match=r"layer_windows must be a positive whole number"):
         load_model_config(change("mistral-windowed", sliding_window=window))
+
+
+def test_a_windowed_model_of_far_too_many_layers_is_refused_at_once(change: Callable[..., str]) -> None:
+    with pytest.raises(WeightsError, match="num_layers must be at most"):
+        load_model_config(change("mistral-windowed", num_hidden_layers=10**12))
 
 
 FIELDS = {"vocab_size": "vocab_size", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
@@ -237,6 +243,13 @@ def gguf_of(tmp_path: Path, name: str = "llama-gqa-tied", arch: str = "llama", *
 def test_a_gguf_tensor_that_nobody_reads_is_refused(tmp_path: Path, name: str) -> None:
     file = gguf_of(tmp_path, extra={name: np.ones(48, np.float32)})
     with pytest.raises(WeightsError, match=f"tensor {name} has no place in this model"):
+        load_weights(file)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "float64"])
+def test_gguf_types_that_are_no_weights_are_refused(tmp_path: Path, dtype: str) -> None:
+    file = gguf_of(tmp_path, omit="output_norm.weight", extra={"output_norm.weight": np.ones(48, dtype)})
+    with pytest.raises(WeightsError, match=r"tensor output_norm\.weight: quantisation [FI]\d+ is not supported"):
         load_weights(file)
 
 
@@ -333,6 +346,7 @@ def llama_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("metadata", "message"), [
+    ({"split__count": 2, "split__no": "x"}, "is part x of 2"),
     ({"split__count": 2, "split__no": 0}, r"is part 1 of 2 of a split model; join the parts with `llama-gguf-split"),
     ({"llama__rope__scaling__type": "longrope"}, "another way than linear or yarn"),
     ({"llama__rope__scaling__attn_factor": 1.5}, r"llama\.rope\.scaling\.attn_factor = 1\.5"),

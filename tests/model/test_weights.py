@@ -129,6 +129,8 @@ def test_without_its_package_smollm2_names_both_ways_out(monkeypatch: pytest.Mon
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "rope_theta must be above 1 for yarn"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "short_factor": [1.0]}}, "short_factor in type 'linear'"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, r"rope_theta is 100000\.0, and 7\.0 in"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+     "rope_scaling and rope_parameters contradict"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
     ({"vocab_size": None}, "vocab_size is missing"),
     ({"num_key_value_heads": 4}, "6 query heads do not divide over 4 KV heads"),

@@ -47,8 +47,10 @@ def load_gguf_config(path: Path) -> ModelConfig:
     if arch not in ARCHITECTURES:
         raise WeightsError(f"{path}: architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     if meta.get("split.count", 1) not in (0, 1):
-        raise WeightsError(f"{path} is part {meta.get('split.no', 0) + 1} of {meta['split.count']} of a split model; "
-                           "join the parts with `llama-gguf-split --merge`")
+        number = meta.get("split.no", 0)
+        part = number + 1 if isinstance(number, int) else number
+        raise WeightsError(f"{path} is part {part} of {meta['split.count']} of a split model; join the parts with "
+                           "`llama-gguf-split --merge`")
     for key, value in meta.items():
         name = key.removeprefix(f"{arch}.")
         if name != key and name not in _KEYS and value not in (0, False, "") and (name, value) != (

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bros_ref.config import ModelConfig, RopeScaling
+from bros_ref.config import MAX_LAYERS, ModelConfig, RopeScaling
 from bros_ref.model.weights.checkpoint import WeightsError, read_json
 
 # What transformers fills in for a key that is absent; null is a value of its own.
@@ -38,9 +38,9 @@ _HARMLESS = frozenset({
     "attention_dropout", "attention_probs_dropout_prob", "activation_dropout", "residual_dropout", "resid_pdrop",
     "attn_pdrop", "embd_pdrop", "layerdrop", "layer_norm_eps", "_attn_implementation", "attn_implementation",
     "_attn_implementation_internal", "_attn_implementation_autoset", "_flash_attn_2_enabled"})
-_COMPUTES = re.compile("scal|multipl|soft|capping|clip|factor|norm|bias|window|expert|moe|rope|rotary|attn|attention|"
-                       "act|layer|head|quant|compress|mlp|embed|alibi|sink|resid|position|logit|lora|qk|kv|weights|"
-                       "interleav|parallel|mup|conv|ssm|adapter")
+_COMPUTES = re.compile("scal|multipl|soft|capping|clip|factor|norm|bias|window|expert|moe|rope|rotary|freq|attn|"
+                       "attention|act|glu|gate|layer|head|quant|compress|mlp|emb|alibi|sink|resid|position|logit|lora|"
+                       "qk|kv|weights|interleav|parallel|chunk|mup|conv|ssm|adapter|dim_|_dim")
 
 _SCALING_KEYS = {  # kind -> the keys of rope_scaling that transformers reads
     "default": {"factor"}, "linear": {"factor"},
@@ -96,6 +96,8 @@ def _llama_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
     _refuse_unless(path, raw, {"hidden_act": "silu", "partial_rotary_factor": 1.0})
     family, num_layers = raw["model_type"], raw["num_hidden_layers"]
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if (raw.get("rope_parameters") or rope) != rope:
+        raise WeightsError(f"{path}: rope_scaling and rope_parameters contradict each other; remove the wrong one")
     biased = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
     return ModelConfig(
         family=family, vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"],
@@ -133,7 +135,7 @@ def _layer_windows(path: Path, raw: dict[str, Any]) -> tuple[int | None, ...]:
     if family == "llama" or (family != "mistral" and not raw.get("use_sliding_window", False)):
         window = None
     types = raw.get("layer_types")
-    if not isinstance(num_layers, int) or (window is None and types is None):
+    if not isinstance(num_layers, int) or num_layers > MAX_LAYERS or (window is None and types is None):
         return ()  # a bad number of layers is reported by ModelConfig
     first = 0 if family == "mistral" else raw.get("max_window_layers", 0)
     default = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(num_layers)]
@@ -146,10 +148,11 @@ def _layer_windows(path: Path, raw: dict[str, Any]) -> tuple[int | None, ...]:
 
 
 def _rope_theta(path: Path, raw: dict[str, Any], rope: dict[str, Any]) -> Any:
-    theta, inner = raw.get("rope_theta"), rope.get("rope_theta")  # inside since transformers 5
-    if theta is not None and inner is not None and theta != inner:
-        raise WeightsError(f"{path}: rope_theta is {theta!r}, and {inner!r} in rope_parameters; remove the wrong one")
-    return inner if theta is None and inner is not None else 10_000.0 if theta is None else theta
+    found = {theta for theta in (raw.get("rope_theta"), rope.get("rope_theta")) if theta is not None}
+    if len(found) > 1:  # transformers 5 writes it inside
+        raise WeightsError(f"{path}: rope_theta is {raw['rope_theta']!r}, and {rope['rope_theta']!r} in "
+                           "rope_parameters; remove the wrong one")
+    return found.pop() if found else 10_000.0
 
 
 def _rope_scaling(path: Path, rope: dict[str, Any], max_context: int) -> RopeScaling | None:
