@@ -29,10 +29,12 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/notebook_index.py
 
 # The site: guides, all notebooks as pages, and the reference. It opens without network: out/site/index.html.
-docs book: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev
 	mkdir -p out/site-source
 	$(BIN)/python -m sphinx -q -c docs out/site-source out/site
 	@echo open out/site/index.html
+
+book: docs
 
 # Compiles every CUDA kernel for every architecture, runs it on the CPU, tries seeded defects; no GPU is needed.
 kernels: $(VENV)/.installed-dev
