@@ -1,4 +1,4 @@
-# make demo | test | lab | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
+# make demo | test | lab | serve | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
 # installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -12,7 +12,7 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint lab notebooks docs book kernels bench lock clean
+.PHONY: demo test lint lab serve notebooks docs book kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -22,6 +22,10 @@ test: lint
 
 lab: $(VENV)/.installed-dev
 	$(BIN)/jupyter lab notebooks --LabApp.default_url=/lab/tree/00_the_whole_game.ipynb
+
+# An OpenAI-compatible server on http://127.0.0.1:8000.
+serve: $(VENV)/.installed-dev
+	$(BIN)/bros-ref serve
 
 # Runs every notebook and leaves it as it is to be committed.
 notebooks: $(VENV)/.installed-dev
