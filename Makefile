@@ -1,4 +1,4 @@
-# make demo | test | lab | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
+# make demo | test | lab | serve | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
 # installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,7 +13,7 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint soak lab notebooks docs book kernels bench lock clean
+.PHONY: demo test lint soak lab serve notebooks docs book kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -22,21 +22,24 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed-server
 	$(BIN)/bros-ref serve $(SERVE_ARGS)
 
-# How the server stands kill -9 and clients that leave, at the sizes that the documentation states.
-soak: $(VENV)/.installed-dev
-	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/server/test_durability.py tests/server/test_soak.py
-
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
 
-# Random lives of the engine under faults, aborts and interrupts: make soak MINUTES=30
+# Random lives of the engine under faults, aborts and interrupts, then the server's tests of kill -9 and of clients that
+# leave, at the sizes that the documentation states: make soak MINUTES=30
 MINUTES ?= 30
 soak: $(VENV)/.installed-dev
 	LIVES_SECONDS=$$((60 * $(MINUTES))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -s \
 		tests/test_random_lives.py
+	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest -p no:cacheprovider tests/server/test_durability.py \
+		tests/server/test_soak.py
 
 lab: $(VENV)/.installed-dev
 	$(BIN)/jupyter lab notebooks --LabApp.default_url=/lab/tree/00_the_whole_game.ipynb
+
+# An OpenAI-compatible server on http://127.0.0.1:8000.
+serve: $(VENV)/.installed-dev
+	$(BIN)/bros-ref serve
 
 # Runs every notebook and leaves it as it is to be committed.
 notebooks: $(VENV)/.installed-dev
@@ -44,10 +47,12 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/notebook_index.py
 
 # The site: guides, all notebooks as pages, and the reference. It opens without network: out/site/index.html.
-docs book: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev
 	mkdir -p out/site-source
 	$(BIN)/python -m sphinx -q -c docs out/site-source out/site
 	@echo open out/site/index.html
+
+book: docs
 
 # Compiles every CUDA kernel for every architecture, runs it on the CPU, tries seeded defects; no GPU is needed.
 kernels: $(VENV)/.installed-dev
