@@ -37,10 +37,6 @@ soak: $(VENV)/.installed-dev
 lab: $(VENV)/.installed-dev
 	$(BIN)/jupyter lab notebooks --LabApp.default_url=/lab/tree/00_the_whole_game.ipynb
 
-# An OpenAI-compatible server on http://127.0.0.1:8000.
-serve: $(VENV)/.installed-dev
-	$(BIN)/bros-ref serve
-
 # Runs every notebook and leaves it as it is to be committed.
 notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/run_notebooks.py

@@ -18,11 +18,11 @@ Ours, where the paper is silent:
 - The paper's step 3 (batch full: swap the slackest RT for a BE) happens before the seat is taken: seats fill in slack
   order, so the last seat is the slackest RT's; it is offered to BE if that RT can afford two iterations, and is the
   RT's again if no BE can take it.
-- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *starving*. Each step the
+- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *starving*. In each step
   starving BE are offered a place before all other BE, the longest-waiting first, until one of them is admitted: a seat
   is kept for it, it is exempt from the budgets of time and tokens, and it may take the blocks of all other BE. So a
-  starving BE runs at the latest in the S-th step in which its KV fits into the blocks that RT leave, where S is how many
-  BE held KV when it began to starve. If no BE holds KV, the head of the BE queue is offered the place after N steps.
+  starving BE runs at the latest in the S-th step in which its KV fits into the blocks that RT leave, where S is how
+  many BE held KV when it began to starve. If no BE holds KV, the head of the BE queue is offered the place after N steps.
   Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, at most one per step is exempt
   from the budgets likewise.
 - An empty batch may exceed every budget, so the machine never idles; and an RT for which there are no blocks does not
