@@ -76,7 +76,7 @@ def test_what_belongs_to_training_is_left_out(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "Qwen2Tokenizer",
-                                  "GPT2TokenizerFast"])
+                                  "GPT2TokenizerFast", "CodeLlamaTokenizer"])
 @pytest.mark.parametrize("options", [
     {}, {"add_bos_token": False}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True},
     {"add_eos_token": True}, {"bos_token": {"content": "<s>", "__type": "AddedToken",
@@ -84,7 +84,7 @@ def test_what_belongs_to_training_is_left_out(tmp_path: Path, kind: str) -> None
 def test_each_class_opens_and_closes_texts_as_in_transformers(tmp_path: Path, name: str,
                                                               options: dict[str, Any]) -> None:
     tokenizer = chatml()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<unk>"])
+    tokenizer.add_special_tokens(["<|endoftext|>", "<unk>", "▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"])
     assert_equals_transformers(write_folder(tmp_path, tokenizer, tokenizer_class=name, **options))
 
 
@@ -105,14 +105,16 @@ def test_add_prefix_space_is_the_configs(tmp_path: Path, prefix: bool, option: A
 @pytest.mark.parametrize("options", [
     {"added_tokens_decoder": {"333": {"content": "<tool>", "special": True, "normalized": False}}},
     {"added_tokens_decoder": {"333": {"content": "<tool>", "special": False, "normalized": False}}},
-    {"pad_token": "<pad>"}, {"additional_special_tokens": ["<x>", {"content": "<y>", "__type": "AddedToken"}]},
+    {"pad_token": "<pad>"}, {"eos_token": {"content": "</s>", "__type": "AddedToken", "lstrip": True}},
+    {"additional_special_tokens": ["<x>", {"content": "<y>", "__type": "AddedToken", "lstrip": True}]},
+    {"extra_special_tokens": {"image_token": "<y>"}, "cls_token": "<x>", "additional_special_tokens": ["<pad>"]},
     {"split_special_tokens": True}])
 def test_tokens_of_the_config_join_those_of_the_tokenizer(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = write_folder(tmp_path, **options)
     assert_equals_transformers(folder)
     from transformers import AutoTokenizer
 
-    text = "the <tool><pad> <x> quick<y>"
+    text = "the <tool><pad> <x> quick <y> </s>"
     assert load_tokenizer(folder).encode(text) == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
 
 
