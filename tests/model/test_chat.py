@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
-from bros_ref.model.chat_template import CPU_SECONDS, MEMORY_BYTES, RENDERER, TemplateFailedError
+from bros_ref.model.chat_template import CPU_SECONDS, MEMORY_BYTES, RENDERER, TemplateFailedError, TemplateRenderer
 from bros_ref.model.control_tokens import ControlTokens
 from bros_ref.model.tokenizer import CheckpointTokenizer, TokenizerError, load_tokenizer
 from bros_ref.model.weights.load import WeightsError, load_model_config
@@ -259,8 +259,9 @@ def test_a_hostile_template_is_one_line_of_error_in_bounded_time_and_memory(tmp_
     assert len(str(failure.value)) < 600
     assert time.process_time() - own_cpu < CPU_SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - own_peak < 64 * 1024  # KiB: this process took no part
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 4 * MEMORY_BYTES
     assert RENDERER.render("{{ x }}", {"x": "still here"}) == "still here"
+    assert RENDERER._child is not None
+    assert resource.prlimit(RENDERER._child.pid, resource.RLIMIT_AS)[0] <= MEMORY_BYTES
 
 
 @pytest.mark.parametrize(("template", "message"), [
@@ -305,6 +306,12 @@ def test_an_interrupted_render_leaves_no_answer_behind(monkeypatch: pytest.Monke
     assert RENDERER.render("{{ x }}", {"x": "new"}) == "new"
     with pytest.raises(TemplateFailedError, match="no plain texts"):
         RENDERER.render("", {"x": object()})
+
+
+def test_where_no_process_starts_a_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    with pytest.raises(TemplateFailedError, match="no process can be started to render it"):
+        TemplateRenderer().render("x", {})
 
 
 # --- control tokens in what users write
