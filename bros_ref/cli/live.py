@@ -94,6 +94,10 @@ def generate(prompt: str, model: ModelOption = "smollm2",
 
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt's character {error.start} is no text in this terminal's encoding") from error
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     loaded = _load(model, device, threads, seed, backend)
     token_ids = loaded.tokenizer.chat(prompt)
