@@ -81,9 +81,9 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
     intervals = interval_rows(runs)
     if seeds > 1:
         console.print(interval_table(intervals, f"Mean and 95 % interval over {seeds} seeds"))
+    write_json(json_path, "simulate", seed, runs=runs, intervals=intervals)
     if report is not None:
         _write_report(report, names, settings, arrivals, title)
-    write_json(json_path, "simulate", seed, runs=runs, intervals=intervals)
 
 
 def _arrivals(workload: list[str], settings: Any, rt_rate: float, duration_s: float | None, be_batch: int | None,
@@ -148,9 +148,9 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
     done = f"{result['seeds']} of {seeds} seeds" if result["seeds"] < seeds else f"{seeds} seed{'s' * (seeds > 1)}"
     console.print(figures_table(result["figures"], f"{done}, {result['duration_s']:,.0f} simulated seconds per run"))
     console.print(dominance_table(result["dominance"]))
-    write_reproduction(out / "report.html", result)
-    write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
     write_json(json_path, "reproduce", seed, **result)
+    write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
+    write_reproduction(out / "report.html", result)
     say(console, f"report: {out / 'report.html'}")
 
 
