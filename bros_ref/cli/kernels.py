@@ -61,7 +61,7 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
     """Times every decode step on a GPU, against torch; without one it says so, and measures nothing."""
     import torch
 
-    from bros_ref.evaluation.bench.kernels import CASES, CudaTimer, bench_kernels, copy_bandwidth
+    from bros_ref.evaluation.bench.kernels import CASES, GraphTimer, bench_kernels, copy_bandwidth
     from kernels_cupy.gpu import CupyDevice, why_unavailable
     from kernels_cupy.heads import SCALARS, Heads
     from kernels_cupy.launch import STEPS, Problem, why_not
@@ -74,7 +74,7 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
         console.print(f"not measured here: {reason}")
         write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
         return
-    device, timer, heads = CupyDevice(), CudaTimer(), Heads(32, 8, head_dim, 16, known[dtype])
+    device, timer, heads = CupyDevice(), GraphTimer(), Heads(32, 8, head_dim, 16, known[dtype])
     longest = max(max(case.context_lens) for case in CASES) // heads.block_size
     steps = [step for step in STEPS if why_not(step, Problem(heads, 1, longest), device.gpu) is None]
     bandwidth = copy_bandwidth(timer, "cuda")
@@ -103,8 +103,8 @@ def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
     if not pattern.search(readme):
         raise ValueError(f"kernels_cupy/README.md has no {BEGIN} ... {END}")
     header = ("| step | idea | sectors / minimum | warp instructions per KiB, executed | main loop, machine code | "
-              "registers | worst bank conflict | direction, instructions | mma and what feeds it | issuing would limit "
-              "at, of DRAM (A100, H100; estimate) | on a GPU |")
+              "registers | worst bank conflict | direction, instructions | mma per KiB of shared memory | "
+              "issuing would limit at, of DRAM (A100, H100; estimate) | on a GPU |")
     lines = [header, "|" + "---|" * 11]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows
               if (row["dtype"], row["head_dim"], row["arch"]) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
@@ -112,11 +112,11 @@ def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    caps, feeding = row["issue_cap_estimate"], row["mma_feeding_share"]
+    caps = row["issue_cap_estimate"]
     return [row["step"], row["name"], _number(row["sectors_over_minimum"], ".2f"),
             _number(row["warp_instructions_per_kib"], ".0f"), _number(row["main_loop_instructions_per_kib"], ".0f"),
             str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
-            _number(row["direction_overhead"], "+.1%"), _number(feeding, ".0%") if row["mma_instructions"] else "-",
+            _number(row["direction_overhead"], "+.1%"), _number(row["mma_per_shared_kib"], ".1f"),
             "-" if caps is None else ", ".join(map(_cap, caps.values())), "not measured here"]
 
 
@@ -170,6 +170,7 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
             "direction_overhead": run and run.direction_overhead,
             "worst_bank_conflict": counted and counted.worst_bank_conflict,
             "mma_instructions": loop and loop.multiplications, "mma_feeding_share": run and run.feeding_share,
+            "mma_per_shared_kib": run and run.mma_per_shared_kib,
             "main_loop_feeding_share": loop and loop.feeding_share,
             "issue_cap_estimate": loop and {gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
             if not rung.is_prefill else None,
