@@ -22,7 +22,8 @@ Ours, where the paper is silent:
   starving BE are offered a place before all other BE, the longest-waiting first, until one of them is admitted: a seat
   is kept for it, it is exempt from the budgets of time and tokens, and it may take the blocks of all other BE. So a
   starving BE runs at the latest in the S-th step in which its KV fits into the blocks that RT leave, where S is how
-  many BE held KV when it began to starve. If no BE holds KV, the head of the BE queue is offered the place after N steps.
+  many BE held KV when it began to starve. If no BE holds KV, the head of the BE queue is offered the place
+  after N steps.
   Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, at most one per step is exempt
   from the budgets likewise.
 - An empty batch may exceed every budget, so the machine never idles; and an RT for which there are no blocks does not
