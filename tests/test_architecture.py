@@ -142,7 +142,8 @@ def circle(sources):
 
 CORE = ("scheduler", "kv_cache", "model", "engine", "request", "config", "trace")
 BESIDE_THE_CORE = (  # read one at a time, each on its own
-    "bros_ref.scheduler.baselines", "bros_ref.trace.replay", "bros_ref.trace.perfetto", "bros_ref.trace.metrics")
+    "bros_ref.scheduler.baselines", "bros_ref.trace.replay", "bros_ref.trace.perfetto", "bros_ref.trace.metrics",
+    "bros_ref.model.chat_template", "bros_ref.model.control_tokens", "bros_ref.model.special_tokens")
 MAX_CORE_LINES = 5_500
 
 

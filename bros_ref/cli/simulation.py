@@ -25,6 +25,8 @@ from bros_ref.cli.common import (
     output_folder,
     parse_policies,
     progress,
+    say,
+    tell_refusals,
     write_json,
 )
 
@@ -74,6 +76,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
         runs = run_all(jobs, processes, lambda _: advance(1))
     pool = f"{settings.num_blocks * block_size:,} KV tokens"
     title = f"Simulated: {model}, {tp} x {gpu} ({settings.basis}), {pool}, SLO {ttft_slo_s}/{tpot_slo_s} s, seed {seed}"
+    tell_refusals(console, runs)
     console.print(results_table([run for run in runs if run["seed"] == seed], title))
     intervals = interval_rows(runs)
     if seeds > 1:
@@ -148,7 +151,7 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
     write_reproduction(out / "report.html", result)
     write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
     write_json(json_path, "reproduce", seed, **result)
-    console.print(f"report: {out / 'report.html'}")
+    say(console, f"report: {out / 'report.html'}")
 
 
 @bench_app.command("simulator")

@@ -24,7 +24,14 @@ BACKENDS = ("auto", "torch", "cupy", "cpu-emulated")
 
 class KernelAttention:
     """Attention by the kernels: one decode launch where every sequence has one new token, else one launch of the
-    prefill kernel, which serves mixed batches."""
+    prefill kernel, which serves mixed batches.
+
+    Raises (when called):
+        ValueError: a context exceeds a sliding window, which the kernels do not have. `Decoder` limits its context to
+            the window, so that requests are refused before.
+    """
+
+    sliding_windows = False
 
     def __init__(self, device: Device, num_sms: int | None = None) -> None:
         self._device = device
@@ -36,6 +43,9 @@ class KernelAttention:
         from kernels_cupy.launch import paged_attention as decode
         from kernels_cupy.launch_prefill import prefill_attention
 
+        if meta.window is not None:
+            raise ValueError(f"the kernels have no sliding windows: a context of {max(meta.context_lens)} tokens "
+                             f"exceeds the window of {meta.window}; use the torch backend")
         tables, context_lens, reversed_, query_starts = self._integers_of(meta)
         q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
         if len(q) == len(context_lens):

@@ -1,8 +1,8 @@
-"""The one admission loop. A policy is an order of candidates, plus what it does when blocks run out.
+"""What all policies share: one admission check, the life of a request, and the accounts of a step.
 
-    schedule(now_s):  for each candidate, in the policy's order:
-                          a seat?  tokens left?  does the deadline hold?  blocks?   -> into the batch
-                          otherwise the reason is recorded, and the policy decides whether to go on
+    schedule(now_s):      starts a step, lets the policy `pack` its batch, and completes the output
+    policy.pack(now_s):   calls `try_admit` for each candidate, in the policy's order
+    try_admit(request):   a seat?  tokens left?  does the deadline hold?  blocks?  -> ADMITTED, or why not
 
 It imports no torch and never reads a clock, so every decision can be stepped through in a debugger, live or
 simulated. Invariant: between steps each RUNNING request's KV holds exactly `num_computed_tokens` tokens (on the
@@ -12,29 +12,39 @@ device or in the host store) and each WAITING one's holds none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from bros_ref.config import SchedulerConfig
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.latency_model import StepFeatures, StepLatencyModel
-from bros_ref.scheduler.output import BATCH_CAP, DEADLINE, NO_BLOCKS, TOKEN_BUDGET, SchedulerOutput
+from bros_ref.scheduler.output import (
+    ADMITTED,
+    BATCH_CAP,
+    DEADLINE,
+    NO_BLOCKS,
+    TOKEN_BUDGET,
+    Admission,
+    SchedulerOutput,
+)
 
 ITERATION_EMA = 0.1  # weight of the newest step in the moving average of iteration time
+WAITING, RUNNING = RequestStatus.WAITING, RequestStatus.RUNNING
 BANKED_SHARE = 0.9  # of TPOT, that time is banked against; the rest is for iterations longer than predicted
 
 
 class Scheduler:
-    """What all policies share. A policy overrides `setup`, `enqueue`, `candidates`, and `preempt_for` if it preempts.
+    """What all policies share. A policy overrides `setup`, `enqueue`, `dequeue`, `pack`, and `preempt_for` if it
+    preempts.
 
     Attributes:
         reserves_whole_requests: whether admission reserves blocks for all that a request may still generate.
         requests: all live requests, by id.
         running: requests that hold KV, in admission order.
-        max_batch_size, step_budget_s, exempt: limits of the step, which the policy sets; `step_budget_s` (with the
-            model's safety factor applied to predictions) is the longest iteration the deadlines allow,
-            and `exempt` lifts it for one candidate.
-        refusal: why the last candidate was not taken; None if it was.
+        max_batch_size: the most requests in the batch of this step.
+        max_step_tokens: the most tokens of this step; a policy may lower it while it packs.
+        executing_s: predicted seconds to compute the batch admitted so far, without the safety factor.
+        output: the step that is being packed, or else the last one.
     """
 
     reserves_whole_requests = False
@@ -50,9 +60,8 @@ class Scheduler:
         self.step = 0
         self.iteration_s = 0.0  # moving average
         self.max_batch_size = config.max_num_seqs
-        self.step_budget_s = math.inf
-        self.exempt = False
-        self.refusal: str | None = None
+        self.max_step_tokens = config.max_num_batched_tokens
+        self.executing_s = 0.0
         self.output = SchedulerOutput(0, 0.0)
         self.setup()
 
@@ -65,10 +74,13 @@ class Scheduler:
         """Puts a WAITING request into the policy's queue; `front` if it was preempted and comes back."""
         raise NotImplementedError
 
-    def candidates(self, now_s: float) -> Iterator[Request]:
-        """Yields requests in the order in which they may take a place in the batch. After each yield,
-        `self.refusal` says whether it was taken; a WAITING request that was taken is RUNNING by then. One that was
-        preempted in this step is refused by the loop."""
+    def dequeue(self, request: Request) -> None:
+        """Takes a WAITING request out of the policy's queue: it has just been admitted."""
+        raise NotImplementedError
+
+    def pack(self, now_s: float) -> None:
+        """Fills the batch: calls `try_admit` for one candidate after another, in the policy's order, and returns at
+        the latest when the answer is BATCH_CAP."""
         raise NotImplementedError
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
@@ -76,140 +88,141 @@ class Scheduler:
         return False
 
     def can_admit(self, request: Request) -> bool:
-        """Whether the pool has room for all known tokens of a WAITING request, though its first chunk may need less:
-        entering on the strength of a chunk ends in preempting one another (vLLM: `scheduler_reserve_full_isl`)."""
+        """Whether the pool has room for all known tokens of a WAITING request. Its first chunk may need less, but
+        admitting on the first chunk alone causes requests to preempt each other (vLLM: `scheduler_reserve_full_isl`).
+        """
         return self.kv.blocks_for(request.num_tokens) <= self.kv.num_free_blocks
 
     def prefill_advanced(self, request: Request) -> None:
         """Called when a chunk was computed that did not complete the prompt."""
 
-    def begin_step(self, now_s: float) -> None:
-        """Sets the limits of the step, before any candidate is drawn."""
+    def begin_step(self) -> None:
+        """Called at the start of each step, before `pack`."""
         self.kv.begin_step()
 
-    # -- the admission loop -----------------------------------------------------------------------------------
+    # -- one iteration ----------------------------------------------------------------------------------------
 
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Decides one iteration. Expected scarcity is recorded in the output, never raised."""
         self.step += 1
-        self.output = output = SchedulerOutput(self.step, now_s)
-        self.step_budget_s, self.exempt = math.inf, False
-        self.begin_step(now_s)
-        requests, counts, tables = output.requests, output.num_scheduled_tokens, output.block_tables
-        features, preempted, offloaded_tokens = output.features, output.preempted, self.kv.offloaded_tokens
-        allocate_slots, reserves, waiting = self.kv.allocate_slots, self.reserves_whole_requests, RequestStatus.WAITING
-        safety, per_token_s, per_context_s = self.latency.safety, self.latency.c1, self.latency.c3
-        predicted_s, max_tokens, step = self.latency.c0, self.config.max_num_batched_tokens, self.step
-        for request in self.candidates(now_s):
-            if preempted and request.request_id in preempted:  # it gave way in this very step
-                self._refuse(request, NO_BLOCKS)
-                continue
+        self.output = SchedulerOutput(self.step, now_s)
+        self.executing_s = self.latency.c0
+        self.max_step_tokens = self.config.max_num_batched_tokens
+        self.begin_step()
+        self.pack(now_s)
+        return self._complete(self.output)
 
-            # 1. A seat, and tokens: a decode takes one, a prefill is cut to what fits if it may be.
-            if len(requests) >= self.max_batch_size:
-                self._refuse(request, BATCH_CAP)
-                break
-            context = request.num_computed_tokens
-            count = request.num_tokens - context
-            if count == 1:
-                if features.new_tokens >= max_tokens and not self.exempt:
-                    self._refuse(request, TOKEN_BUDGET)
-                    continue
-                cost_s = per_token_s + per_context_s * context
-            else:
-                count = self._fit_prefill(request, count, predicted_s)
-                if count == 0:
-                    continue
-                cost_s = self.latency.cost_s(count, context)
+    def try_admit(self, request: Request, step_budget_s: float = math.inf, exempt: bool = False) -> Admission:
+        """Adds a live request to the batch, or records in `output.left_out` why it does not fit.
 
-            # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host. An empty
-            #    batch takes its first whatever the bound: an idle machine helps nobody.
-            if (predicted_s + cost_s) * safety > self.step_budget_s and not self.exempt and requests:
-                self._refuse(request, DEADLINE)
-                continue
-            restored = offloaded_tokens.get(request.request_id, 0) if offloaded_tokens else 0
-            if restored and not self._restore_fits(restored):
-                self._refuse(request, DEADLINE)
-                continue
+        Args:
+            request: not in the batch yet. A WAITING one that is admitted leaves its queue and is RUNNING.
+            step_budget_s: the longest iteration that the deadlines allow; limits prediction * safety factor.
+            exempt: whether neither this budget nor the one in tokens applies to this request.
+        """
+        output, latency, kv = self.output, self.latency, self.kv
+        requests, features, output.step_budget_s = output.requests, output.features, step_budget_s
+        if output.preempted and request.request_id in output.preempted:  # it gave way in this very step
+            return self.refuse(request, NO_BLOCKS)
 
-            # 3. Blocks, if need be after the policy has made room. A newcomer's whole prompt must fit.
-            if request.status is waiting and not self.can_admit(request):
-                self._refuse(request, NO_BLOCKS)
-                continue
-            lookahead = request.max_total_tokens - count if reserves and request.status is waiting else 0
-            table = allocate_slots(request, count, lookahead)
-            if table is None:
-                table = self._preempt_and_allocate(request, count)
-                features = output.features  # a victim may have left the batch
-                predicted_s = self.latency.predict(features)
-                if table is None:
-                    self._refuse(request, NO_BLOCKS)
-                    continue
+        # 1. A seat, and tokens: a decode takes one, a prefill is cut to what fits if it may be.
+        if len(requests) >= self.max_batch_size:
+            return self.refuse(request, BATCH_CAP)
+        context = request.num_computed_tokens
+        count = request.num_tokens - context
+        if count == 1:
+            if features.new_tokens >= self.max_step_tokens and not exempt:
+                return self.refuse(request, TOKEN_BUDGET)
+            cost_s = latency.c1 + latency.c3 * context
+        else:
+            count, reason = self._fit_prefill(request, count, step_budget_s, exempt)
+            if reason is not ADMITTED:
+                return self.refuse(request, reason)
+            cost_s = latency.cost_s(count, context)
 
-            # 4. It is in.
-            predicted_s += cost_s
-            features.new_tokens += count
-            if count == 1:
-                features.decode_contexts += context
-            else:
-                features.prefill_products += count * (context + count / 2)
-            if restored:
-                features.restored_tokens += restored
-            requests.append(request)
-            counts.append(count)
-            tables.append(table)
-            if request.status is waiting:
-                request.status = RequestStatus.RUNNING
-                self.running.append(request)
-            request.last_step = step
-            self.refusal = None
-        return self._complete(output)
+        # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host.
+        executing_s = self.executing_s + cost_s
+        if executing_s * latency.safety > step_budget_s and requests and not exempt:
+            return self.refuse(request, DEADLINE)
+        restored = kv.offloaded_tokens.get(request.request_id, 0) if kv.offloaded_tokens else 0
+        if restored and requests and not exempt and not self._restore_fits(restored, step_budget_s):
+            return self.refuse(request, DEADLINE)
 
-    def _fit_prefill(self, request: Request, wanted: int, predicted_s: float) -> int:
-        """Tokens of a prefill to take now, at most `wanted`; 0 if it was refused."""
-        output, config = self.output, self.config
-        tokens_left = config.max_num_batched_tokens - output.features.new_tokens
+        # 3. Blocks, if need be after the policy has made room. A newcomer's whole prompt must fit.
+        is_newcomer = request.status is WAITING
+        if is_newcomer and not self.can_admit(request):
+            return self.refuse(request, NO_BLOCKS)
+        lookahead = request.max_total_tokens - count if is_newcomer and self.reserves_whole_requests else 0
+        table = kv.allocate_slots(request, count, lookahead)
+        while table is None and self.preempt_for(request, count):
+            table = kv.allocate_slots(request, count)
+            features = output.features  # a victim may have left the batch
+            self.executing_s = latency.predict(features)
+            executing_s = self.executing_s + cost_s
+        if table is None:
+            return self.refuse(request, NO_BLOCKS)
+
+        # 4. It is in.
+        self.executing_s = executing_s
+        features.new_tokens += count
+        if count == 1:
+            features.decode_contexts += context
+        else:
+            features.prefill_products += count * (context + count / 2)
+        if restored:
+            features.restored_tokens += restored
+        requests.append(request)
+        output.num_scheduled_tokens.append(count)
+        output.block_tables.append(table)
+        request.last_step = self.step
+        if is_newcomer:
+            self.dequeue(request)
+            request.status = RUNNING
+            self.running.append(request)
+        if output.left_out:
+            output.left_out.pop(request.request_id, None)  # an earlier attempt in this step failed
+        return ADMITTED
+
+    def refuse(self, request: Request, reason: Admission) -> Admission:
+        """Records why `request` sits out this step, and returns the reason."""
+        self.output.left_out[request.request_id] = reason
+        return reason
+
+    def _fit_prefill(self, request: Request, wanted: int, step_budget_s: float,
+                     exempt: bool) -> tuple[int, Admission]:
+        """Tokens of a prefill to compute now, at most `wanted`, and ADMITTED; or 0 and why not."""
+        features, config = self.output.features, self.config
+        tokens_left = self.max_step_tokens - features.new_tokens
         if not config.chunked_prefill:
             # one longer than the budget is the only prefill of its step; decodes would otherwise keep it out for good
-            if wanted <= tokens_left or not output.features.prefill_products or self.exempt:
-                return wanted
-            self._refuse(request, TOKEN_BUDGET)
-            return 0
-        if self.exempt:
+            if wanted <= tokens_left or not features.prefill_products or exempt:
+                return wanted, ADMITTED
+            return 0, TOKEN_BUDGET
+        if exempt:
             tokens_left = max(tokens_left, config.min_chunk_tokens)
         count = min(wanted, tokens_left)
         if count <= 0:
-            self._refuse(request, TOKEN_BUDGET)
-            return 0
-        if self.step_budget_s < math.inf:
-            spare_s = self.step_budget_s / self.latency.safety - predicted_s
+            return 0, TOKEN_BUDGET
+        if step_budget_s < math.inf:
+            spare_s = step_budget_s / self.latency.safety - self.executing_s
             fitting = self.latency.max_new_tokens(spare_s, request.num_computed_tokens)
             if fitting < count:
                 smallest = min(count, config.min_chunk_tokens)
-                count = max(fitting, smallest) if self.exempt else fitting
+                count = max(fitting, smallest) if exempt else fitting
                 if count < smallest:
-                    self._refuse(request, DEADLINE)
-                    return 0
-        return count
+                    return 0, DEADLINE
+        return count, ADMITTED
 
-    def _restore_fits(self, restored_tokens: int) -> bool:
+    def _restore_fits(self, restored_tokens: int, step_budget_s: float) -> bool:
         copying_s = self.latency.restore_s_per_token * (self.output.features.restored_tokens + restored_tokens)
-        return self.exempt or not self.output.requests or copying_s * self.latency.safety <= self.step_budget_s
-
-    def _preempt_and_allocate(self, request: Request, count: int) -> list[int] | None:
-        table = None
-        while table is None and self.preempt_for(request, count):
-            table = self.kv.allocate_slots(request, count)
-        return table
-
-    def _refuse(self, request: Request, reason: str) -> None:
-        self.refusal = self.output.left_out[request.request_id] = reason
+        return copying_s * self.latency.safety <= step_budget_s
 
     def _complete(self, output: SchedulerOutput) -> SchedulerOutput:
         if output.requests:  # else nobody would run the copies: they wait for the next step that runs
             output.kv_changes = self.kv.take_changes()
         output.predicted_s = self.latency.predict(output.features)
-        output.step_budget_s = None if self.step_budget_s == math.inf else self.step_budget_s
+        if output.step_budget_s == math.inf:
+            output.step_budget_s = None
         output.binding = next(reversed(output.left_out.values()), None)
         output.num_behind = len(self.requests) - len(output.requests) - len(output.left_out)
         output.num_used_blocks = self.kv.num_used_blocks
@@ -276,7 +289,6 @@ class Scheduler:
         live request waits, in the order of arrival at the engine, and recomputes its KV."""
         self.kv.reset()
         self.running.clear()
-        self.exempt = False
         self.setup()
         for request in self.requests.values():
             if request.status is RequestStatus.RUNNING:
@@ -300,21 +312,20 @@ class Scheduler:
                 self.prefill_advanced(request)
                 continue
             request.output_token_ids.append(token_id)
-            request.num_tokens += 1
+            request.num_tokens = num_tokens = request.num_tokens + 1
             request.last_token_s = now_s
             if request.first_token_s is None:
                 request.first_token_s = now_s
-            if request.is_rt:
-                assert request.slo is not None
-                deadline_s = now_s + request.slo.tpot_s
+            if (slo := request.slo) is not None:
+                deadline_s = now_s + slo.tpot_s
                 if banks_time:
-                    banked_s = BANKED_SHARE * request.slo.tpot_s * len(request.output_token_ids)
+                    banked_s = BANKED_SHARE * slo.tpot_s * len(request.output_token_ids)
                     deadline_s = max(deadline_s, request.first_token_s + banked_s)
                 request.deadline_s = request.due_s = deadline_s
             if token_id in eos and not request.sampling.ignore_eos:
                 request.status = RequestStatus.FINISHED_STOP
                 ended.append(request)
-            elif request.num_tokens >= request.max_total_tokens:
+            elif num_tokens >= request.max_total_tokens:
                 request.status = RequestStatus.FINISHED_LENGTH
                 ended.append(request)
         for request in ended:

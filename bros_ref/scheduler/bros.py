@@ -41,16 +41,16 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
 
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
-from bros_ref.scheduler.output import BATCH_CAP, DEADLINE, NO_BLOCKS
+from bros_ref.scheduler.output import ADMITTED, BATCH_CAP, DEADLINE, NO_BLOCKS
 from bros_ref.scheduler.queues import FIFOQueue
 
 by_due = attrgetter("due_s")
+WAITING, RUNNING = RequestStatus.WAITING, RequestStatus.RUNNING
 TYPICAL_RT_EMA = 0.1  # weight of the newest RT in the picture of a typical one
 
 
@@ -62,8 +62,7 @@ class BROSScheduler(Scheduler):
         self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
-        self._starving_be: Request | None = None  # the BE that is due, until it was offered a place in this step
-        self._aside: Request | None = None  # the RT that leaves the last seat to BE
+        self._starving_be: Request | None = None  # the longest-waiting, until it was offered a place in this step
         self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
         self._deadline_bound = False  # whether a deadline kept somebody out of the last batch
         self._typical_prompt_tokens = 0.0
@@ -82,9 +81,90 @@ class BROSScheduler(Scheduler):
                 self._typical_ttft_s + weight * (request.slo.ttft_s - self._typical_ttft_s))
             self._typical_prompt_tokens += weight * (request.num_prompt_tokens - self._typical_prompt_tokens)
 
+    def dequeue(self, request: Request) -> None:
+        if not request.is_rt:
+            self._be_waiting.pop()
+        elif request is self._rt_late.head():
+            self._rt_late.pop()
+        else:
+            self._rt_waiting.remove(request)  # at or near the front
+
+    # -- the algorithm ----------------------------------------------------------------------------------------
+
+    def pack(self, now_s: float) -> None:
+        """Greedy packing (paper, Algorithm 1): who is admitted, in which order, within which step budget."""
+        requests, slack_s, try_admit = self.output.requests, self.output.slack_s, self.try_admit
+        last_seat, be_exists = self.max_batch_size - 1, bool(self._be_order or self._be_waiting.head())
+        step_budget_s, patience_s = math.inf, 2 * self.iteration_s * self.latency.safety
+        late, aside, rt_queue_open, be_queue_open = list[Request](), None, True, True
+
+        # 1. Urgent RT, by ascending slack [paper]. The residual time of the most urgent bounds the step (Eq. 6).
+        for request in self._rt_by_slack(now_s):
+            if not rt_queue_open and request.status is WAITING:
+                continue
+            residual_s = request.due_s - now_s
+            slack_s[request.request_id] = residual_s - self.iteration_s
+            if residual_s < self._alone_s(request):
+                late.append(request)
+                continue
+            step_budget_s = min(step_budget_s, residual_s)
+            if be_exists and len(requests) == last_seat:
+                self._admit_starving_be(step_budget_s)
+                if 0 < len(requests) == last_seat and residual_s > patience_s:
+                    aside = request  # the slackest RT leaves the last seat to BE [paper] if it can wait two steps
+                    self.refuse(aside, BATCH_CAP)
+                    break
+            admission = try_admit(request, step_budget_s)
+            if admission is BATCH_CAP:
+                return
+            if admission is not ADMITTED:
+                self._deadline_bound |= admission is DEADLINE
+                rt_queue_open &= request.status is RUNNING  # else the rest of the queue stands behind it
+
+        # 2. Late RT (our decision). They set no bound; one that has waited too long is exempt from the budget.
+        exempt_left = 1
+        for request in chain(late, self._rt_late.first(self.max_batch_size)):
+            slack_s[request.request_id] = request.due_s - now_s - self.iteration_s
+            if len(requests) == last_seat:
+                self._admit_starving_be(step_budget_s)
+            exempt = exempt_left > 0 and self.step - request.last_step > self.config.be_max_wait_steps
+            exempt_left -= exempt
+            admission = try_admit(request, step_budget_s, exempt)
+            if admission is BATCH_CAP:
+                return
+            if admission is not ADMITTED and request.status is WAITING and request not in late:
+                break
+
+        # 3. A starving BE (our decision), exempt from the budget, which now has to leave time for an RT that arrives.
+        rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s())
+        self._admit_starving_be(step_budget_s)
+
+        # 4. Pending BE, by ascending KV to restore [paper].
+        for request in self._be_order:
+            if request.last_step == self.step:  # it was starving
+                continue
+            admission = try_admit(request, step_budget_s, not requests)
+            if admission is BATCH_CAP:
+                return
+            if admission is DEADLINE:
+                self._deadline_bound = True
+                if not self._a_decode_fits(step_budget_s):
+                    be_queue_open = False
+                    break
+            elif admission is NO_BLOCKS:
+                be_queue_open = False
+
+        # 5. New BE, in order of arrival.
+        while be_queue_open and (newcomer := self._be_waiting.head()):
+            be_queue_open = try_admit(newcomer, step_budget_s, not requests) is ADMITTED
+
+        # 6. The last seat: if no BE could use it, the RT that stood aside takes it after all.
+        if aside is not None and len(requests) == last_seat:
+            try_admit(aside, rt_budget_s)
+
     # -- the step's order and limits --------------------------------------------------------------------------
 
-    def begin_step(self, now_s: float) -> None:
+    def begin_step(self) -> None:
         self._adapt_batch_cap()
         self.running.sort(key=by_due)  # RT by slack; BE are never due (infinity) and keep their order, at the end
         self._be_order = self._sorted_be()
@@ -97,78 +177,20 @@ class BROSScheduler(Scheduler):
         self._deadline_bound = False
         self.max_batch_size = self._batch_cap if self.config.batch_slow_start else ceiling
 
-    def _sorted_be(self) -> list[Request]:
-        """BE that hold KV, by (tokens to restore - aging * steps waited); a due one goes to the very front."""
-        order = [request for request in self.running if not request.is_rt]
-        order.sort(key=attrgetter("last_step"))
-        oldest = order[0] if order else self._be_waiting.head()
-        offloaded, step, aging = self.kv.offloaded_tokens, self.step, self.config.be_aging_tokens_per_step
-        if offloaded:  # else the sort above has said it all
-            order.sort(key=lambda request: offloaded.get(request.request_id, 0) - aging * (step - request.last_step))
-        self._starving_be = None
-        if oldest is not None and step - oldest.last_step > self.config.be_max_wait_steps:
-            self._starving_be = oldest
-            if order:
-                order.remove(oldest)
-                order.insert(0, oldest)
-        return order
-
-    def candidates(self, now_s: float) -> Iterator[Request]:
-        late: list[Request] = []
-        yield from self._urgent_rt(now_s, late)
-        yield from self._late_rt(late)
-        rt_budget_s = self.step_budget_s
-        yield from self._best_effort()
-        yield from self._seat_back(rt_budget_s)
-
     # -- real-time --------------------------------------------------------------------------------------------
 
-    def _urgent_rt(self, now_s: float, late: list[Request]) -> Iterator[Request]:
-        """RT that can still be on time, by ascending slack; the first of them sets the bound. Late ones are put aside.
-
-        RUNNING and waiting RT are two sorted queues; sorting one after the other is a merge, in linear time.
-        """
-        output, iteration_s, slack_s = self.output, self.iteration_s, self.output.slack_s
-        offloaded = self.kv.offloaded_tokens
-        safety = self.latency.safety
-        decode_s, per_context_s = (self.latency.c0 + self.latency.c1) * safety, self.latency.c3 * safety
-        be_present = bool(self._be_order or self._be_waiting.head())
-        queue_open, running, self._aside = True, RequestStatus.RUNNING, None
-        merged = [request for request in self.running if request.is_rt] + self._newcomers_on_time(now_s)
-        merged.sort(key=by_due)
-        for request in merged:
-            is_newcomer = request.status is not running
-            if is_newcomer and not queue_open:
-                continue
-
-            # 1. Late already, or else a deadline that bounds the iteration.
-            residual_s = request.due_s - now_s
-            slack_s[request.request_id] = residual_s - iteration_s
-            context = request.num_computed_tokens
-            is_plain_decode = request.num_tokens - context == 1 and request.request_id not in offloaded
-            if residual_s < (decode_s + per_context_s * context if is_plain_decode else self._alone_s(request)):
-                late.append(request)
-                continue
-            if residual_s < self.step_budget_s:
-                self.step_budget_s = residual_s
-
-            # 2. The last seat is the slackest RT's: a due BE goes first, and any BE if it has time (paper's step 3).
-            if be_present and len(output.requests) == self.max_batch_size - 1:
-                yield from self._offer_starving_be()
-                if 0 < len(output.requests) < self.max_batch_size and residual_s > 2 * iteration_s * safety:
-                    self._refuse(request, BATCH_CAP)
-                    self._aside = request
-                    return
-            yield request
-            if self.refusal:
-                self._deadline_bound = self._deadline_bound or self.refusal == DEADLINE
-                queue_open = queue_open and not is_newcomer  # the rest of the queue stands behind it
-            elif is_newcomer:
-                self._rt_waiting.remove(request)  # at or near the front
+    def _rt_by_slack(self, now_s: float) -> list[Request]:
+        """RT that hold KV, and newcomers, by ascending slack. Both are sorted already; sorting one after the other is
+        a merge, in linear time."""
+        pending = [request for request in self.running if request.is_rt]
+        if newcomers := self._newcomers_on_time(now_s):
+            pending += newcomers
+            pending.sort(key=by_due)
+        return pending
 
     def _newcomers_on_time(self, now_s: float) -> list[Request]:
-        """The first of the RT queue, no more than seats. What is past saving leaves it for the late queue, for good, so
-        that a burst of late ones hides nobody who can still be on time."""
+        """The first of the RT queue, at most as many as a batch holds. Those that can no longer meet their deadline
+        move to `_rt_late`, for good, so that a burst of late ones hides nobody who can still be on time."""
         waiting, num_seen = self._rt_waiting, 0
         on_time: list[Request] = []
         for request in waiting:
@@ -185,42 +207,16 @@ class BROSScheduler(Scheduler):
             waiting[:num_seen] = on_time
         return on_time
 
-    def _seat_back(self, rt_budget_s: float) -> Iterator[Request]:
-        """No BE could use the last seat: the RT that stood aside for it takes it after all."""
-        aside = self._aside
-        if aside is None or len(self.output.requests) == self.max_batch_size:
-            return
-        is_newcomer = aside.status is RequestStatus.WAITING
-        del self.output.left_out[aside.request_id]
-        self.step_budget_s = rt_budget_s
-        yield aside
-        if is_newcomer and not self.refusal:
-            self._rt_waiting.remove(aside)
-
-    def _late_rt(self, late: list[Request]) -> Iterator[Request]:
-        """RT past saving: those that hold KV by deadline, then the queue. One a step may be exempt from the bound."""
-        may_exempt, longest_wait = True, self.config.be_max_wait_steps
-        for request in chain(late, self._late_newcomers()):
-            if len(self.output.requests) == self.max_batch_size - 1:
-                yield from self._offer_starving_be()
-            self.exempt = may_exempt and self.step - request.last_step > longest_wait
-            may_exempt = may_exempt and not self.exempt
-            self.output.slack_s[request.request_id] = request.due_s - self.output.now_s - self.iteration_s
-            yield request
-        self.exempt = False
-
-    def _late_newcomers(self) -> Iterator[Request]:
-        while newcomer := self._rt_late.head():
-            yield newcomer
-            if self.refusal:
-                return
-            self._rt_late.pop()
-
     def _alone_s(self, request: Request) -> float:
         """The shortest iteration that gets this request its next token (or chunk)."""
-        latency, count = self.latency, self._next_chunk(request)
-        restoring_s = latency.restore_s_per_token * self.kv.offloaded_tokens.get(request.request_id, 0)
-        return max(latency.c0 + latency.cost_s(count, request.num_computed_tokens), restoring_s) * latency.safety
+        latency, context, offloaded = self.latency, request.num_computed_tokens, self.kv.offloaded_tokens
+        if request.num_tokens - context == 1:
+            executing_s = latency.c0 + latency.c1 + latency.c3 * context
+        else:
+            executing_s = latency.c0 + latency.cost_s(self._next_chunk(request), context)
+        if request.request_id in offloaded:
+            executing_s = max(executing_s, latency.restore_s_per_token * offloaded[request.request_id])
+        return executing_s * latency.safety
 
     def _next_chunk(self, request: Request) -> int:
         left = request.num_tokens - request.num_computed_tokens
@@ -236,42 +232,28 @@ class BROSScheduler(Scheduler):
 
     # -- best-effort ------------------------------------------------------------------------------------------
 
-    def _offer_starving_be(self) -> Iterator[Request]:
-        """The due BE, once a step. If it cannot be placed, nothing is kept from those that come after it."""
-        due = self._starving_be
-        if due is None:
-            return
-        is_newcomer = due.status is RequestStatus.WAITING
-        self.exempt = True
-        yield due
-        self.exempt, self._starving_be = False, None
-        if is_newcomer and not self.refusal:
-            self._be_waiting.pop()
+    def _sorted_be(self) -> list[Request]:
+        """BE that hold KV, by (tokens to restore - aging * steps waited); a starving one goes to the very front."""
+        order = [request for request in self.running if not request.is_rt]
+        order.sort(key=attrgetter("last_step"))
+        oldest = order[0] if order else self._be_waiting.head()
+        offloaded, step, aging = self.kv.offloaded_tokens, self.step, self.config.be_aging_tokens_per_step
+        if offloaded:  # else the sort above has said it all
+            order.sort(key=lambda request: offloaded.get(request.request_id, 0) - aging * (step - request.last_step))
+        self._starving_be = None
+        if oldest is not None and step - oldest.last_step > self.config.be_max_wait_steps:
+            self._starving_be = oldest
+            if order:
+                order.remove(oldest)
+                order.insert(0, oldest)
+        return order
 
-    def _best_effort(self) -> Iterator[Request]:
-        self.step_budget_s = min(self.step_budget_s, self._newcomer_budget_s())
-        yield from self._offer_starving_be()
-        starved, left_out = False, self.output.left_out
-        for request in self._be_order[:1]:  # due perhaps, and its exempt chunk had no blocks: a smaller one may have
-            left_out.pop(request.request_id, None)
-        for request in self._be_order:
-            if request.last_step == self.step:
-                continue  # the one that was due
-            self.exempt = not self.output.requests
-            yield request
-            starved = starved or self.refusal == NO_BLOCKS
-            if self.refusal == DEADLINE:
-                self._deadline_bound = True
-                if not self._a_decode_fits():
-                    return
-        while not starved and (newcomer := self._be_waiting.head()):
-            left_out.pop(newcomer.request_id, None)
-            self.exempt = not self.output.requests
-            yield newcomer
-            if self.refusal:
-                break
-            self._be_waiting.pop()
-        self.exempt = False
+    def _admit_starving_be(self, step_budget_s: float) -> None:
+        """Offers the starving BE a place, once per step. If it cannot be placed, nothing is kept from those after it.
+        """
+        if self._starving_be is not None:
+            self.try_admit(self._starving_be, step_budget_s, exempt=True)
+            self._starving_be = None
 
     def _newcomer_budget_s(self) -> float:
         """The iteration after which a typical RT that arrives right now can still make its TTFT; no bound if even
@@ -281,9 +263,9 @@ class BROSScheduler(Scheduler):
         left_s = self._typical_ttft_s - own_s
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
-    def _a_decode_fits(self) -> bool:
+    def _a_decode_fits(self, step_budget_s: float) -> bool:
         soonest_s = (self.latency.predict(self.output.features) + self.latency.c1) * self.latency.safety
-        return soonest_s <= self.step_budget_s
+        return soonest_s <= step_budget_s
 
     # -- shortage ---------------------------------------------------------------------------------------------
 
@@ -295,7 +277,7 @@ class BROSScheduler(Scheduler):
         """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
         last. The last resort for an RT is to swap out (else recompute) an RT that is less urgent."""
         if not request.is_rt:
-            if request.status is RequestStatus.WAITING and request is not self._starving_be:
+            if request.status is WAITING and request is not self._starving_be:
                 return False  # a newcomer displaces nobody
             if self.kv.reclaim(request, num_new_tokens):
                 return True
@@ -336,7 +318,7 @@ class BROSScheduler(Scheduler):
         if not self.config.rt_displaces_eagerly:
             if request.request_id in self.kv.offloaded_tokens and self._can_wait(request):
                 return None
-            if request.status is RequestStatus.WAITING and request.slo is not None:
+            if request.status is WAITING and request.slo is not None:
                 spared_s = request.slo.ttft_s
         idle = [other for other in self.running
                 if other.is_rt and other.due_s - now_s > spared_s and self._can_give(other)]
@@ -350,5 +332,5 @@ class BROSScheduler(Scheduler):
 
     def _can_give(self, other: Request) -> bool:
         """Holds blocks, and sits out this step."""
-        return (other.status is RequestStatus.RUNNING and other.last_step < self.step
+        return (other.status is RUNNING and other.last_step < self.step
                 and self.kv.num_device_blocks(other.request_id) > 0)

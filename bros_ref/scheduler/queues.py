@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from itertools import count
+from itertools import count, islice
 
 from bros_ref.request import Request
 
@@ -32,6 +32,10 @@ class FIFOQueue:
         while self._requests and self._requests[0].status.is_end:
             self._requests.popleft()
         return self._requests[0] if self._requests else None
+
+    def first(self, num: int) -> list[Request]:
+        """At most `num` requests from the front on, which stay in the queue."""
+        return list(islice((request for request in self._requests if not request.status.is_end), num))
 
     def pop(self) -> None:
         """Drops the head."""

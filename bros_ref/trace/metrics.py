@@ -9,6 +9,7 @@ It knows no engine: a live run, a simulated one and a file give the same numbers
     E2EL           last token time - arrival, of completed requests
     duration_s     from the first arrival to the last event of the trace
     completed      ended by length or by a stop; failed: refused, aborted or failed; the rest is unfinished
+    first_refusal  the first refused request and why it was refused; None if none was
     attainment     of *all* arrived real-time requests, the fraction that completed and met the target; a completed
                    request of one token has no TPOT and so meets it
     throughput     per second of duration_s; tokens count when emitted, whether or not their request completed. With
@@ -24,7 +25,7 @@ import math
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,7 @@ def summarise(trace: Trace, until_s: float = math.inf) -> dict[str, Any]:
         "policy": trace.policy, "model": trace.model, "device": trace.device, "seed": trace.seed,
         "duration_s": duration_s, "throughput_s": until_s - trace.start_s,
         "classes": {name: _class_summary([timing for timing in timings if timing.record.request_class == name],
-                                         until_s, until_s - trace.start_s) for name in CLASSES},
+                                         until_s, until_s - trace.start_s, trace.rejected) for name in CLASSES},
         "kv": meter.kv_summary(),
         "scheduler": meter.scheduler_summary(),
         "prediction": meter.prediction_summary(),
@@ -249,9 +250,11 @@ class StreamedTrace(Trace):
         self.meter.observe(step)
 
 
-def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float) -> dict[str, Any]:
+def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float, rejected: Mapping[str, str],
+                   ) -> dict[str, Any]:
     """All keys of one class; the attainments and the goodput only mean something for real-time requests. Rates are of
-    what happened by `until_s`, per second of `rated_s`."""
+    what happened by `until_s`, per second of `rated_s`. `rejected`: request id -> why it was refused."""
+    refused = [timing.record.request_id for timing in timings if timing.ended == "rejected"]
     completed = [timing for timing in timings if timing.completed]
     completed_by_then = [timing for timing in completed if timing.ended_s is not None and timing.ended_s <= until_s]
     tokens_by_then = sum(bisect_right(timing.token_times_s, until_s) for timing in timings)
@@ -264,6 +267,8 @@ def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float) ->
         "arrived": len(timings),
         "completed": len(completed),
         "failed": sum(timing.ended is not None for timing in timings) - len(completed),
+        "refused": len(refused),
+        "first_refusal": f"{refused[0]}: {rejected[refused[0]]}" if refused else None,
         "unfinished": sum(timing.ended is None for timing in timings),
         "output_tokens": sum(len(timing.token_times_s) for timing in timings),
         "request_throughput": _per_second(len(completed_by_then), rated_s),

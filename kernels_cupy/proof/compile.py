@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from kernels_cupy.device import FOLDER, Kernel
-from kernels_cupy.proof.emulator.build import cache_folder
+from kernels_cupy.proof.cache import cached
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 120)  # what CUDA 13 compiles for, from Turing on
 
@@ -114,12 +114,12 @@ def _compiled(kernel: Kernel, target: str, sources: Mapping[str, str] | None, li
                *(f"-D{name}={value}" for name, value in kernel.defines), *(["-lineinfo"] if line_info else []))
     headers = {name: text for name, text in texts.items() if name.endswith(".cuh")}
     key = hashlib.sha256(repr((_version(), options, texts[kernel.file], sorted(headers.items()))).encode()).hexdigest()
-    path = cache_folder() / f"{target}-{key[:32]}"
-    if not path.exists():
-        partial = path.with_suffix(".part")
-        partial.write_bytes(_nvrtc_compile(kernel.file, texts[kernel.file], headers, options, target))
-        partial.replace(path)
-    return path
+
+
+    def make(path: Path) -> None:
+        path.write_bytes(_nvrtc_compile(kernel.file, texts[kernel.file], headers, options, target))
+
+    return cached(f"{target}-{key[:32]}", make)
 
 
 @cache

@@ -8,10 +8,9 @@ bidirectional KV"; the victim is our decision: the rule that keeps RT from waiti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.output import ADMITTED, BATCH_CAP
 from bros_ref.scheduler.queues import FIFOQueue
 
 
@@ -25,21 +24,22 @@ class RoundRobinScheduler(Scheduler):
     def enqueue(self, request: Request, *, front: bool = False) -> None:
         self._waiting[request.is_rt].push(request, front=front)
 
-    def candidates(self, now_s: float) -> Iterator[Request]:
+    def dequeue(self, request: Request) -> None:
+        self._waiting[request.is_rt].pop()
+
+    def pack(self, now_s: float) -> None:
         self._rt_turn = not self._rt_turn
-        yield from self._class_candidates(self._rt_turn)
+        self._pack_class(self._rt_turn)
         if not self.output.requests:
             self._rt_turn = not self._rt_turn
-            yield from self._class_candidates(self._rt_turn)
+            self._pack_class(self._rt_turn)
 
-    def _class_candidates(self, is_rt: bool) -> Iterator[Request]:
-        yield from [started for started in self.running if started.is_rt is is_rt]
-        queue = self._waiting[is_rt]
-        while request := queue.head():
-            yield request
-            if self.refusal:
+    def _pack_class(self, is_rt: bool) -> None:
+        for request in [started for started in self.running if started.is_rt is is_rt]:
+            if self.try_admit(request) is BATCH_CAP:
                 return
-            queue.pop()
+        while (newcomer := self._waiting[is_rt].head()) and self.try_admit(newcomer) is ADMITTED:
+            pass
 
     def can_admit(self, request: Request) -> bool:
         return request.is_rt or super().can_admit(request)

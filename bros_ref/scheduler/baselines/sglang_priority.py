@@ -11,11 +11,9 @@ The ratio starts at 0.7 and decays to 0.1 over 600 decode steps, and returns to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
-from bros_ref.scheduler.output import BATCH_CAP, NO_BLOCKS
+from bros_ref.scheduler.output import ADMITTED, BATCH_CAP, NO_BLOCKS
 from bros_ref.scheduler.queues import PriorityQueue, by_class_and_arrival
 
 INITIAL_NEW_TOKEN_RATIO = 0.7
@@ -33,30 +31,32 @@ class SGLangPriorityScheduler(Scheduler):
     def enqueue(self, request: Request, *, front: bool = False) -> None:
         self._waiting.push(request)
 
-    def candidates(self, now_s: float) -> Iterator[Request]:
+    def dequeue(self, request: Request) -> None:
+        self._waiting.pop()
+
+    def pack(self, now_s: float) -> None:
         started = list(self.running)
         for request in started:  # a prefill that an earlier chunk began goes on first
             if request.num_tokens - request.num_computed_tokens > 1:
-                yield request
-        yield from self._admissions()
+                self.try_admit(request)
+        self._admit_newcomers()
         if self.output.requests:
             return
         decay = (INITIAL_NEW_TOKEN_RATIO - MIN_NEW_TOKEN_RATIO) / DECAY_STEPS
         self._new_token_ratio = max(MIN_NEW_TOKEN_RATIO, self._new_token_ratio - decay)
-        yield from started
+        for request in started:
+            self.try_admit(request)
 
-    def _admissions(self) -> Iterator[Request]:
+    def _admit_newcomers(self) -> None:
         while request := self._waiting.head():
             if len(self.running) >= self.max_batch_size and not (request.is_rt and self._retract_for_slot()):
-                self._refuse(request, BATCH_CAP)
+                self.refuse(request, BATCH_CAP)
                 return
             if not self._memory_suffices(request):
-                self._refuse(request, NO_BLOCKS)
+                self.refuse(request, NO_BLOCKS)
                 return
-            yield request
-            if self.refusal:
+            if self.try_admit(request) is not ADMITTED:
                 return
-            self._waiting.pop()
 
     def _memory_suffices(self, request: Request) -> bool:
         """Blocks for the prompt, and for the share of the running requests' future that the ratio assumes."""

@@ -7,10 +7,9 @@ wait; then everybody decodes. (TGI's `waiting_served_ratio` is taken as 0: it pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bros_ref.request import Request
 from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.output import ADMITTED
 from bros_ref.scheduler.queues import FIFOQueue
 
 
@@ -25,12 +24,14 @@ class TGIScheduler(Scheduler):
     def enqueue(self, request: Request, *, front: bool = False) -> None:
         self._waiting.push(request, front=front)
 
-    def candidates(self, now_s: float) -> Iterator[Request]:
+    def dequeue(self, request: Request) -> None:
+        self._waiting.pop()
+
+    def pack(self, now_s: float) -> None:
         decoding = list(self.running)
         while len(self.running) < self.max_batch_size and (request := self._waiting.head()):
-            yield request
-            if self.refusal:
+            if self.try_admit(request) is not ADMITTED:
                 break
-            self._waiting.pop()
         if not self.output.requests:
-            yield from decoding
+            for request in decoding:
+                self.try_admit(request)

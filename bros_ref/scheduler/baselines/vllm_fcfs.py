@@ -8,10 +8,9 @@ admitted only if all its known tokens fit (vLLM's default `scheduler_reserve_ful
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.output import ADMITTED
 from bros_ref.scheduler.queues import FIFOQueue
 
 
@@ -24,17 +23,16 @@ class VLLMFCFSScheduler(Scheduler):
     def enqueue(self, request: Request, *, front: bool = False) -> None:
         self._waiting.push(request, front=front)
 
-    def candidates(self, now_s: float) -> Iterator[Request]:
-        index = 0
-        while index < len(self.running):  # a preemption shortens the list at its end
-            yield self.running[index]
-            index += 1
+    def dequeue(self, request: Request) -> None:
+        self._waiting.pop()
+
+    def pack(self, now_s: float) -> None:
+        for started in self.running:  # a preemption shortens the list at its end: the loop ends earlier then
+            self.try_admit(started)
         while (not self.output.preempted and len(self.running) < self.max_batch_size
                and (request := self._waiting.head())):
-            yield request
-            if self.refusal:
+            if self.try_admit(request) is not ADMITTED:
                 return
-            self._waiting.pop()
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
         if request.status is RequestStatus.WAITING:

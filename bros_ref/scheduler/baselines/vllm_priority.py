@@ -7,10 +7,9 @@ preempts a running one: that is why RT still waits behind full seats or a full p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.output import ADMITTED
 from bros_ref.scheduler.queues import PriorityQueue, by_class_and_arrival
 
 
@@ -23,18 +22,19 @@ class VLLMPriorityScheduler(Scheduler):
     def enqueue(self, request: Request, *, front: bool = False) -> None:
         self._waiting.push(request)
 
-    def candidates(self, now_s: float) -> Iterator[Request]:
+    def dequeue(self, request: Request) -> None:
+        self._waiting.pop()
+
+    def pack(self, now_s: float) -> None:
         for started in list(self.running):
             was_running = started.status is RequestStatus.RUNNING
-            yield started
+            self.try_admit(started)
             if was_running and started.status is RequestStatus.WAITING:
                 return  # it was the worst itself: vLLM ends the step's list there
         while (not self.output.preempted and len(self.running) < self.max_batch_size
                and (request := self._waiting.head())):
-            yield request
-            if self.refusal:
+            if self.try_admit(request) is not ADMITTED:
                 return
-            self._waiting.pop()
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
         if request.status is RequestStatus.WAITING:

@@ -14,12 +14,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from kernels_cupy.device import FOLDER, Kernel
+from kernels_cupy.proof.cache import cached
 
 HERE = Path(__file__).parent
 COMMON_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-strict-aliasing",
@@ -122,29 +122,22 @@ def _library(text: str, defines: tuple[tuple[str, str], ...], instrumented: bool
              *(f"-D{name}={value}" for name, value in defines), STEP_FLAG,
              *(["-fsanitize=thread"] if instrumented else [])]
     runtime = _runtime()
-    key = _hash(text, *command, *flags, str(runtime), _texts("include"))
-    path = cache_folder() / f"kernel-{key}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            source, made, linked = (str(Path(folder) / name) for name in ("unit.cpp", "unit.o", "unit.so"))
-            Path(source).write_text(text)
-            _run([*command, *flags, "-c", source, "-o", made])
-            _run([*command, "-shared", made, str(runtime), "-Wl,-Bsymbolic", "-lm", "-o", linked])
-            os.replace(linked, path)
-    return path
+
+    def make(path: Path) -> None:
+        source, made = (str(path.with_name(name)) for name in ("unit.cpp", "unit.o"))
+        Path(source).write_text(text)
+        _run([*command, *flags, "-c", source, "-o", made])
+        _run([*command, "-shared", made, str(runtime), "-Wl,-Bsymbolic", "-lm", "-o", str(path)])
+
+    return cached(f"kernel-{_hash(text, *command, *flags, str(runtime), _texts('include'))}.so", make)
 
 
 @cache
 def _runtime() -> Path:
     command = compiler()
     flags = [*COMMON_FLAGS, "-O2"]
-    path = cache_folder() / f"runtime-{_hash(*command, *flags, _texts('runtime'))}.o"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            made = str(Path(folder) / "runtime.o")
-            _run([*command, *flags, "-c", str(HERE / "runtime" / "runtime.cpp"), "-o", made])
-            os.replace(made, path)
-    return path
+    return cached(f"runtime-{_hash(*command, *flags, _texts('runtime'))}.o",
+                  lambda path: _run([*command, *flags, "-c", str(HERE / "runtime" / "runtime.cpp"), "-o", str(path)]))
 
 
 @cache
@@ -166,15 +159,3 @@ def _texts(folder: str) -> str:
 
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-
-@cache
-def cache_folder() -> Path:
-    """Where libraries are kept: below the user's cache folder, or a temporary one if that cannot be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bros_ref" / "emulator"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=home):
-            return home
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="bros_ref-emulator-"))

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from kernels_cupy.device import Argument, Dim3, Kernel
-from kernels_cupy.proof.emulator import build, stacks
+from kernels_cupy.proof.emulator.build import load
 from kernels_cupy.proof.emulator.faults import KernelFault, Location, locate
+from kernels_cupy.proof.emulator.stacks import reserve
 
 GAP_BYTES = 1 << 20  # of untouched address space on either side of a tensor's copy; costs no memory
 MAX_THREADS, MAX_SHARED_BYTES = 1024, 232 * 1024 - 5 * 1024  # 227 KiB: what a block may have on sm_90
@@ -208,7 +209,7 @@ class Emulator:
             MemoryError: the system has no room for the threads' stacks, or for the checks' bookkeeping.
         """
         _check_sizes(grid, block, shared_bytes)
-        library, path = build.load(kernel, self.checks, self.sources)
+        library, path = load(kernel, self.checks, self.sources)
         _check_arguments(library, kernel, arguments)
         memory = _Memory(arguments, self.checks)
         regions = (_Region * max(len(memory.regions), 1))(*memory.regions)
@@ -218,7 +219,7 @@ class Emulator:
                          self.record_limit, self.step_limit, None if served is None else served.ctypes.data)
         fault = _Fault()
         with _launching:
-            config.stacks = stacks.reserve(int(np.prod(block)))
+            config.stacks = reserve(int(np.prod(block)))
             failed = library.emu_launch(ctypes.byref(config), regions, len(memory.regions), memory.pointers,
                                         ctypes.byref(fault))
             self._collect(library, path, int(np.prod(block)))

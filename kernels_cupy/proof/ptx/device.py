@@ -18,10 +18,12 @@ import torch
 from kernels_cupy.device import Argument, Dim3, Kernel
 from kernels_cupy.proof.compile import compile_ptx
 from kernels_cupy.proof.ptx.arithmetic import Array
-from kernels_cupy.proof.ptx.machine import Machine, Request
+from kernels_cupy.proof.ptx.decode import decode
+from kernels_cupy.proof.ptx.machine import Machine
 from kernels_cupy.proof.ptx.memory import ALIGNMENT, GAP_BYTES, GLOBAL_START, Memory
+from kernels_cupy.proof.ptx.operands import Program
 from kernels_cupy.proof.ptx.parser import Instruction, Module, Variable, parse
-from kernels_cupy.proof.ptx.program import Program, decode
+from kernels_cupy.proof.ptx.state import Request
 
 THREADS_AT_ONCE = 1 << 14  # more need much memory and gain nothing
 MAX_BLOCK_THREADS = 1024
