@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = ["architecture", "results", "paper-and-ours", "testing", "faq"]
+GUIDES = ["architecture", "results", "paper-and-ours", "server", "testing", "faq"]
 PAGES = {  # file of the repository -> page of the site
     "README.md": "index.md", "notebooks/README.md": "book/index.md", "kernels_cupy/README.md": "kernels.md",
     "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
@@ -98,11 +98,11 @@ def _with_blocks(app: Sphinx, what: str, name: str, obj: object, options: Any, l
     shown: list[str] = []
     for line in lines:
         before, above = next((line for line in reversed(shown) if line), ""), shown[-1] if shown else ""
+        block_ends = above.startswith("    ") and line and not line.startswith("    ")
+        list_starts = line.startswith("- ") and above and not above.startswith(("- ", "  "))
         if line.startswith("    ") and not before.startswith("    "):
             shown += ["", "::", ""]
-        elif above.startswith("    ") and not line.startswith("    ") and line:
-            shown.append("")
-        elif line.startswith("- ") and above and not above.startswith(("- ", "  ")):
+        elif block_ends or list_starts:
             shown.append("")
         shown.append(line)
     lines[:] = shown

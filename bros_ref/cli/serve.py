@@ -51,16 +51,12 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
           device: DeviceOption = "auto", backend: BackendOption = "auto", threads: ThreadsOption = 0,
           refit: RefitOption = False, seed: SeedOption = 0) -> None:
     """An OpenAI-compatible server: interactive calls are real-time; flex calls and batches are best-effort."""
-    try:
-        from bros_ref.server.run import DrainingServer, open_socket
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing; install the server's packages: pip install 'bros-ref[server]'"
-                         ) from None
     import torch
 
     from bros_ref.engine.build import LiveSettings, blocks_that_fit, load_model, make_engine, make_runner
     from bros_ref.engine.profile import fit_latency_model
     from bros_ref.request import SLO
+    from bros_ref.server.run import DrainingServer, open_socket
     from bros_ref.server.settings import ServerSettings, read_api_keys
     from bros_ref.server.state import ServerState
 
@@ -125,12 +121,8 @@ def bench_serve_command(base_url: Annotated[str, typer.Option(help="http://HOST:
                                                                     help="Write an HTML report here.")] = None,
                         seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """An open-loop client: both classes over HTTP against ours or any OpenAI server. The key is OPENAI_API_KEY's."""
-    try:
-        from bros_ref.evaluation.bench import serve as bench
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing; install the client's packages: pip install 'bros-ref[server]'"
-                         ) from None
     from bros_ref.cli.tables import serve_table
+    from bros_ref.evaluation.bench import serve as bench
     from bros_ref.request import SLO, RequestClass
     from bros_ref.workload.files import read_workload
     from bros_ref.workload.generate import merge

@@ -37,6 +37,10 @@ class FIFOQueue:
         """At most `num` requests from the front on, which stay in the queue."""
         return list(islice((request for request in self._requests if not request.status.is_end), num))
 
+    def remove(self, request: Request) -> None:
+        """Takes out a request from anywhere in the queue, in time linear in its place."""
+        self._requests.remove(request)
+
     def pop(self) -> None:
         """Drops the head."""
         self._requests.popleft()

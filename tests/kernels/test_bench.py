@@ -14,7 +14,8 @@ from bros_ref.evaluation.bench.kernels import Case, bench_kernels, copy_bandwidt
 from bros_ref.evaluation.bench.peers import peers
 from kernels_cupy.device import FOLDER
 from kernels_cupy.gpu import why_unavailable
-from kernels_cupy.proof.contract import Batch, Heads
+from kernels_cupy.heads import Heads
+from kernels_cupy.proof.contract import Batch
 from kernels_cupy.proof.emulator import Emulator
 
 HEADS = Heads(8, 2, 64, 16, torch.float16)
