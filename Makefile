@@ -18,7 +18,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-sta
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
 
-# The server on the embedded default model; other settings: make serve SERVE_ARGS="--policy bros --port 9000"
+# An OpenAI-compatible server of the embedded default model on http://127.0.0.1:8000; other settings: make serve SERVE_ARGS="--policy bros --port 9000"
 serve: $(VENV)/.installed-server
 	$(BIN)/bros-ref serve $(SERVE_ARGS)
 

@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = ["architecture", "results", "paper-and-ours", "testing", "faq"]
+GUIDES = ["architecture", "results", "paper-and-ours", "server", "testing", "faq"]
 PAGES = {  # file of the repository -> page of the site
     "README.md": "index.md", "notebooks/README.md": "book/index.md", "kernels_cupy/README.md": "kernels.md",
     "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
