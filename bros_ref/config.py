@@ -21,20 +21,35 @@ def cdiv(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency-dependent stretching of rotary positions (Llama 3.1 model card).
+    """How rotary frequencies are stretched for contexts longer than those of pretraining; the formulas are in
+    `model/rotary.py`. `kind` decides which fields count:
+
+        linear     factor
+        llama3     factor, original_max_context_tokens, low_freq_factor, high_freq_factor (Llama 3.1 model card)
+        yarn       factor, original_max_context_tokens, beta_fast, beta_slow, truncate, attention_factor
+        divisors   divisors, one per frequency (what GGUF files store in place of llama3)
 
     Raises:
-        ValueError: a number is not positive and finite, or the two frequency factors do not ascend.
+        ValueError: a number is not positive and finite, or low_freq_factor is not below high_freq_factor.
     """
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_context_tokens: int
+    kind: Literal["linear", "llama3", "yarn", "divisors"]
+    factor: float = 1.0
+    original_max_context_tokens: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    divisors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_context_tokens"):
+        for name in ("factor", "original_max_context_tokens", "low_freq_factor", "high_freq_factor", "beta_fast",
+                     "beta_slow", "attention_factor"):
             _check_positive(f"RopeScaling.{name}", getattr(self, name))
+        for divisor in self.divisors:
+            _check_positive("RopeScaling.divisors", divisor)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(f"RopeScaling.low_freq_factor must be below high_freq_factor, got {self.low_freq_factor} "
                              f"and {self.high_freq_factor}")
@@ -44,8 +59,12 @@ class RopeScaling:
 class ModelConfig:
     """The shape of one decoder-only transformer. Families differ by these fields alone, never by a class.
 
+    `rotary_dim` is how many dimensions of each head turn with the position (None: all of them). `layer_windows` has
+    one entry per layer: how many tokens a token sees there, itself included (None: all); empty if no layer is windowed.
+
     Raises:
-        ValueError: a dimension is no positive whole number, or the query heads do not divide over the KV heads.
+        ValueError: a dimension is no positive whole number, the query heads do not divide over the KV heads, or the
+            rotary fields or windows do not fit the rest.
     """
 
     family: str
@@ -63,6 +82,8 @@ class ModelConfig:
     positions: Literal["rope", "learned"] = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    layer_windows: tuple[int | None, ...] = ()
     learned_position_offset: int = 0
     attention_qkv_bias: bool = False
     attention_out_bias: bool = False
@@ -75,9 +96,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim", "max_context_tokens"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"ModelConfig.{name} must be a positive whole number, got {value!r}")
+            _check_count(f"ModelConfig.{name}", getattr(self, name))
         if self.num_layers > MAX_LAYERS:
             raise ValueError(f"ModelConfig.num_layers must be at most {MAX_LAYERS}, got {self.num_layers}")
         for name in ("norm_eps", "rope_theta"):
@@ -86,6 +105,25 @@ class ModelConfig:
             raise ValueError(f"ModelConfig.eos_token_ids must be whole numbers, got {self.eos_token_ids!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} query heads do not divide over {self.num_kv_heads} KV heads")
+        if self.layer_windows and len(self.layer_windows) != self.num_layers:
+            raise ValueError(f"ModelConfig.layer_windows has {len(self.layer_windows)} entries for {self.num_layers} "
+                             "layers")
+        for window in self.layer_windows:
+            if window is not None:
+                _check_count("ModelConfig.layer_windows", window)
+        self._check_rotary()
+
+    def _check_rotary(self) -> None:
+        if self.rotary_dim is not None:
+            _check_count("ModelConfig.rotary_dim", self.rotary_dim)
+            if self.rotary_dim > self.head_dim or self.rotary_dim % 2:
+                raise ValueError(f"ModelConfig.rotary_dim must be even and at most head_dim {self.head_dim}, got "
+                                 f"{self.rotary_dim}")
+        scaling, pairs = self.rope_scaling, (self.rotary_dim or self.head_dim) // 2
+        if scaling is not None and scaling.kind == "divisors" and len(scaling.divisors) != pairs:
+            raise ValueError(f"RopeScaling.divisors must be {pairs} numbers, got {len(scaling.divisors)}")
+        if scaling is not None and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"ModelConfig.rope_theta must be above 1 for yarn, got {self.rope_theta}")
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -167,3 +205,8 @@ class SchedulerConfig:
 def _check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")

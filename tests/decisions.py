@@ -39,6 +39,8 @@ class Decider:
     def decide(self) -> dict[str, int]:
         """The next decision, not yet computed: request id -> tokens."""
         self.output = self.scheduler.schedule(self.now_s)
+        for request_id in self.output.rejected:  # as the engine does
+            self.abort(self.scheduler.requests[request_id])
         self.kv.check_integrity()
         return {request.request_id: count for request, count in
                 zip(self.output.requests, self.output.num_scheduled_tokens, strict=True)}

@@ -30,9 +30,10 @@ def run(folder, *, workers):
     shutil.copy(ROOT / "tests" / "conftest.py", folder)
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", folder, "-n", str(workers),
-         *flags_of_make_test(), "-p", "xdist.plugin", "-p", "pytest_timeout", "-o", "timeout=2", "-o",
-         "faulthandler_timeout=4", folder],
-        cwd=folder, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+         *flags_of_make_test(), "-p", "xdist.plugin", "-p", "pytest_timeout", "-o", "timeout=2",
+         "-o", "faulthandler_timeout=4", folder],
+        cwd=folder, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, capture_output=True, text=True,
+        timeout=LIMIT_S, check=False)
 
 
 SLOW = """

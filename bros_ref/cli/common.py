@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +14,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bros_ref.cli.interrupts import raise_again
+from bros_ref.cli.terminal import printable
 from bros_ref.files import write_text
+
+TABLE_WIDTH = 80  # columns, where the output is no terminal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help="Serve real-time and best-effort LLM requests on one model, as BROS does (arXiv 2504.09590).")
 bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The project's own measurements.")
 app.add_typer(bench_app, name="bench")
-
+EXTRA_OF = {"plotly": "viz", "cupy": "gpu"}
 
 
 def output_file(value: Any) -> Any:
@@ -32,7 +36,12 @@ def output_file(value: Any) -> Any:
         raise typer.BadParameter(f"{str(value)!r} is no name of a file")
     if not path.parent.is_dir():
         raise typer.BadParameter(f"the folder {path.parent} does not exist; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.exists() and not path.is_file():
+        return value  # a pipe or a device: written into, not replaced
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise typer.BadParameter(f"nothing can be written in {path.resolve().parent}, and a file is written beside the "
+                                 "old one first; choose another place")
+    if path.exists() and not os.access(path, os.W_OK):
         raise typer.BadParameter(f"{path} cannot be written; choose another place")
     return value
 
@@ -82,14 +91,44 @@ def parse_policies(names: str) -> list[str]:
     return chosen
 
 
+def missing_package(error: ModuleNotFoundError) -> str:
+    """What to install for a package of an extra. Raises the error again if it is none of an extra."""
+    package = str(error.name).split(".")[0]
+    if package not in EXTRA_OF:
+        raise error
+    return f"{package} is missing; pip install 'bros-ref[{EXTRA_OF[package]}]' brings it"
+
+
 def make_console(json_path: str | None) -> Console:
-    """Where tables go: standard output, unless the JSON goes there. Brackets in a path or an answer are just text."""
-    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else 140, markup=False)
+    """Where tables go: standard output, unless the JSON goes there. Brackets in a path or an answer are just text.
+
+    A command asks for it when it begins its work; from then on Ctrl-C raises, so that the work can be ended in order.
+    """
+    raise_again()
+    return Console(stderr=json_path == "-", width=None if sys.stdout.isatty() else TABLE_WIDTH, markup=False)
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """A line of text, not cut at the console's width; what it quotes cannot steer a terminal."""
+    console.print(printable(text, console.file), style=style, soft_wrap=True, highlight=False)
+
+
+def tell_refusals(console: Console, runs: Sequence[dict[str, Any]]) -> None:
+    """How many requests each policy refused, with the first of them: they count as missed."""
+    for policy in dict.fromkeys(run["policy"] for run in runs):
+        own = [run for run in runs if run["policy"] == policy]
+        refused, arrived = (sum(counts[key] for run in own for counts in run["classes"].values())
+                            for key in ("refused", "arrived"))
+        if refused:
+            first = next(counts["first_refusal"] for run in own for counts in run["classes"].values()
+                         if counts["refused"])
+            say(console, f"{policy}: refused {refused:,} of {arrived:,} requests, the first {first}", "yellow")
 
 
 @contextmanager
 def progress(console: Console, label: str, total: float) -> Iterator[Any]:
-    """A bar on standard error; yields a function that advances it."""
+    """A bar on standard error; yields a function that advances it. Ctrl-C raises from here on, and ends the bar."""
+    raise_again()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
                TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=not sys.stderr.isatty()) as bar:
@@ -105,7 +144,7 @@ def write_json(path: str | None, command: str, seed: int, **parts: Any) -> dict[
     if path is not None:
         text = json.dumps(result, indent=1, allow_nan=False)
         if path == "-":
-            print(text)
+            print(text, flush=True)
         else:
             write_text(path, text + "\n")
     return result

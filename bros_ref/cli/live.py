@@ -1,15 +1,18 @@
 """`bros-ref`: the command line. It parses, calls the library, prints a table for people and JSON for programs.
 
-Exit status 0 on success, 2 on bad usage or bad input with one line on standard error, never a traceback for those.
-With `--json -` the result is all that standard output gets; tables and progress go to standard error.
+Exit status 0 on success, 2 on bad usage or bad input with one line on standard error, never a traceback for those;
+130 after Ctrl-C, with the trace so far saved where a run was to save one. With `--json -` the result is all that
+standard output gets; tables and progress go to standard error.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -36,29 +39,44 @@ from bros_ref.cli.common import (
     app,
     bench_app,
     make_console,
+    missing_package,
     output_file,
     parse_policies,
     progress,
+    say,
     write_json,
 )
+from bros_ref.cli.terminal import abandon_stdout, prepare_streams, printable
 
 COMMAND_MODULES = (kernels, serve, simulation)  # imported because each adds its commands to `app`
 
 
 def main() -> None:
-    """The console script."""
+    """The command line; `bros_ref.__main__` is the console script."""
+    prepare_streams()
     try:
-        sys.exit(app(standalone_mode=False))  # None, or the status of a command that ended by typer.Exit or Ctrl-C
+        status = app(standalone_mode=False)  # None, or the status of a command that ended by typer.Exit or Ctrl-C
+        sys.stdout.flush()  # a full disk must be told here, not ignored at exit
+        sys.exit(status)
     except typer.TyperException as error:
         _quit(f"bros-ref: {error.format_message()}")
+    except BrokenPipeError:  # who read the output, such as `head`, has seen enough
+        abandon_stdout()
+        sys.exit(1)
     except (ValueError, OSError) as error:
         _quit(f"bros-ref: {' '.join(str(error).split())}")
+    except ModuleNotFoundError as error:
+        _quit(f"bros-ref: {missing_package(error)}")
     except (KeyboardInterrupt, typer.Abort):  # outside a command
         sys.exit(130)
 
 
 def _quit(message: str) -> None:
-    print(message, file=sys.stderr)
+    print(printable(message, sys.stderr), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        abandon_stdout()
     sys.exit(2)
 
 
@@ -76,6 +94,10 @@ def generate(prompt: str, model: ModelOption = "smollm2",
 
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt's character {error.start} is no text in this terminal's encoding") from error
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     loaded = _load(model, device, threads, seed, backend)
     token_ids = loaded.tokenizer.chat(prompt)
@@ -83,10 +105,12 @@ def generate(prompt: str, model: ModelOption = "smollm2",
     settings = LiveSettings(kv_blocks=-(-longest // 16), seed=seed)
     engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
     request = Request("prompt", RequestClass.BEST_EFFORT, token_ids, sampling)
-    out = sys.stderr if json_path == "-" else sys.stdout
-    engine.add_request(request, lambda _, piece: print(piece, end="", flush=True, file=out))
+    out, pieces = sys.stderr if json_path == "-" else sys.stdout, list[str]()
+    engine.add_request(request, lambda _, piece: pieces.append(piece))
     while engine.has_unfinished:
         engine.step()
+        print(printable("".join(pieces), out), end="", flush=True, file=out)  # not in the callback: its failure is ours
+        pieces.clear()
     print(file=out)
     assert engine.trace is not None
     write_json(json_path, "generate", seed, runs=[summarise(engine.trace)], text=engine.streams["prompt"].text,
@@ -101,11 +125,10 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     """The main job: a real model serves urgent questions and a batch of documents, under KV pressure, per policy."""
     from bros_ref.cli.tables import results_table
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner, request_from_item
-    from bros_ref.engine.serve import keep_class, serve
+    from bros_ref.engine.serve import keep_class
     from bros_ref.evaluation.demo import demo_items, pool_blocks
     from bros_ref.trace.metrics import summarise
     from bros_ref.viz.figures.report import write_report
-    from bros_ref.workload.generate import Workload
 
     names, console = parse_policies(policies), make_console(json_path)
     loaded = _load(model, device, threads, seed)
@@ -114,28 +137,30 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
                             chunked_prefill=True, seed=seed)
     runner = make_runner(loaded, settings)
     latency = _fit(runner, settings.max_num_seqs, loaded.name, refit, console)
-    traces, samples = [], dict[str, str]()
+    traces, samples, interrupted = [], dict[str, str](), False
     for policy in names:
         engine = make_engine(policy, loaded, runner, settings, copy.deepcopy(latency))
-        chosen = keep_class(items, policy)
-        with progress(console, f"{policy}: {len(chosen)} requests", len(chosen)) as advance:
-            failures = serve(engine, Workload(chosen),
-                             lambda item: request_from_item(item, loaded, seed, to_length=False),
-                             on_step=lambda ended: advance(len(ended)))
+        interrupted = _serve(engine, keep_class(items, policy),
+                             lambda item: request_from_item(item, loaded, seed, to_length=False), policy, console)
         assert engine.trace is not None
-        _tell(engine.trace, failures, console)
-        engine.trace.save(out / f"trace-{policy}.json")
         traces.append(engine.trace)
         samples = samples or _sample_answers(engine, items)
+        if interrupted:
+            break
     runs = [summarise(trace) for trace in traces]
     title = f"{loaded.name} on {loaded.device}, {settings.kv_blocks} blocks of {settings.block_size}, seed {seed}"
     for question, answer in list(samples.items())[:3]:
-        console.print(Text.assemble((question, "bold"), " ", answer), soft_wrap=True)
+        console.print(Text.assemble((question, "bold"), " ", printable(answer, console.file)), soft_wrap=True)
     console.print(results_table(runs, title))
+    result = write_json(json_path, "demo", seed, runs=runs, interrupted=interrupted)
+    for trace in traces:
+        trace.save(out / f"trace-{trace.policy}.json")
     write_report(out / "report.html", traces, runs, "Real-time and best-effort on one model", samples)
-    result = write_json(str(out / "summary.json"), "demo", seed, runs=runs)
-    write_json(json_path, "demo", seed, runs=runs, environment=result["environment"])
-    console.print(f"report: {out / 'report.html'}")
+    write_json(str(out / "summary.json"), "demo", seed, runs=runs, interrupted=interrupted,
+               environment=result["environment"])
+    say(console, f"report: {out / 'report.html'}")
+    if interrupted:
+        _end_interrupted(console, f"traces: {out}")
 
 
 @app.command("serve-trace")
@@ -156,11 +181,11 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     """The live engine on a workload file, wall clock."""
     from bros_ref.cli.tables import results_table
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner, request_from_item
-    from bros_ref.engine.serve import keep_class, serve
+    from bros_ref.engine.serve import keep_class
     from bros_ref.request import SLO, RequestClass
     from bros_ref.trace.metrics import summarise
     from bros_ref.workload.files import read_workload
-    from bros_ref.workload.generate import Workload, merge
+    from bros_ref.workload.generate import merge
 
     if "," in policy:
         raise ValueError(f"--policy takes one policy, got {policy!r}; `demo` and `bench hybrid` compare several")
@@ -176,17 +201,16 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file
     runner = make_runner(loaded, settings)
     latency = _fit(runner, max_num_seqs, loaded.name, refit, console)
     engine = make_engine(name, loaded, runner, settings, latency)
-    with progress(console, f"{name}: {len(items)} requests", len(items)) as advance:
-        failures = serve(engine, Workload(items), lambda item: request_from_item(item, loaded, seed), until_s,
-                         on_step=lambda ended: advance(len(ended)))
+    interrupted = _serve(engine, items, lambda item: request_from_item(item, loaded, seed), name, console, until_s)
     assert engine.trace is not None
-    _tell(engine.trace, failures, console)
-    if trace_path is not None:
-        engine.trace.save(trace_path)
     runs = [summarise(engine.trace)]
     title = f"{loaded.name} on {loaded.device}, {kv_blocks} blocks of {block_size}, seed {seed}"
     console.print(results_table(runs, title))
-    write_json(json_path, "serve-trace", seed, runs=runs)
+    write_json(json_path, "serve-trace", seed, runs=runs, interrupted=interrupted)
+    if trace_path is not None:
+        engine.trace.save(trace_path)
+    if interrupted:
+        _end_interrupted(console, f"trace: {trace_path}" if trace_path else "no --trace was named, so none is saved")
 
 
 @bench_app.command("scheduler")
@@ -241,6 +265,7 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
                          json_path: JsonOption = None) -> None:
     """Every policy serves the same hybrid workload live, under KV pressure, in rounds that alternate the policies."""
     from bros_ref.cli.tables import median_table
+    from bros_ref.engine.serve import ServeInterrupted
     from bros_ref.evaluation.bench.hybrid import DEFAULT_POLICIES, bench_hybrid, parse_clock, parse_step
     from bros_ref.evaluation.statistics import interval_rows
     from bros_ref.request import SLO
@@ -250,19 +275,22 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
     slo, console, how, step = SLO(ttft_slo_s, tpot_slo_s), make_console(json_path), parse_clock(clock), parse_step(
         modelled_step)
     loaded = _load(model, device, threads, seed)
-    with progress(console, "hybrid", seeds * len(names)) as advance:
-        runs, traces = bench_hybrid(loaded, names, slo, seeds, seed, how, step, num_be=be_requests, num_rt=rt_requests,
-                                    refit=refit, on_run=lambda *_: advance(1))
+    try:
+        with progress(console, "hybrid", seeds * len(names)) as advance:
+            runs, traces = bench_hybrid(loaded, names, slo, seeds, seed, how, step, num_be=be_requests,
+                                        num_rt=rt_requests, refit=refit, on_run=lambda *_: advance(1))
+    except ServeInterrupted as stop:
+        _end_bench(stop.trace, report, console, json_path, seed)
     timing = f"modelled steps of {step[0]:g} s + {step[1]:g} s per token" if how == "modelled" else "wall clock"
     title = (f"{loaded.name} on {loaded.device}, {timing}, SLO {ttft_slo_s} s / {tpot_slo_s} s, no prefix cache; "
              f"median of {seeds} rounds [95 % interval of the mean]")
     rows = [{"clock": how, **row} for row in interval_rows(runs)]
     console.print(median_table(rows, title))
+    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
+               rows=rows, runs=runs)
     if report is not None:
         first = [next(run for run in runs if run["policy"] == name) for name in names]
         write_report(report, traces, first, "Hybrid serving under KV pressure", {})
-    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
-               rows=rows, runs=runs)
 
 
 # -- what these commands share ----------------------------------------------------------------------------------------
@@ -292,12 +320,45 @@ def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Consol
         return fit_latency_model(runner, max_num_seqs, name, refit=refit, on_progress=on_progress)
 
 
-def _tell(trace: Any, failures: list[Any], console: Console) -> None:
-    """Refused requests and failed steps ended nobody else; why they did must not be lost with them."""
-    for request_id, reason in trace.rejected.items():
-        console.print(f"refused {request_id}: {reason}", style="yellow", highlight=False)
+def _serve(engine: Any, items: list[Any], to_request: Callable[[Any], Any], policy: str, console: Console,
+           until_s: float = math.inf) -> bool:
+    """Serves the items under a bar, then tells what was refused and what failed. True if Ctrl-C ended it: the trace
+    then holds what was recorded so far."""
+    from bros_ref.engine.serve import ServeInterrupted, serve
+    from bros_ref.workload.generate import Workload
+
+    interrupted = False
+    with progress(console, f"{policy}: {len(items)} requests", len(items)) as advance:
+        try:
+            failures = serve(engine, Workload(items), to_request, until_s, on_step=lambda ended: advance(len(ended)))
+        except ServeInterrupted as stop:
+            failures, interrupted = stop.failures, True
+    for request_id, reason in engine.trace.rejected.items():  # they ended nobody else; why must not be lost with them
+        say(console, f"refused {request_id}: {reason}", "yellow")
     for failure in failures:
-        console.print(str(failure), style="red", highlight=False)
+        say(console, str(failure), "red")
+    return interrupted
+
+
+def _end_bench(trace: Any, report: Path | None, console: Console, json_path: str | None, seed: int) -> NoReturn:
+    """After Ctrl-C: the run that it ended, whose trace goes beside the report."""
+    from bros_ref.cli.tables import results_table
+    from bros_ref.trace.metrics import summarise
+
+    runs = [summarise(trace)]
+    console.print(results_table(runs, "The run that was interrupted"))
+    write_json(json_path, "bench hybrid", seed, runs=runs, interrupted=True)
+    if report is None:
+        _end_interrupted(console, "no --report was named, so no trace is saved")
+    beside = report.with_suffix(".trace.json")
+    trace.save(beside)
+    _end_interrupted(console, f"trace: {beside}")
+
+
+def _end_interrupted(console: Console, saved: str) -> NoReturn:
+    """After Ctrl-C: says that this is not all, and where it is; exit status 130."""
+    say(console, f"interrupted: what was served until then is above; {saved}", "yellow")
+    raise typer.Exit(130)
 
 
 def _sample_answers(engine: Any, items: list[Any]) -> dict[str, str]:

@@ -25,6 +25,8 @@ from bros_ref.cli.common import (
     output_folder,
     parse_policies,
     progress,
+    say,
+    tell_refusals,
     write_json,
 )
 
@@ -77,13 +79,14 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
         runs = run_all(jobs, processes, lambda _: advance(1))
     pool = f"{settings.num_blocks * block_size:,} KV tokens"
     title = f"Simulated: {model}, {tp} x {gpu} ({settings.basis}), {pool}, SLO {ttft_slo_s}/{tpot_slo_s} s, seed {seed}"
+    tell_refusals(console, runs)
     console.print(results_table([run for run in runs if run["seed"] == seed], title))
     intervals = interval_rows(runs)
     if seeds > 1:
         console.print(interval_table(intervals, f"Mean and 95 % interval over {seeds} seeds"))
+    write_json(json_path, "simulate", seed, runs=runs, intervals=intervals)
     if report is not None:
         _write_report(report, names, settings, arrivals, title)
-    write_json(json_path, "simulate", seed, runs=runs, intervals=intervals)
 
 
 def _arrivals(workload: list[str], settings: Any, rt_rate: float, duration_s: float | None, be_batch: int | None,
@@ -148,10 +151,10 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
     done = f"{result['seeds']} of {seeds} seeds" if result["seeds"] < seeds else f"{seeds} seed{'s' * (seeds > 1)}"
     console.print(figures_table(result["figures"], f"{done}, {result['duration_s']:,.0f} simulated seconds per run"))
     console.print(dominance_table(result["dominance"]))
-    write_reproduction(out / "report.html", result)
-    write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
     write_json(json_path, "reproduce", seed, **result)
-    console.print(f"report: {out / 'report.html'}")
+    write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
+    write_reproduction(out / "report.html", result)
+    say(console, f"report: {out / 'report.html'}")
 
 
 @bench_app.command("simulator")

@@ -12,6 +12,7 @@ from bros_ref.config import HOST_BLOCKS_PER_BLOCK, KVCacheConfig, ModelConfig, c
 from bros_ref.engine.assemble import RunnerFacts, assemble_engine
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import Model, ModelRunner
+from bros_ref.engine.ranks import RankFailed, Ranks, TensorParallelRunner
 from bros_ref.environment import available_memory_bytes, compute_device
 from bros_ref.model.attention import paged_attention
 from bros_ref.model.backends import attention_backend
@@ -41,9 +42,11 @@ class LoadedModel:
     dtype: torch.dtype
     parameters: Parameters
     backend: str = "torch"
+    ranks: Ranks | None = None  # the processes that hold the rest of a model that is split
 
     @property
     def config(self) -> ModelConfig:
+        """The model's shape; of a split model, what one rank holds."""
         return self.model.config
 
 
@@ -61,8 +64,9 @@ class LiveSettings:
     rt_slowdown: float | None = None
 
 
-def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto") -> LoadedModel:
-    """Loads a model by the names of `bros-ref --model`, with the attention of a backend (`model/backends.py`).
+def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto", tp: int = 1) -> LoadedModel:
+    """Loads a model by the names of `bros-ref --model`, with the attention of a backend (`model/backends.py`), split
+    over `tp` devices of this machine: processes on a CPU, GPUs otherwise.
 
     Raises:
         WeightsError: see `bros_ref.model.weights.load`.
@@ -71,6 +75,8 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
     """
     device = compute_device(device)
     if name == "checksum":
+        if tp != 1:
+            raise ValueError(f"the checksum model has no weights to split: tp must be 1, got {tp}")
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
@@ -78,13 +84,18 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
     except RuntimeError as error:  # "cupy" where it cannot be used
         raise ValueError(f"--backend {backend}: {error}") from error
     config, tokenizer = load_model_config(name), load_tokenizer(name)
+    used = "torch" if attention is paged_attention else "cupy" if device == "cuda" else "cpu-emulated"
     try:
+        if tp > 1:
+            ranks = Ranks(name, tp, device, dtype, seed, backend)
+            return LoadedModel(name, ranks.model, tokenizer, ranks.device, dtype, ranks.parameters, used, ranks)
         parameters = load_weights(name, dtype, device, seed)
         model = Decoder(config, parameters, dtype, device, attention, FastestLinear(parameters.values()))
+    except RankFailed:
+        raise
     except (MemoryError, RuntimeError, OverflowError) as error:  # what torch raises for more than there is
         raise ValueError(f"model {name!r} cannot be put into the memory of {device}: "
                          f"{str(error).splitlines()[0]}") from error
-    used = "torch" if attention is paged_attention else "cupy" if device == "cuda" else "cpu-emulated"
     return LoadedModel(name, model, tokenizer, torch.device(device), dtype, parameters, used)
 
 
@@ -113,8 +124,10 @@ def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
     """A runner with a KV pool of its own, and a host store of HOST_BLOCKS_PER_BLOCK times its size if a quarter of the
     free host memory holds that many."""
     host_blocks = min(HOST_BLOCKS_PER_BLOCK * settings.kv_blocks, host_blocks_that_fit(loaded, settings.block_size))
-    return ModelRunner(loaded.model, KVCacheConfig(settings.kv_blocks, settings.block_size, host_blocks),
-                       loaded.device, loaded.dtype, loaded.backend)
+    kv_config = KVCacheConfig(settings.kv_blocks, settings.block_size, host_blocks)
+    if loaded.ranks is not None:
+        return TensorParallelRunner(loaded.ranks, kv_config, loaded.dtype, loaded.backend)
+    return ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype, loaded.backend)
 
 
 def make_engine(policy: str, loaded: LoadedModel, runner: ModelRunner, settings: LiveSettings,

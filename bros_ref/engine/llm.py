@@ -81,7 +81,7 @@ class LLM:
             (a quarter of the free memory on a CPU, 90 % of a GPU less what is in use), which is said on standard error.
         seed: of everything random: weights of a random model, seeds of requests that bring none. None: drawn, and kept
             in `trace.seed`.
-        tp: number of devices that share the model; 1 is supported.
+        tp: number of devices that share the model: GPUs, or processes on a CPU (`engine/ranks.py`).
         max_num_seqs: most requests in one step.
         max_num_batched_tokens: most tokens in one step.
         latency: what step times to expect. None: measured on this machine once and cached. "online": learned from the
@@ -100,15 +100,14 @@ class LLM:
                  seed: int | None = None, tp: int = 1, max_num_seqs: int = 32, max_num_batched_tokens: int = 512,
                  block_size: int = 16, latency: StepLatencyModel | str | None = None, device: str = "auto",
                  backend: str = "auto") -> None:
-        if tp != 1:
-            raise ValueError(f"tp must be 1, one device for the whole model, got {tp!r}; Simulation(..., tp=N) "
-                             "models several GPUs")
+        if not isinstance(tp, int) or tp < 1:
+            raise ValueError(f"tp must be a number of devices, at least 1, got {tp!r}")
         if policy not in known_policies():
             raise ValueError(f"unknown policy {policy!r}; known are {', '.join(known_policies())}")
         if not (latency is None or latency == "online" or isinstance(latency, StepLatencyModel)):
             raise ValueError(f'latency must be None, "online" or a StepLatencyModel, got {latency!r}')
         seed = secrets.randbits(32) if seed is None else seed
-        self._loaded = load_model(model, device, seed, backend)
+        self._loaded = load_model(model, device, seed, backend, tp)
         if kv_blocks is None:
             kv_blocks = blocks_that_fit(self._loaded, block_size, max_num_seqs)
             print(f"KV pool sized to the memory of {self._loaded.device}: {kv_blocks:,} blocks of {block_size} tokens; "

@@ -164,6 +164,8 @@ class LLMEngine:
         start_s, cpu_s = self.clock.now_s(), time.thread_time()
         output = self._schedule(start_s)
         schedule_s = time.thread_time() - cpu_s
+        for request_id in output.rejected:
+            self.abort(request_id)
         if not output.requests:
             return self._idle(output)
         execute_s = self.clock.now_s()

@@ -9,6 +9,7 @@ It knows no policy and no deadline. A simulated runner stands in its place with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from bros_ref.config import KVCacheConfig, ModelConfig
 from bros_ref.engine.llm_engine import RequestsFailed
 from bros_ref.engine.sampler import sample
+from bros_ref.kv_cache.blocks import CopyPlan
 from bros_ref.kv_cache.storage import KVStorage
 from bros_ref.model.attention import AttentionMetadata
 from bros_ref.request import Request
@@ -37,6 +39,45 @@ class NonFiniteLogits(RuntimeError):
     def __init__(self, request: Request) -> None:
         super().__init__(f"request {request.request_id!r}: the model's logits after {request.num_tokens} tokens are "
                          "not finite, so there is no next token; check the weights, or use a wider dtype")
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """A decision as plain lists: all that computing it takes, so that it can be sent to another process.
+
+    Attributes:
+        token_ids: [T] the new tokens of all sequences, one sequence after the other.
+        block_tables, reversed, query_lens, context_lens: [S], as `AttentionMetadata.build` takes them.
+        logits_rows: rows of T whose logits are wanted: the last row of each request that catches up with its known
+            tokens.
+        sampled: [len(logits_rows)] the places of those requests in the batch.
+        copies: what to save, move and bring back before anything is written.
+    """
+
+    token_ids: list[int]
+    block_tables: list[list[int]]
+    reversed: list[bool]
+    query_lens: list[int]
+    context_lens: list[int]
+    logits_rows: list[int]
+    sampled: list[int]
+    copies: CopyPlan
+
+    @classmethod
+    def of(cls, output: SchedulerOutput) -> StepWork:
+        """Reads a decision, without changing it."""
+        requests, counts = output.requests, output.num_scheduled_tokens
+        token_ids: list[int] = []
+        logits_rows: list[int] = []
+        sampled: list[int] = []
+        for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
+            token_ids += new_token_ids(request, count)
+            if request.num_computed_tokens + count == request.num_tokens:
+                logits_rows.append(len(token_ids) - 1)
+                sampled.append(index)
+        contexts = [request.num_computed_tokens + count for request, count in zip(requests, counts, strict=True)]
+        return cls(token_ids, output.block_tables, [not request.is_rt for request in requests], counts, contexts,
+                   logits_rows, sampled, output.kv_changes.copies)
 
 
 class ModelRunner:
@@ -61,30 +102,9 @@ class ModelRunner:
         Raises:
             RequestsFailed: logits of some requests are not finite, so no token can be drawn from them.
         """
-        # 1. The order matters: what is about to be overwritten is saved before anything is written.
-        copies = output.kv_changes.copies
-        if copies:
-            self.kv.run_copies(copies.checkpoint, copies.relocate, copies.restore)
-
-        # 2. One row a new token; the last row of a request that catches up with its known tokens gives logits.
-        requests, counts = output.requests, output.num_scheduled_tokens
-        token_ids: list[int] = []
-        logits_rows: list[int] = []
-        sampled: list[int] = []
-        for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
-            token_ids += new_token_ids(request, count)
-            if request.num_computed_tokens + count == request.num_tokens:
-                logits_rows.append(len(token_ids) - 1)
-                sampled.append(index)
-
-        # 3. Where K and V of every row go, and what each row may see.
-        meta = AttentionMetadata.build(
-            output.block_tables, [not request.is_rt for request in requests], counts,
-            [request.num_computed_tokens + count for request, count in zip(requests, counts, strict=True)],
-            self.kv.config.block_size, self.device)
-
-        # 4. Forward and sample.
-        logits = self.model.forward(self._tensor(token_ids), meta.positions, self.kv, meta, self._tensor(logits_rows))
+        requests, work = output.requests, StepWork.of(output)
+        logits = self.compute(work)
+        sampled = work.sampled
         result: list[int | None] = [None] * len(requests)
         errors: dict[int, Exception] = {}
         finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one NaN or infinity spoils the sum
@@ -98,6 +118,20 @@ class ModelRunner:
         if errors:
             raise RequestsFailed(result, errors)
         return result
+
+    @torch.inference_mode()
+    def compute(self, work: StepWork) -> torch.Tensor:
+        """Copies, then one forward pass. Returns float32 logits, [len(work.logits_rows), V]."""
+        # 1. The order matters: what is about to be overwritten is saved before anything is written.
+        copies = work.copies
+        if copies:
+            self.kv.run_copies(copies.checkpoint, copies.relocate, copies.restore)
+
+        # 2. Where K and V of every row go, and what each row may see.
+        meta = AttentionMetadata.build(work.block_tables, work.reversed, work.query_lens, work.context_lens,
+                                       self.kv.config.block_size, self.device)
+        return self.model.forward(self._tensor(work.token_ids), meta.positions, self.kv, meta,
+                                  self._tensor(work.logits_rows))
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)

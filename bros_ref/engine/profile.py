@@ -42,7 +42,7 @@ def fit_latency_model(runner: ModelRunner, max_num_seqs: int, name: str, *, refi
         refit: measure again.
         on_progress: called with the fraction done.
     """
-    cached_as = _cache_name(runner, max_num_seqs, name)
+    cached_as = f"latency-{speed_key(runner, max_num_seqs, name)}.json"
     if not refit and (text := read_cached(cached_as)) is not None:
         try:
             stored = json.loads(text)
@@ -123,11 +123,11 @@ def _batch_output(batch: Batch, config: KVCacheConfig) -> SchedulerOutput:
     return output
 
 
-def _cache_name(runner: ModelRunner, max_num_seqs: int, name: str) -> str:
-    """Named after everything that changes what `profile` measures. The pool's size does so only by the batches that
+def speed_key(runner: ModelRunner, max_num_seqs: int, name: str) -> str:
+    """A digest of everything that changes what `profile` measures. The pool's size does so only by the batches that
     fit it: a pool sized to the free memory is a little different each time."""
     device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else cpu_model()
     key = ("fastest", name, repr(runner.model.config), device, runner.backend, torch.__version__,
            torch.get_num_threads(), os.cpu_count(), str(runner.kv.data.dtype), runner.kv.config.block_size,
            _fitting(runner, max_num_seqs, (*PREFILLS, *DECODES, *MIXED)))
-    return f"latency-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]

@@ -7,7 +7,21 @@ from collections.abc import Callable
 from bros_ref.engine.llm_engine import LLMEngine, OnText, RequestRefused, StepFailed
 from bros_ref.request import Request
 from bros_ref.scheduler import REFERENCE_POLICIES
+from bros_ref.trace.trace import Trace
 from bros_ref.workload.generate import Workload, WorkloadItem
+
+
+class ServeInterrupted(KeyboardInterrupt):
+    """Ctrl-C while serving.
+
+    Attributes:
+        trace: what was recorded by then, if anything records.
+        failures: the steps that had failed by then.
+    """
+
+    def __init__(self, trace: Trace | None, failures: list[StepFailed]) -> None:
+        super().__init__("serving was interrupted")
+        self.trace, self.failures = trace, failures
 
 
 def keep_class(items: list[WorkloadItem], policy: str) -> list[WorkloadItem]:
@@ -26,9 +40,22 @@ def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadI
 
     Returns:
         The steps that failed, each with its cause and the requests that it ended: for the caller to tell.
+
+    Raises:
+        ServeInterrupted: Ctrl-C. The engine can go on from where it is.
     """
-    clock = engine.clock
     failures: list[StepFailed] = []
+    try:
+        _serve(engine, workload, to_request, until_s, on_step, on_text, failures)
+    except KeyboardInterrupt as interrupt:
+        raise ServeInterrupted(engine.trace, failures) from interrupt
+    return failures
+
+
+def _serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadItem], Request], until_s: float,
+           on_step: Callable[[list[Request]], None] | None, on_text: OnText | None, failures: list[StepFailed]) -> None:
+    """The loop; it adds to `failures`."""
+    clock = engine.clock
     while clock.now_s() < until_s:
         for item in workload.due(clock.now_s()):
             try:
@@ -53,4 +80,3 @@ def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadI
             break
         for request_id in ended:
             workload.on_finished(request_id, clock.now_s())
-    return failures

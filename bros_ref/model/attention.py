@@ -15,7 +15,7 @@ The shape alphabet, used at line ends throughout bros_ref.model:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Protocol
@@ -35,7 +35,8 @@ CPU_GROUP_TOKENS = 1280
 
 
 class AttentionFn(Protocol):
-    """q [T, H, D], k_cache and v_cache [num_blocks, B, K, D] -> [T, H, D]."""
+    """q [T, H, D], k_cache and v_cache [num_blocks, B, K, D] -> [T, H, D]. An implementation without sliding windows
+    (`meta.window`) has an attribute `sliding_windows` that is False."""
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> Tensor: ...
 
@@ -55,13 +56,14 @@ class PrefillSequence:
 
     start: int  # its rows of q are start .. stop - 1
     stop: int
-    slots: Tensor  # [C] int64, in logical order
-    mask: Tensor | None  # [stop - start, C] bool; None when the whole context is new (plain causal)
+    slots: Tensor  # [C] int64, in logical order, from the earliest position that a row sees
+    mask: Tensor | None  # [stop - start, C] bool; None when the whole context is new and visible (plain causal)
 
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """What one step's attention needs besides q, K and V; the same for every layer. Make it with `build`."""
+    """What one step's attention needs besides q, K and V; the same for every layer, but for the window of layers that
+    have one (`within`). Make it with `build`."""
 
     query_lens: list[int]  # [S] new tokens of each sequence
     context_lens: list[int]  # [S] tokens visible after this step, the new ones included
@@ -70,6 +72,7 @@ class AttentionMetadata:
     slot_mapping: Tensor  # [T] int64: where each new token's K and V go
     positions: Tensor  # [T] int64: logical position of each new token
     block_size: int
+    window: int | None = None  # each token sees this many tokens, itself included; None: all up to itself
 
     @classmethod
     def build(cls, block_tables: Sequence[Sequence[int]], reversed: Sequence[bool], query_lens: Sequence[int],
@@ -97,6 +100,24 @@ class AttentionMetadata:
                    torch.from_numpy(flip).to(put), torch.from_numpy(slots).to(put),
                    torch.from_numpy(positions).to(put), block_size)
 
+    def within(self, window: int | None) -> AttentionMetadata:
+        """The same step with a sliding window: itself where no context exceeds the window, else made once per step."""
+        if window is None or window >= max(self.context_lens):
+            return self
+        if window not in self._windowed:
+            self._windowed[window] = replace(self, window=window)
+        return self._windowed[window]
+
+    @cached_property
+    def _windowed(self) -> dict[int, AttentionMetadata]:
+        return {}
+
+    @cached_property
+    def _first_visible(self) -> list[int]:
+        """[S] the earliest position that a new token of each sequence sees."""
+        return [0 if self.window is None else max(0, context - query + 1 - self.window)
+                for query, context in zip(self.query_lens, self.context_lens, strict=True)]
+
     @cached_property
     def plan(self) -> tuple[list[DecodeGroup], list[PrefillSequence]]:
         """Gather indices and masks of `paged_attention`: derived on first use, shared by all layers."""
@@ -106,25 +127,31 @@ class AttentionMetadata:
                     for i, length in enumerate(self.query_lens) if length > 1]
         decodes = [i for i, length in enumerate(self.query_lens) if length == 1]
         max_tokens = CPU_GROUP_TOKENS if self.positions.device.type == "cpu" else sum(self.context_lens)
+        visible = [context - first for context, first in zip(self.context_lens, self._first_visible, strict=True)]
         groups = [self._plan_group(members, starts, tables, flip)
-                  for members in group_by_length(decodes, self.context_lens, max_tokens)]
+                  for members in group_by_length(decodes, visible, max_tokens)]
         return groups, prefills
 
     def _plan_prefill(self, i: int, start: int, tables: np.ndarray, flip: np.ndarray) -> PrefillSequence:
-        query, context = self.query_lens[i], self.context_lens[i]
-        positions = np.arange(context)
+        query, context, first = self.query_lens[i], self.context_lens[i], self._first_visible[i]
+        positions = np.arange(first, context)
         slots = _slots(tables[i, positions // self.block_size], positions % self.block_size, flip[i], self.block_size)
         mask = None
-        if query < context:  # row r is logical position context - query + r
-            mask = torch.ones(query, context, dtype=torch.bool, device=self.positions.device).tril_(context - query)
+        if query < context or self.window is not None:  # row r is logical position context - query + r
+            row_0 = context - query - first  # the column of row 0's own position
+            mask = torch.ones(query, context - first, dtype=torch.bool, device=self.positions.device).tril_(row_0)
+            if self.window is not None:
+                mask.triu_(row_0 - self.window + 1)
         return PrefillSequence(start, start + query, torch.from_numpy(slots).to(self.positions.device), mask)
 
     def _plan_group(self, members: list[int], starts: np.ndarray, tables: np.ndarray,
                     flip: np.ndarray) -> DecodeGroup:
         device = self.positions.device
-        lengths = np.asarray([self.context_lens[i] for i in members], np.int64)[:, None]  # [n, 1]
+        ends = np.asarray([self.context_lens[i] for i in members], np.int64)[:, None]  # [n, 1]
+        firsts = np.asarray([self._first_visible[i] for i in members], np.int64)[:, None]
+        lengths = ends - firsts
         columns = np.arange(lengths.max())[None, :]
-        positions = np.minimum(columns, lengths - 1)  # padding repeats the newest token, which is this sequence's own
+        positions = np.minimum(firsts + columns, ends - 1)  # padding repeats the newest token, this sequence's own
         blocks = np.take_along_axis(tables[members], positions // self.block_size, axis=1)
         slots = _slots(blocks, positions % self.block_size, flip[members][:, None], self.block_size)
         mask = None
@@ -150,7 +177,8 @@ def group_by_length(members: list[int], context_lens: Sequence[int], max_tokens:
 
 
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> Tensor:
-    """Causal attention of a mixed batch of decode and (chunked) prefill sequences, either direction. Plain torch.
+    """Causal attention of a mixed batch of decode and (chunked) prefill sequences, either direction, within
+    `meta.window` if there is one. Plain torch.
 
     Args:
         q: [T, H, D], rotary positions already applied.
@@ -198,8 +226,11 @@ def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Attention
         v = gather_dense(v_cache, table, context_len, flip).to(compute).repeat_interleave(group, dim=1)
         scores = torch.einsum("thd,chd->htc", q[start:start + query_len].to(compute), k) * q.shape[-1] ** -0.5
         row_position = torch.arange(context_len - query_len, context_len, device=q.device)[:, None]
-        future = torch.arange(context_len, device=q.device)[None, :] > row_position
-        scores = scores.masked_fill(future, -torch.inf)
+        columns = torch.arange(context_len, device=q.device)[None, :]
+        hidden = columns > row_position
+        if meta.window is not None:
+            hidden |= columns <= row_position - meta.window
+        scores = scores.masked_fill(hidden, -torch.inf)
         rows.append(torch.einsum("htc,chd->thd", scores.softmax(dim=-1), v).to(q.dtype))
         start += query_len
     return torch.cat(rows)

@@ -24,11 +24,17 @@ BACKENDS = ("auto", "torch", "cupy", "cpu-emulated")
 
 class KernelAttention:
     """Attention by the kernels: one decode launch where every sequence has one new token, else one launch of the
-    prefill kernel, which serves mixed batches."""
+    prefill kernel, which serves mixed batches.
 
-    def __init__(self, device: Device, num_sms: int | None = None) -> None:
+    Raises (when called):
+        ValueError: a context exceeds a sliding window, which the kernels do not have. `Decoder` limits its context to
+            the window, so that requests are refused before.
+    """
+
+    sliding_windows = False
+
+    def __init__(self, device: Device) -> None:
         self._device = device
-        self._sizes = {} if num_sms is None else {"num_sms": num_sms}  # of the GPU: how many thread blocks fill it
         self._meta: AttentionMetadata | None = None  # the step whose integers are at hand
         self._integers: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -36,10 +42,13 @@ class KernelAttention:
         from kernels_cupy.launch import paged_attention as decode
         from kernels_cupy.launch_prefill import prefill_attention
 
+        if meta.window is not None:
+            raise ValueError(f"the kernels have no sliding windows: a context of {max(meta.context_lens)} tokens "
+                             f"exceeds the window of {meta.window}; use the torch backend")
         tables, context_lens, reversed_, query_starts = self._integers_of(meta)
         q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
         if len(q) == len(context_lens):
-            decode(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, out, **self._sizes)
+            decode(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, out)
         else:
             prefill_attention(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, query_starts, out)
         return out
@@ -76,6 +85,5 @@ def attention_backend(name: str = "auto", device: torch.device | str = "cpu") ->
         from kernels_cupy.gpu import CupyDevice, why_unavailable
 
         if name == "cupy" or why_unavailable() is None:
-            gpu = CupyDevice()
-            return KernelAttention(gpu, gpu.num_sms)
+            return KernelAttention(CupyDevice())
     return paged_attention

@@ -7,8 +7,7 @@ storage, so the same tokens give the same logits however they are cut into steps
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -19,6 +18,8 @@ from bros_ref.config import ModelConfig
 from bros_ref.kv_cache.storage import KVStorage
 from bros_ref.model.attention import AttentionFn, AttentionMetadata, paged_attention
 from bros_ref.model.linear import LinearFn, linear
+from bros_ref.model.parallel import TensorParallel
+from bros_ref.model.rotary import rope_tables, rotate_
 from bros_ref.model.weights.parameters import Parameters, parameter_shapes
 
 
@@ -57,7 +58,14 @@ class Layer:
 
 
 class Decoder:
-    """The model. Holds the weights it is given (moved and cast only if need be), never a second copy.
+    """The model, or with `parallel` one rank's part of it. Holds the weights it is given (moved and cast only if need
+    be), never a second copy.
+
+    Attributes:
+        config: the model's; a rank's own numbers of heads and MLP width where the model is split.
+
+    An attention that has no sliding windows computes a windowed model exactly up to its shortest window, so
+    `config.max_context_tokens` ends there.
 
     Raises:
         ValueError: `weights` lacks a tensor of `parameter_shapes(config)`, or one has another shape; rotary positions
@@ -66,21 +74,30 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: Parameters, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu", attention: AttentionFn = paged_attention,
-                 linear: LinearFn = linear) -> None:
+                 linear: LinearFn = linear, parallel: TensorParallel | None = None) -> None:
         if config.positions == "rope" and config.head_dim % 2:
             raise ValueError(f"{config.family}: rotary positions turn pairs, but head_dim {config.head_dim} is odd")
-        for name, shape in parameter_shapes(config).items():
+        shapes = parameter_shapes(config)
+        if parallel is not None:
+            config, shapes = parallel.local_config, parallel.shapes()
+        for name, shape in shapes.items():
             found = tuple(weights[name].shape) if name in weights else "nothing"
             if found != shape:
                 raise ValueError(f"{config.family} weights: {name} must have shape {shape}, found {found}")
+        windows = [window for window in config.layer_windows if window is not None]
+        if windows and not getattr(attention, "sliding_windows", True):
+            config = replace(config, max_context_tokens=min(*windows, config.max_context_tokens))
         self.config, self.dtype, self.device, self._attention = config, dtype, torch.device(device), attention
-        self._linear = linear
-        placed = {name: weights[name].to(self.device, dtype) for name in parameter_shapes(config)}
+        self._linear, self._parallel = linear, parallel
+        placed = {name: weights[name].to(self.device, dtype) for name in shapes}
+        self._windows = config.layer_windows or (None,) * config.num_layers
         self._layers = [Layer.pick(placed, i) for i in range(config.num_layers)]
         self._embed = placed["embed.weight"]
         self._learned_positions = placed.get("positions.weight")
         self._final_norm, self._final_norm_bias = placed["final_norm.weight"], placed.get("final_norm.bias")
-        self._lm_head = self._embed if config.tied_embeddings else placed["lm_head.weight"]
+        self._lm_head = placed.get("lm_head.weight", self._embed)
+        if parallel is not None and config.tied_embeddings:
+            self._lm_head = parallel.head(self._embed)
         if config.positions == "rope":
             self._cos, self._sin = rope_tables(config, dtype, self.device)
 
@@ -102,14 +119,19 @@ class Decoder:
         if self._learned_positions is not None:
             x += self._learned_positions[positions + self.config.learned_position_offset]
         else:
-            cos_sin = self._cos[positions], self._sin[positions]  # [T, 1, D / 2] each
+            cos_sin = self._cos[positions], self._sin[positions]  # [T, 1, R / 2] each
         for i, layer in enumerate(self._layers):
             h = self._norm(x, layer.attn_norm, layer.attn_norm_bias)
-            x += self._attend(i, layer, h, cos_sin, kv, meta)
+            x += self._whole(self._attend(i, layer, h, cos_sin, kv, meta))
             h = self._norm(x, layer.mlp_norm, layer.mlp_norm_bias)
-            x += self._mlp(layer, h)
+            x += self._whole(self._mlp(layer, h))
         x = self._norm(x[logits_rows], self._final_norm, self._final_norm_bias)
-        return self._linear(x, self._lm_head).float()
+        logits = self._linear(x, self._lm_head).float()
+        return logits if self._parallel is None else self._parallel.gather_logits(logits)
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The sum over ranks, where the model is split over several."""
+        return x if self._parallel is None else self._parallel.all_reduce(x)
 
     def _attend(self, i: int, layer: Layer, h: Tensor, cos_sin: tuple[Tensor, Tensor] | None, kv: KVStorage,
                 meta: AttentionMetadata) -> Tensor:
@@ -120,9 +142,9 @@ class Decoder:
             q.copy_(rms_norm(q, layer.q_norm, c.norm_eps))
             k.copy_(rms_norm(k, layer.k_norm, c.norm_eps))
         if cos_sin is not None:
-            rotate_(heads[:, :c.num_heads + c.num_kv_heads], *cos_sin)
+            rotate_(heads[:, :c.num_heads + c.num_kv_heads, :c.rotary_dim], *cos_sin)
         kv.write(i, k, v, meta.slot_mapping)
-        attended = self._attention(q, kv.k(i), kv.v(i), meta)
+        attended = self._attention(q, kv.k(i), kv.v(i), meta.within(self._windows[i]))
         return self._linear(attended.flatten(1), layer.attn_out, layer.attn_out_bias)
 
     def _mlp(self, layer: Layer, h: Tensor) -> Tensor:
@@ -157,33 +179,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _constant(value: float) -> Tensor:
     """A float32 tensor of one value, made once: making one takes longer than adding it to a decode step's rows."""
     return torch.tensor(value)
-
-
-def rotate_(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding in place: turns dimension pairs (d, d + D/2) by the position's angles.
-
-    heads [T, n, D]; cos, sin [T, 1, D / 2].
-    """
-    left, right = heads.chunk(2, dim=-1)
-    turned = left * sin
-    left.mul_(cos).addcmul_(right, sin, value=-1)
-    right.mul_(cos).add_(turned)
-
-
-def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position up to max_context_tokens, each [positions, 1, D / 2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = scale_frequencies(1.0 / config.rope_theta ** exponents, config)
-    angles = torch.outer(torch.arange(config.max_context_tokens, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def scale_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
-    """Llama-3's stretching of rotary frequencies [D / 2]: slow ones are divided by the factor, fast ones stay,
-    those between are blended linearly. Unchanged without `rope_scaling`."""
-    s = config.rope_scaling
-    if s is None:
-        return frequencies
-    turns = s.original_max_context_tokens * frequencies / (2 * math.pi)  # over the original context
-    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-    return frequencies * (blend + (1 - blend) / s.factor)

@@ -6,29 +6,31 @@ It knows vocabularies and chat templates, and nothing about models or requests. 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
+from bros_ref.model.chat_template import RENDERER, TemplateFailedError
+from bros_ref.model.control_tokens import ControlTokens
+from bros_ref.model.special_tokens import CLASS_OF_FAMILY, TokenizerError, apply_options, frame_text
+from bros_ref.model.weights.checkpoint import read_json
 from bros_ref.model.weights.gguf_file import open_gguf
-from bros_ref.model.weights.hf_folder import read_json
+from bros_ref.model.weights.gguf_model import end_token_ids
 from bros_ref.model.weights.load import RANDOM_PREFIX, locate
 from bros_ref.model.weights.parameters import BYTE_VOCABULARY
 
 Messages = str | Sequence[Mapping[str, str]]  # a user's prompt, or [{"role": ..., "content": ...}, ...]
 
-_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never text
+__all__ = ["ByteTokenizer", "CheckpointTokenizer", "Messages", "Tokenizer", "TokenizerError", "load_tokenizer"]
 
-
-class TokenizerError(ValueError):
-    """A tokenizer cannot be built or used. The message names the file and what would do."""
+# Values of tokenizer.ggml.token_type: 2 and 3 (unknown, control) are never text, 4 (user-defined) is text in one piece.
+_CONTROL_TYPES, _WHOLE_TYPES = (2, 3), (2, 3, 4)
+_GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator",
+                 "pad_token": "padding", "cls_token": "cls", "mask_token": "mask"}
 
 
 class Tokenizer(Protocol):
@@ -48,8 +50,9 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
-    def chat(self, messages: Messages) -> list[int]:
-        """Token ids of a conversation, ending where the assistant is to speak. Control tokens in it stay text."""
+    def chat(self, messages: Messages, *, control_tokens: bool = False) -> list[int]:
+        """Token ids of a conversation, ending where the assistant is to speak. Text of the messages that spells a
+        control token stays text, unless `control_tokens` says that the messages may use them."""
         ...
 
 
@@ -69,7 +72,7 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(i for i in token_ids if i < 256).decode("utf-8", errors="replace")
 
-    def chat(self, messages: Messages) -> list[int]:
+    def chat(self, messages: Messages, *, control_tokens: bool = False) -> list[int]:
         contents = [messages] if isinstance(messages, str) else [message["content"] for message in messages]
         return [256, *self.encode("\n".join(contents))]
 
@@ -77,80 +80,71 @@ class ByteTokenizer:
 class CheckpointTokenizer:
     """A checkpoint's tokenizer and its chat template.
 
-    Raises (from `chat`):
-        TokenizerError: the template is broken or refuses the messages, or there is none for a list of messages.
+    Args:
+        special: the special tokens by transformers' names ("bos_token", ..., "additional_special_tokens"), as chat
+            templates see them.
+        end_token_ids: where generation ends besides "eos_token".
+
+    Raises (from `chat` and `render`):
+        TokenizerError: the template fails or refuses the messages, or there is none for a list of messages.
     """
 
-    def __init__(self, tokenizer: RustTokenizer, origin: Path, template: str | None, bos_token: str | None,
-                 eos_token: str | None) -> None:
-        self._tokenizer, self._origin, self._template = tokenizer, origin, template
-        self._special = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+    def __init__(self, tokenizer: RustTokenizer, origin: Path, template: str | None, special: Mapping[str, Any],
+                 end_token_ids: Sequence[int] = ()) -> None:
+        tokenizer.no_truncation()  # what a tokenizer.json has of these belongs to training
+        tokenizer.no_padding()
+        self._tokenizer, self._origin, self._template, self._special = tokenizer, origin, template, dict(special)
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self.bos_token_id: int | None = tokenizer.token_to_id(bos_token) if bos_token else None
-        eos = tokenizer.token_to_id(eos_token) if eos_token else None
-        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
-        control = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)")
+        self.bos_token_id: int | None = self._id_of("bos_token")
+        eos = self._id_of("eos_token")
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys([*([] if eos is None else [eos]), *end_token_ids]))
+
+    def _id_of(self, name: str) -> int | None:
+        token_id: int | None = self._tokenizer.token_to_id(self._special[name]) if name in self._special else None
+        return token_id
 
     def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands: a control token that it spells is that token."""
         ids: list[int] = self._tokenizer.encode(_whole(text)).ids
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
-        if not self._control.search(text):
+        hidden, stand_ins = self._control_tokens.hide(text)
+        if not stand_ins:
             return self.encode(text)
-        ids: list[int] = self._without_control.encode(_whole(text)).ids
-        return ids
-
-    @cached_property
-    def _without_control(self) -> RustTokenizer:
-        """The tokenizer again, set to read control tokens as text (a switch of the whole object)."""
-        tokenizer = RustTokenizer.from_str(self._tokenizer.to_str())
-        tokenizer.encode_special_tokens = True
-        return tokenizer
+        return self._control_tokens.encode(_whole(str(hidden)), stand_ins, add_special_tokens=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
-    def chat(self, messages: Messages) -> list[int]:
+    def chat(self, messages: Messages, *, control_tokens: bool = False) -> list[int]:
         """A model without a chat template is no chat model: it continues a plain prompt, and refuses messages."""
-        if self._template is None:
-            if isinstance(messages, str):
-                return self.encode(messages)
+        if self._template is None and not isinstance(messages, str):
             raise TokenizerError(f"{self._origin} has no chat template; give the prompt as one plain text")
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        messages, hidden = self._hide_control_tokens(messages)
-        text = _whole(self.render(messages))  # which has its special tokens already
-        ids: list[int] = []
-        for piece in re.split(f"([{''.join(hidden)}])", text) if hidden else [text]:
-            tokenizer = self._without_control if piece in hidden else self._tokenizer
-            ids += tokenizer.encode(hidden.get(piece, piece), add_special_tokens=False).ids
+        plain = self._template is None  # a template writes its special tokens itself; a plain prompt gets them here
+        try:
+            hidden, stand_ins = (messages, {}) if control_tokens else self._control_tokens.hide(messages)
+        except RecursionError:
+            raise TokenizerError("the messages are nested too deeply") from None
+        text = _whole(str(hidden) if plain else self.render(hidden))
+        if stand_ins:
+            return self._control_tokens.encode(text, stand_ins, add_special_tokens=plain)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=plain).ids
         return ids
 
-    def _hide_control_tokens(self, messages: Sequence[Mapping[str, str]]
-                             ) -> tuple[Sequence[Mapping[str, str]], dict[str, str]]:
-        """Puts a private-use character in the place of every control token in the contents, so that the template's own
-        control tokens are the only ones. Returns the messages, and character -> the text that it stands for."""
-        texts = "".join(message.get("content") or "" for message in messages)
-        found = sorted(set(self._control.findall(texts)))
-        if not found:
-            return messages, {}
-        unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in texts)
-        character = {token: next(unused) for token in found}
-        changed = [{**message, "content": self._control.sub(lambda match: character[match[0]], message["content"])}
-                   if message.get("content") else message for message in messages]
-        return changed, {hidden: token for token, hidden in character.items()}
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        return ControlTokens(self._tokenizer)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Messages) -> str:
         """The template's text for `messages`, ending with the opening of the assistant's turn."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # checkpoints are not trusted
-        environment.globals["raise_exception"] = _refuse
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            return environment.from_string(self._template or "").render(
-                messages=messages, add_generation_prompt=True, **self._special)
-        except jinja2.TemplateError as error:
+            return RENDERER.render(self._template or "", variables | self._special)
+        except TemplateFailedError as error:
             raise TokenizerError(f"{self._origin}: the chat template failed: {error}") from None
 
 
@@ -171,18 +165,53 @@ def _from_folder(folder: Path) -> CheckpointTokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise TokenizerError(f"{path} is missing; only this format is read (save_pretrained of a fast tokenizer)")
+    options = _options(folder)
     try:
         tokenizer = RustTokenizer.from_file(str(path))
+        padding = tokenizer.padding or {}
+        special = apply_options(tokenizer, {"pad_token": padding["pad_token"]} | options if padding else options)
+    except TokenizerError:
+        raise
     except Exception as error:  # the library raises bare Exception for every bad file
         raise TokenizerError(f"{path} is no tokenizer file: {error}") from None
-    options = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    template = options.get("chat_template")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    elif isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return CheckpointTokenizer(tokenizer, folder, template, _token_text(options.get("bos_token")),
-                               _token_text(options.get("eos_token")))
+    return CheckpointTokenizer(tokenizer, folder, _folder_template(folder, options), special)
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; special_tokens_map.json where, as in old checkpoints, it says more; the tokenizer's class
+    by the model's where neither names it."""
+    def read(name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    options = read("tokenizer_config.json")
+    if "added_tokens_decoder" not in options:
+        options |= read("special_tokens_map.json")
+    if not options.get("tokenizer_class"):
+        options["tokenizer_class"] = CLASS_OF_FAMILY.get(str(read("config.json").get("model_type")), "")
+    return options
+
+
+def _folder_template(folder: Path, options: Mapping[str, Any]) -> str | None:
+    template, file = options.get("chat_template"), folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{file} cannot be read: {error}") from None
+    if isinstance(template, list):  # several, by name
+        if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in template):
+            raise TokenizerError(f"{folder}: each chat template of a list must have a name and a template")
+        named = {str(entry["name"]): entry["template"] for entry in template}
+        if named and "default" not in named:
+            raise TokenizerError(f"{folder}: none of the chat templates {', '.join(sorted(named))} is named default")
+        template = named.get("default")
+    return _template_text(folder, template)
+
+
+def _template_text(origin: Path, template: Any) -> str | None:
+    if template is None or isinstance(template, str):
+        return template
+    raise TokenizerError(f"{origin}: the chat template must be a text, found a {type(template).__name__}")
 
 
 def _from_gguf(path: Path) -> CheckpointTokenizer:
@@ -192,29 +221,32 @@ def _from_gguf(path: Path) -> CheckpointTokenizer:
         raise TokenizerError(f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not supported, only 'gpt2' "
                              f"with {', '.join(_PRE_TOKENIZERS)}; use the model's Hugging Face folder")
     try:
-        return _from_metadata(path, meta, _PRE_TOKENIZERS[split])
+        return _from_metadata(path, meta, split)
+    except TokenizerError:
+        raise
     except KeyError as error:
         raise TokenizerError(f"{path}: metadata key {error.args[0]} is missing") from None
     except Exception as error:  # the library raises bare Exception for merges that fit no vocabulary
         raise TokenizerError(f"{path}: its vocabulary is damaged ({error}); download it again") from None
 
 
-def _from_metadata(path: Path, meta: Mapping[str, Any], pre_tokenizer: Any) -> CheckpointTokenizer:
+def _from_metadata(path: Path, meta: Mapping[str, Any], split: str) -> CheckpointTokenizer:
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     types: list[int] = meta["tokenizer.ggml.token_type"]
-    tokenizer = RustTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizer
+    is_llama_3 = split == "llama-bpe"  # takes whole words of the vocabulary unmerged, and opens texts by default
+    tokenizer = RustTokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges,
+                                         ignore_merges=is_llama_3))
+    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[split]
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token, type_ in zip(tokens, types, strict=True) if type_ == _CONTROL_TOKEN])
-
-    def token_text(key: str) -> str | None:
-        token_id = meta.get(f"tokenizer.ggml.{key}")
-        return None if token_id is None else tokens[token_id]
-
-    return CheckpointTokenizer(tokenizer, path, meta.get("tokenizer.chat_template"), token_text("bos_token_id"),
-                               token_text("eos_token_id"))
+    tokenizer.add_tokens([AddedToken(token, special=type_ in _CONTROL_TYPES, normalized=False)
+                          for token, type_ in zip(tokens, types, strict=True) if type_ in _WHOLE_TYPES])
+    special = {name: tokens[meta[f"tokenizer.ggml.{key}_token_id"]] for name, key in _GGUF_SPECIAL.items()
+               if f"tokenizer.ggml.{key}_token_id" in meta}
+    frame_text(tokenizer, special, meta.get("tokenizer.ggml.add_bos_token", is_llama_3),
+               meta.get("tokenizer.ggml.add_eos_token", False))
+    return CheckpointTokenizer(tokenizer, path, _template_text(path, meta.get("tokenizer.chat_template")), special,
+                               end_token_ids(meta))
 
 
 def _split_then_bytes(pattern: str) -> Any:
@@ -237,13 +269,3 @@ _PRE_TOKENIZERS: dict[str, Any] = {
 def _whole(text: str) -> str:
     """Half a surrogate pair, which JSON can smuggle into a string, becomes a question mark."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
-
-
-def _token_text(token: Any) -> str | None:
-    """A special token is written as text, or as a dictionary that holds it."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

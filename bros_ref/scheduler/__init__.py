@@ -10,19 +10,29 @@ from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.kv_cache.bidirectional import BidirectionalKVCacheManager
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.scheduler.base import Scheduler
+from bros_ref.scheduler.baselines.qoserve import QoServeScheduler
 from bros_ref.scheduler.baselines.round_robin import RoundRobinScheduler
+from bros_ref.scheduler.baselines.scorpio import ScorpioScheduler
 from bros_ref.scheduler.baselines.sglang_priority import SGLangPriorityScheduler
 from bros_ref.scheduler.baselines.tgi import TGIScheduler
 from bros_ref.scheduler.baselines.vllm_fcfs import VLLMFCFSScheduler
 from bros_ref.scheduler.baselines.vllm_priority import VLLMPriorityScheduler
+from bros_ref.scheduler.baselines.vllm_priority_watermark import VLLMPriorityWatermarkScheduler
+from bros_ref.scheduler.baselines.vllm_v0 import VLLMV0Scheduler
+from bros_ref.scheduler.baselines.xllm import XLLMScheduler
 from bros_ref.scheduler.bros import BROSScheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
 
 POLICIES: dict[str, tuple[type[Scheduler], Callable[[KVCacheConfig], KVCacheManager]]] = {
     "vllm-fcfs": (VLLMFCFSScheduler, KVCacheManager),
+    "vllm-v0": (VLLMV0Scheduler, KVCacheManager),
     "vllm-priority": (VLLMPriorityScheduler, KVCacheManager),
+    "vllm-priority-watermark": (VLLMPriorityWatermarkScheduler, KVCacheManager),
     "tgi": (TGIScheduler, KVCacheManager),
     "sglang-priority": (SGLangPriorityScheduler, KVCacheManager),
+    "scorpio": (ScorpioScheduler, KVCacheManager),
+    "qoserve": (QoServeScheduler, KVCacheManager),
+    "xllm": (XLLMScheduler, KVCacheManager),
     "bros-rr": (RoundRobinScheduler, KVCacheManager),
     "bros": (BROSScheduler, BidirectionalKVCacheManager),
     "bros-plus": (BROSScheduler, BidirectionalKVCacheManager),
@@ -31,7 +41,9 @@ POLICIES: dict[str, tuple[type[Scheduler], Callable[[KVCacheConfig], KVCacheMana
     "bros-swap-request": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "request")),
     "bros-swap-block": (BROSScheduler, lambda config: BidirectionalKVCacheManager(config, "block")),
 }
-CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority")  # as the systems that they stand for
+# As the systems that they stand for: chunked prefill unless told otherwise, or whole prompts whatever is told.
+CHUNKED_POLICIES = ("vllm-fcfs", "vllm-priority", "vllm-priority-watermark", "sglang-priority", "qoserve", "xllm")
+WHOLE_PROMPT_POLICIES = ("vllm-v0", "scorpio")
 # What `bros-plus` adds to the paper's form (our decisions); one alone, for ablations, is the policy `bros+NAME`.
 PLUS: dict[str, dict[str, Any]] = {
     "chunks": {"chunked_prefill": True},  # prompts are cut to what the deadlines leave
@@ -39,7 +51,10 @@ PLUS: dict[str, dict[str, Any]] = {
     "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
     "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
-REFERENCE_POLICIES = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
+# One class alone: the floor of latency and the ceiling of throughput. A run uses whichever form serves its class better
+# where it can try both (simulated runs, `bench hybrid`), and the first where it cannot.
+REFERENCE_POLICIES = {"rt-only": "rt", "be-only": "be"}
+REFERENCE_FORMS = ("bros-plus", "bros")
 
 
 def known_policies() -> list[str]:
@@ -56,9 +71,13 @@ def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfi
     """
     if policy not in known_policies():
         raise ValueError(f"unknown policy {policy!r}; known are {', '.join(known_policies())}")
+    if policy in REFERENCE_POLICIES:
+        policy = REFERENCE_FORMS[0]
     base, _, option = policy.partition("+")
     changes = [PLUS[option]] if option else PLUS.values() if base == "bros-plus" else []
     for change in changes:
         config = replace(config, **change)
-    scheduler, manager = POLICIES["bros" if base in REFERENCE_POLICIES else base]
+    if policy in WHOLE_PROMPT_POLICIES:
+        config = replace(config, chunked_prefill=False)
+    scheduler, manager = POLICIES[base]
     return scheduler(config, manager(kv_config), latency, eos_token_ids)

@@ -42,6 +42,7 @@ class Scheduler:
         requests: all live requests, by id.
         running: requests that hold KV, in admission order.
         max_batch_size: the most requests in the batch of this step.
+        max_step_tokens: the most tokens of this step; a policy may lower it while it packs.
         executing_s: predicted seconds to compute the batch admitted so far, without the safety factor.
         output: the step that is being packed, or else the last one.
     """
@@ -59,6 +60,7 @@ class Scheduler:
         self.step = 0
         self.iteration_s = 0.0  # moving average
         self.max_batch_size = config.max_num_seqs
+        self.max_step_tokens = config.max_num_batched_tokens
         self.executing_s = 0.0
         self.output = SchedulerOutput(0, 0.0)
         self.setup()
@@ -104,6 +106,7 @@ class Scheduler:
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Decides one iteration. Expected scarcity is recorded in the output, never raised."""
         self.step += 1
+        self.max_step_tokens = self.config.max_num_batched_tokens
         self.begin_step()
         self.output = SchedulerOutput(self.step, now_s)
         self.executing_s = self.latency.c0
@@ -129,7 +132,7 @@ class Scheduler:
         context = request.num_computed_tokens
         count = request.num_tokens - context
         if count == 1:
-            if features.new_tokens >= self.config.max_num_batched_tokens and not exempt:
+            if features.new_tokens >= self.max_step_tokens and not exempt:
                 return self.refuse(request, TOKEN_BUDGET)
             cost_s = latency.c1 + latency.c3 * context
         else:
@@ -187,7 +190,7 @@ class Scheduler:
                      exempt: bool) -> tuple[int, Admission]:
         """Tokens of a prefill to compute now, at most `wanted`, and ADMITTED; or 0 and why not."""
         features, config = self.output.features, self.config
-        tokens_left = config.max_num_batched_tokens - features.new_tokens
+        tokens_left = self.max_step_tokens - features.new_tokens
         if not config.chunked_prefill:
             # one longer than the budget is the only prefill of its step; decodes would otherwise keep it out for good
             if wanted <= tokens_left or not features.prefill_products or exempt:

@@ -49,6 +49,7 @@ class SchedulerOutput:
     num_behind: int = 0  # runnable requests that are neither scheduled nor in left_out: they stand behind those
     preempted: dict[str, str] = field(default_factory=dict)  # request id -> "recompute" | "swap"
     recomputed_tokens: int = 0
+    rejected: list[str] = field(default_factory=list)  # turned away by the policy; the engine aborts them
     num_waiting: int = 0
     num_running: int = 0
     num_used_blocks: int = 0

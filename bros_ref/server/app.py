@@ -13,11 +13,14 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from bros_ref.server.errors import ErrorBody, install_error_handlers, not_found
+from bros_ref.server.batch_routes import batch_routes
+from bros_ref.server.errors import APIError, ErrorBody, install_error_handlers, not_found
+from bros_ref.server.files import file_routes
+from bros_ref.server.live import live_routes
 from bros_ref.server.middleware import Gateway
 from bros_ref.server.protocol import ChatBody, CompletionBody
+from bros_ref.server.responses import response_routes
 from bros_ref.server.service import Service, unless_disconnected
-from bros_ref.server.settings import MAX_BODY_BYTES
 from bros_ref.server.state import ServerState
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -40,11 +43,15 @@ def create_app(state: ServerState) -> FastAPI:
             await state.stop()
 
     app = FastAPI(title="bros_ref", summary="Real-time and best-effort requests on one model, one KV cache.",
-                  version="1", lifespan=lifespan, responses=ERRORS, max_body_size=MAX_BODY_BYTES,
-                  redirect_slashes=False, telemetry={"tracing": False})
+                  version="1", lifespan=lifespan, responses=ERRORS, redirect_slashes=False,
+                  telemetry={"tracing": False})
     install_error_handlers(app)
     app.add_middleware(Gateway, settings=state.settings, metrics=state.metrics)
     app.include_router(completion_routes(state.service))
+    app.include_router(response_routes(state.service))
+    app.include_router(file_routes(state.files))
+    app.include_router(batch_routes(state.batches, state.runner))
+    app.include_router(live_routes(state.live, state.trace, state.batches, state.settings.model_id))
     app.include_router(status_routes(state))
     return app
 
@@ -91,7 +98,9 @@ def status_routes(state: ServerState) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the engine's thread lives."""
+        """Whether the engine can work."""
+        if state.loop.broken is not None:
+            raise APIError(503, f"the engine is broken, restart the server: {state.loop.broken}", code="engine_broken")
         return {"status": "ok"}
 
     @router.get("/metrics", response_class=Response)

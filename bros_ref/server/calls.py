@@ -82,7 +82,6 @@ class Planner:
             raise APIError(400, f"n times the number of prompts is {choices * len(prompts)}; at most {MAX_CHOICES} "
                                 "choices fit one call, send several", "n", "invalid_value")
         request_class, slo, tier = self._service(body, headers)
-        seed = secrets.randbits(62) if body.seed is None else body.seed
         call_id = f"{prefix}-{secrets.token_hex(16)}"
         requests: list[Request] = []
         for prompt in prompts:
@@ -90,8 +89,8 @@ class Planner:
             for choice in range(choices):
                 sampling = SamplingParams(
                     limit, 1.0 if body.temperature is None else body.temperature,
-                    1.0 if body.top_p is None else body.top_p, seed + choice, body.stops, body.ignore_eos,
-                    body.presence_penalty or 0.0, body.frequency_penalty or 0.0, logprobs)
+                    1.0 if body.top_p is None else body.top_p, None if body.seed is None else body.seed + choice,
+                    body.stops, body.ignore_eos, body.presence_penalty or 0.0, body.frequency_penalty or 0.0, logprobs)
                 requests.append(Request(f"{call_id}-{len(requests)}", request_class, prompt, sampling, arrival_s, slo))
         return Plan(call_id, int(time.time()), body.model, tuple(requests), tier, sum(map(len, prompts)))
 

@@ -68,9 +68,10 @@ def not_found(what: str, identifier: str) -> APIError:
 
 
 def from_validation(errors: Sequence[Any]) -> APIError:
-    """The first of pydantic's complaints as a 400 that names the field. The rejected value is not repeated."""
-    first = errors[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    """The most exact of pydantic's complaints as a 400 that names the field. The rejected value is not repeated."""
+    first = max(errors, key=lambda error: len(error["loc"]))  # of a union, the alternative that fitted furthest
+    where = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]  # no names of types
+    where = where[1:] if where[:1] in (["body"], ["query"], ["path"], ["header"]) else where
     param = ".".join(where)[:200] or None
     if first["type"] == "extra_forbidden":
         return APIError(400, f"{param!r} is not supported by this server; leave it out", param, "unsupported_parameter")

@@ -19,6 +19,7 @@ LATENCY_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5,
 GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 30)
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4)
 BLOCK_STATES = ("empty", "rt_only", "be_only", "shared")
+LINE_STATES = ("waiting", "completed", "failed")
 SLOT_EVENTS = {"checkpoint": "checkpointed", "restore": "restored", "relocate": "relocated"}
 
 
@@ -53,19 +54,23 @@ class Metrics:
         self._http = counter("http_requests", "HTTP answers.", "route", "status")
         self._requests = gauge("requests_now", "Requests in the engine.", "class", "state")
         self._blocks = gauge("kv_blocks", "KV blocks.", "state")
-        self._lines = gauge("batch_lines", "Lines of batches.", "state")
+        self._lines = gauge("batch_lines", "Lines of the batches that have not ended.", "state")
+        self._totals = Tally[str]()  # what the dashboard shows, as plain numbers
 
     # -- in the engine's thread ---------------------------------------------------------------------------------
 
-    def token_gap(self, request: Request, gap_s: float) -> None:
-        """A token came `gap_s` after the one before."""
-        self._itl.labels(_class(request)).observe(gap_s)
+    def token(self, request: Request, gap_s: float | None) -> None:
+        """A token came, `gap_s` after the one before; None for the first."""
+        name = _class(request)
+        self._tokens.labels(name).inc()
+        self._totals[f"{name}_tokens"] += 1
+        if gap_s is not None:
+            self._itl.labels(name).observe(gap_s)
 
     def ended(self, request: Request, outcome: str) -> None:
         """A request has ended: "stop", "length", "aborted" or "failed"."""
         name, count = _class(request), len(request.output_token_ids)
         self._ended.labels(name, outcome).inc()
-        self._tokens.labels(name).inc(count)
         if request.first_token_s is None or request.last_token_s is None:
             return
         ttft_s = request.first_token_s - request.arrival_s
@@ -77,11 +82,16 @@ class Metrics:
             self._e2el.labels(name).observe(request.last_token_s - request.arrival_s)
         if request.slo is not None and outcome != "aborted":
             completed = outcome != "failed"
-            self._target("ttft", completed and ttft_s <= request.slo.ttft_s)
-            self._target("tpot", completed and (tpot_s is None or tpot_s <= request.slo.tpot_s))
+            met = {"ttft": completed and ttft_s <= request.slo.ttft_s,
+                   "tpot": completed and (tpot_s is None or tpot_s <= request.slo.tpot_s)}
+            for target, was_met in met.items():
+                self._targets.labels(target, "yes" if was_met else "no").inc()
+            self._totals["rt_ended"] += 1
+            self._totals["rt_on_time"] += all(met.values())
 
-    def _target(self, name: str, met: bool) -> None:
-        self._targets.labels(name, "yes" if met else "no").inc()
+    def totals(self) -> dict[str, int]:
+        """Tokens of both classes, real-time requests that ended and those that met both targets, since the start."""
+        return {name: self._totals[name] for name in ("rt_tokens", "be_tokens", "rt_ended", "rt_on_time")}
 
     def step(self, record: StepRecord, overwritten: int, began: list[tuple[str, float]]) -> None:
         """A step was taken. `overwritten`: slots that real-time tokens took from best-effort ones; `began`: class and
@@ -115,9 +125,9 @@ class Metrics:
         self._http.labels(route, str(status)).inc()
 
     def batch_lines(self, counts: dict[str, int]) -> None:
-        """Lines of all batches by state."""
-        for state, count in counts.items():
-            self._lines.labels(state).set(count)
+        """Lines of the batches that have not ended, by state."""
+        for state in LINE_STATES:
+            self._lines.labels(state).set(counts.get(state, 0))
 
     def page(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its content type."""

@@ -68,10 +68,12 @@ class SamplingBody(Body):
 
 
 class TextPart(Body):
-    """A part of a message; other kinds than text are refused."""
+    """A part of a message; other kinds than text are refused. The lists come with an answer that is sent back."""
 
     type: Literal["text", "input_text", "output_text"]
     text: Text
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
 
 
 class Message(Body):

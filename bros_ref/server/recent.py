@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from bros_ref.trace.records import RequestRecord, StepRecord
@@ -89,7 +89,7 @@ class RecentTrace(Trace):
         trace.requests = {name: _arrived(record, steps[0].start_s) for name, record in requests.items()
                           if name not in gone}
         trace.steps = [_opening(steps[0], {name: one for name, one in held.items() if name in trace.requests}),
-                       *(_without(step, gone) for step in steps)]
+                       *(_only(step, trace.requests) for step in steps)]
         trace.ended_outside = {name: end for name, end in outside.items() if name in trace.requests}
         return trace
 
@@ -165,9 +165,9 @@ def _arrived(record: RequestRecord, start_s: float) -> RequestRecord:
     return record if record.arrival_s >= start_s else replace(record, arrival_s=start_s)
 
 
-def _without(step: StepRecord, gone: set[str]) -> StepRecord:
+def _only(step: StepRecord, known: Collection[str]) -> StepRecord:
     """A step without the blocks that it took back from requests that ended before the cut."""
-    if not any(change[0] in gone for change in (*step.block_changes, *step.offloaded)):
+    if all(change[0] in known for change in (*step.block_changes, *step.offloaded)):
         return step
-    return replace(step, block_changes=[change for change in step.block_changes if change[0] not in gone],
-                   offloaded=[change for change in step.offloaded if change[0] not in gone])
+    return replace(step, block_changes=[change for change in step.block_changes if change[0] in known],
+                   offloaded=[change for change in step.offloaded if change[0] in known])

@@ -12,6 +12,7 @@ from bros_ref.request import SLO
 
 MAX_UPLOAD_BYTES = 200 * 1024 * 1024  # OpenAI's limits for a batch input file
 MAX_BATCH_LINES = 50_000
+FORM_OVERHEAD_BYTES = 64 * 1024  # boundaries and fields around an uploaded file
 MAX_BODY_BYTES = 4 * 1024 * 1024  # of every other request
 MAX_HEADER_BYTES = 32 * 1024
 MAX_CHOICES = 16  # `n` times prompts of one call

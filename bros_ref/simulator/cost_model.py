@@ -125,5 +125,5 @@ class CostModel:
 
 
 def relative_error(predicted: float, measured: float) -> float:
-    """|predicted / measured - 1|."""
+    """`abs(predicted / measured - 1)`."""
     return math.fabs(predicted / measured - 1)

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from bros_ref.files import write_text
 from bros_ref.kv_cache.blocks import BlockView
 from bros_ref.scheduler.output import BEHIND
 from bros_ref.trace.perfetto import trace_events
 from bros_ref.trace.records import PhaseSpan, RequestRecord, SlotCopies, StepRecord
-from bros_ref.trace.replay import replay_copies, replay_phases, replay_pools
+from bros_ref.trace.replay import replay_changes, replay_copies, replay_phases, replay_pools
 
 KIND = "bros_ref.trace"  # tells a trace from any other JSON file
 SCHEMA = 2
@@ -84,9 +84,11 @@ class Trace:
             ValueError: it is not a trace, is cut short, or has another schema; the message names the file.
         """
         path = Path(path)
+        if path.exists() and not path.is_file():  # a device may never end, a pipe may never begin
+            raise ValueError(f"{path}: not a file; expected JSON written by Trace.save")
         try:
             data = path.read_bytes()
-            content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+            content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data, parse_constant=_no_number)
         except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a trace, or cut short: {error}; expected JSON written by Trace.save "
                              "(gzipped if and only if the name ends in .gz)") from error
@@ -134,6 +136,11 @@ class Trace:
         """
         return replay_pools(self)
 
+    def pool_changes(self) -> Iterator[dict[int, BlockView]]:
+        """What changes from each of `pools` to the next, from an empty pool on: block id -> its new view, ascending.
+        O(changes), where looking at every block of every step would take seconds."""
+        return replay_changes(self)
+
     def copies(self) -> Iterator[list[SlotCopies]]:
         """The slots that each step saved to the host, brought back or moved, from the first step on."""
         return replay_copies(self)
@@ -173,6 +180,10 @@ def _rename_fields(content: dict[str, Any]) -> None:
             for old, new in RENAMED.items():
                 if old in step:
                     step[new] = step.pop(old)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _plain(record: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections import Counter
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from bros_ref.clock import WallClock
 from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
-from bros_ref.engine.detokenizer import TextStream
+from bros_ref.engine.detokenizer import IncrementalDecoder, TextStream
+from bros_ref.engine.llm_engine import RequestsFailed
 from bros_ref.engine.serve import serve
 from bros_ref.model.tokenizer import ByteTokenizer
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import POLICIES
+from bros_ref.scheduler.output import SchedulerOutput
 from bros_ref.trace.metrics import summarise
 from bros_ref.workload import ClosedLoopBatches, Workload, uniform_lengths
 
@@ -209,6 +211,56 @@ def test_a_runner_that_returns_too_few_tokens_fails_its_batch():
     assert not engine.has_unfinished
 
 
+@pytest.mark.parametrize("wait_steps", [1, 3])
+def test_a_stall_is_reported_after_twice_the_longest_wait_of_idle_steps_in_a_row(wait_steps):
+    engine = checksum_engine("bros", be_max_wait_steps=wait_steps)
+    schedule, longest = engine.scheduler.schedule, 2 * wait_steps + 2
+    engine.add_request(make_request("r", False, [1], 3))
+    for _ in range(2):
+        engine.scheduler.schedule = lambda now_s: SchedulerOutput(0, now_s)
+        for _ in range(longest):
+            assert engine.step() == []
+        engine.scheduler.schedule = schedule
+        engine.step()  # it runs: the count begins anew
+    engine.scheduler.schedule = lambda now_s: SchedulerOutput(0, now_s)
+    for _ in range(longest):
+        engine.step()
+    with pytest.raises(EngineStalled, match=f"{longest + 1} steps"):
+        engine.step()
+
+
+def test_requests_that_fail_on_their_own_end_and_the_others_get_their_tokens():
+    engine = checksum_engine("bros")
+    requests = [make_request(f"r{i}", i == 1, [i + 1, 2], 3) for i in range(3)]
+    for request in requests:
+        engine.add_request(request)
+    execute = engine.runner.execute
+
+    def one_fails(output):
+        engine.runner.execute = execute
+        token_ids = execute(output)
+        index = output.requests.index(requests[2])
+        raise RequestsFailed([*token_ids[:index], None, *token_ids[index + 1:]], {index: ValueError("its own fault")})
+
+    engine.runner.execute = one_fails
+    assert engine.step() == [requests[2]]
+    assert (requests[2].status, str(requests[2].error)) == (RequestStatus.FAILED, "its own fault")
+    check_accounts(engine)
+    run(engine, [])
+    assert [request.output_token_ids for request in requests] == [alone(requests[0]), alone(requests[1]), []]
+    assert {name: why for step in engine.trace.steps for name, why in step.finished.items()} == {
+        "r0": "length", "r1": "length", "r2": "failed"}
+
+
+def test_a_failed_step_leaves_each_of_its_requests_the_reason():
+    engine = checksum_engine("bros")
+    engine.add_request(request := make_request("r", False, [1], 2))
+    engine.runner = FailingRunner(engine.runner, random.Random(0), rate=2.0)
+    with pytest.raises(StepFailed):
+        engine.step()
+    assert "copies" in str(request.error) or "forward pass" in str(request.error)
+
+
 def test_a_policy_that_schedules_nobody_is_reported_instead_of_spinning():
     engine = checksum_engine("bros")
     engine.scheduler.pack = lambda now_s: None
@@ -244,9 +296,52 @@ def test_streamed_text_ends_exactly_before_the_first_stop_string(text, stop):
     assert stream.stopped == bool(found)
 
 
-def byte_engine(policy="bros"):
+class CountingTokenizer(ByteTokenizer):
+    """Counts what it is asked to decode."""
+
+    num_decoded = 0
+
+    def decode(self, token_ids):
+        self.num_decoded += len(token_ids)
+        return super().decode(token_ids)
+
+
+CHUNKS = [bytes([0xFF]), "\ufffd".encode(), bytes([0xF0, 0x9F]), bytes([0x98]), bytes([0x98, 0x80, 0xF0, 0x9F]), b"a",
+          "é".encode(), "🎉".encode(), bytes([0xE2, 0x82]), bytes([0xF0])]
+
+
+class ChunkTokenizer:
+    """Tokens of several bytes, which may begin and end in the middle of a character; 99 is a token without text."""
+
+    def decode(self, token_ids):
+        return b"".join(CHUNKS[i] for i in token_ids if i != 99).decode("utf-8", errors="replace")
+
+
+@settings(max_examples=400)
+@given(start=st.lists(st.integers(0, len(CHUNKS) - 1), max_size=20), times=st.integers(1, 15),
+       unit=st.lists(st.integers(0, len(CHUNKS) - 1) | st.just(99), min_size=1, max_size=4))
+def test_text_in_pieces_is_the_text_at_once_however_often_a_damaged_character_comes_again(start, unit, times):
+    tokenizer, token_ids = ChunkTokenizer(), start + unit * times
+    decoder = IncrementalDecoder(tokenizer)
+    pieces = [decoder.push(token_id) for token_id in token_ids]
+    assert "".join(pieces) + decoder.finish() == tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("run", [[0xFF], list("\ufffd".encode()), [0x98, 0x80, 0xF0, 0x9F], [257]])
+def test_a_run_that_is_no_text_is_shown_as_it_comes_with_the_same_work_for_each_token(run):
+    tokenizer = CountingTokenizer()
+    stream, token_ids = TextStream(tokenizer), [0xE2, *run * 400]
+    for count, token_id in enumerate(token_ids, start=1):
+        stream.push(token_id)
+        assert count < 4 or len(ByteTokenizer().decode(token_ids[:count])) - len(stream.text) <= 3
+    assert tokenizer.num_decoded <= 40 * len(token_ids)
+    stream.close()
+    assert stream.text == ByteTokenizer().decode(token_ids)
+
+
+def byte_engine(policy="bros", **limits):
     """A checksum engine whose tokens are read as bytes, so that text callbacks can be tested."""
-    plain = checksum_engine(policy, num_blocks=20)
+    plain = checksum_engine(policy, num_blocks=20, **limits)
     return LLMEngine(plain.scheduler, plain.runner, plain.clock, ByteTokenizer(), plain.trace)
 
 
@@ -300,6 +395,200 @@ def test_a_callback_may_abort_itself_and_others():
     run(engine, [])
     assert [r.status for r in requests[:2]] == [RequestStatus.ABORTED] * 2
     assert requests[2].output_token_ids == alone(requests[2])
+
+
+def speaking_engine(answers, **limits):
+    """An engine whose model says, for each request id, the given text byte by byte."""
+    engine = byte_engine(**limits)
+    said = {name: iter(text.encode()) for name, text in answers.items()}
+    engine.runner = SimpleNamespace(execute=lambda output: [next(said[r.request_id]) for r in output.requests])
+    return engine
+
+
+def speak(engine, name, num_bytes, stop=(), on_text=None, is_rt=False):
+    """Adds a request and returns it and the pieces of text that it gets."""
+    pieces = []
+    request = Request(name, RequestClass.REAL_TIME if is_rt else RequestClass.BEST_EFFORT, [1],
+                      SamplingParams(max_tokens=num_bytes, stop=stop), slo=SLO(9.0, 9.0) if is_rt else None)
+
+    def callback(request, piece):
+        pieces.append(piece)
+        if on_text is not None:
+            on_text(request, piece)
+
+    engine.add_request(request, callback)
+    return request, pieces
+
+
+@pytest.mark.parametrize(("text", "stop", "shown", "reason"), [
+    ("abc", ("cX",), "abc", "length"),  # what was held back as a possible stop string is handed out
+    ("abé", (), "ab\ufffd", "length"),  # and so is half a character: the limit cuts é in two
+    ("abcX", ("cX",), "ab", "stop"),  # the stop string ends on the last allowed token
+    ("abcXd", ("cX",), "ab", "stop"),
+    ("ab\ufffd", ("\ufffd",), "ab", "stop"),
+])
+def test_the_last_allowed_token_loses_no_text_and_may_complete_a_stop_string(text, stop, shown, reason):
+    limit = len(text.encode()) - (text == "abé")
+    engine = speaking_engine({"r": text})
+    request, pieces = speak(engine, "r", limit, stop)
+    run(engine, [])
+    assert ("".join(pieces), request.status.value) == (shown, reason)
+    assert engine.streams["r"].text == shown
+    assert engine.trace.steps[-1].finished == {"r": reason}
+    assert not engine.scheduler.running
+
+
+def test_no_text_reaches_a_request_that_another_ones_callback_aborted_in_the_same_step():
+    engine = speaking_engine({"a": "xxxx", "b": "yyyy"})
+    _, a = speak(engine, "a", 4, on_text=lambda *_: engine.abort("b") if len(a) == 2 else None)
+    aborted, b = speak(engine, "b", 4)
+    run(engine, [])
+    assert (a, b) == (["x"] * 4, ["y"])
+    assert aborted.status is RequestStatus.ABORTED
+    assert engine.trace.ended_outside.keys() == {"b"}
+    assert [step.finished for step in engine.trace.steps if step.finished] == [{"a": "length"}]
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_callback_that_raises_and_one_that_is_interrupted_in_one_step_cost_no_end_and_no_text(first):
+    engine = speaking_engine({"a": "abcdef", "b": "ghijkl", "c": "ecfjkm"})
+
+    def misbehave(error):
+        def on_text(request, piece):
+            if piece in "ag":
+                raise error
+        return on_text
+
+    order = [("a", KeyError("a user's mistake")), ("b", KeyboardInterrupt())]
+    texts = {name: speak(engine, name, 6, on_text=misbehave(error))[1]
+             for name, error in (order if first == "a" else order[::-1])}
+    texts["c"] = speak(engine, "c", 6)[1]
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert engine.trace.steps[-1].finished == {"a": "failed"}
+    run(engine, [])
+    assert {name: "".join(pieces) for name, pieces in texts.items()} == {"a": "a", "b": "ghijkl", "c": "ecfjkm"}
+    assert (engine._on_text, list(engine._pieces)) == ({}, [])
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_text_that_an_interrupt_between_two_callbacks_held_up_is_handed_out_by_the_next_step(is_last):
+    engine = speaking_engine({"a": "abc", "b": "def"})
+    texts = [speak(engine, name, 1 if is_last else 3)[1] for name in "ab"]
+    pieces = engine._pieces
+
+    class Interrupted(deque):
+        def popleft(self):
+            engine._pieces = deque(self)
+            raise KeyboardInterrupt
+
+    engine._pieces = Interrupted(pieces)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert texts == [[], []]
+    assert engine.has_unfinished
+    run(engine, [])
+    assert ["".join(pieces) for pieces in texts] == ["a" if is_last else "abc", "d" if is_last else "def"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**32))
+def test_an_interrupt_anywhere_in_deciding_is_undone(policy, seed):
+    """It strikes before or after some call of the KV manager, so decisions are half booked."""
+    rng = random.Random(seed)
+    engine = checksum_engine(policy, rng.randint(5, 14), 4, rng.choice([None, 0, 2]), max_num_batched_tokens=16)
+    requests = random_requests(rng, 10, 20, 4, 0.2)
+    kv, luck = engine.scheduler.kv, rng.randint(1, 60)
+    calls = iter(range(10_000))
+
+    def interrupting(method):
+        def call(*args, **kwargs):
+            number = next(calls)
+            if number == luck:
+                raise KeyboardInterrupt
+            result = method(*args, **kwargs)
+            if number == luck + 1:
+                raise KeyboardInterrupt
+            return result
+        return call
+
+    for name in ("allocate_slots", "begin_step", "swap_out", "reclaim"):
+        setattr(kv, name, interrupting(getattr(kv, name)))
+    pending, interrupts = list(requests), 0
+    while pending or engine.has_unfinished:
+        while pending and pending[0].arrival_s <= engine.clock.now_s():
+            engine.add_request(pending.pop(0))
+        try:
+            engine.step() if engine.has_unfinished else engine.clock.sleep_until(pending[0].arrival_s)
+        except KeyboardInterrupt:
+            interrupts += 1
+        check_accounts(engine)
+    assert interrupts <= 2
+    assert [request.output_token_ids for request in requests] == [alone(request) for request in requests]
+    assert list(engine.trace.phases()) == [request.request_id for request in requests]
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_grows_with_the_requests_served(monkeypatch):
+    monkeypatch.setattr("bros_ref.engine.llm_engine.KEEP_ENDED", 5)
+    engine = byte_engine()
+    engine.trace = None
+
+    def serve_some(first, count):
+        for i in range(first, first + count):
+            engine.add_request(make_request(f"r{i}", i % 2 == 0, [1 + i % 7], 30), lambda request, _: (
+                engine.abort(request.request_id) if request.request_id.endswith("3") else
+                1 / 0 if request.request_id.endswith("5") else None))
+            if i % 10 == 9:
+                run(engine, [])
+        return {name: len(value) for name, value in vars(engine).items() if hasattr(value, "__len__")}
+
+    assert serve_some(0, 40) == serve_some(40, 40)
+    assert len(engine.streams) == 5
+    assert len(engine.callback_errors) <= 5
+
+
+def test_an_id_may_come_again_once_its_request_has_ended_and_no_trace_holds_it():
+    engine = byte_engine()
+    with_trace = byte_engine()
+    for one in (engine, with_trace):
+        one.add_request(make_request("r", False, [1], 3))
+        with pytest.raises(RequestRefused, match="used before"):
+            one.add_request(make_request("r", False, [1], 3))
+        run(one, [])
+    with pytest.raises(RequestRefused, match="used before"):
+        with_trace.add_request(make_request("r", False, [1], 3))
+    engine.trace = None
+    engine.add_request(again := make_request("r", False, [1], 3))
+    run(engine, [])
+    assert again.output_token_ids == alone(again)
+
+
+def test_an_id_that_comes_again_keeps_its_text_when_its_first_life_is_forgotten(monkeypatch):
+    monkeypatch.setattr("bros_ref.engine.llm_engine.KEEP_ENDED", 2)
+    engine = byte_engine()
+    engine.trace = None
+    engine.add_request(make_request("r", False, [1], 1))
+    run(engine, [])
+    engine.add_request(make_request("r", False, [1], 50))
+    for i in range(4):
+        engine.add_request(make_request(f"other{i}", False, [1], 1))
+    while len(engine.scheduler.requests) > 1:
+        engine.step()
+    assert "r" in engine.streams
+    run(engine, [])
+
+
+def test_a_refused_request_can_be_shortened_and_arrives_when_it_is_accepted():
+    engine = checksum_engine("bros", num_blocks=2, block_size=4)
+    long = Request("r", RequestClass.REAL_TIME, [1] * 9, slo=SLO(1.0, 1.0))
+    with pytest.raises(RequestRefused):
+        engine.add_request(long)
+    assert (long.arrival_s, long.deadline_s) == (None, math.inf)
+    assert engine.trace.requests["r"].arrival_s == 0.0
 
 
 # -- clocks -----------------------------------------------------------------------------------------------------------

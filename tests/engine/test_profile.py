@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bros_ref.config import KVCacheConfig
 from bros_ref.engine.model_runner import ModelRunner
-from bros_ref.engine.profile import ROUNDS, profile
+from bros_ref.engine.profile import ROUNDS, profile, speed_key
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.scheduler.latency_model import StepFeatures
 
@@ -59,3 +59,16 @@ def test_progress_ends_at_one():
     profile(runner(8), 4, seen.append, candidates=[[(2, 0)], [(1, 3)]])
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
+
+
+def test_the_cache_key_names_all_that_changes_speed_and_not_the_size_of_an_ample_pool(monkeypatch):
+    def key(num_blocks=20_000, max_num_seqs=8, name="m", backend="torch", cpu="a", threads=1):
+        monkeypatch.setattr("bros_ref.engine.profile.cpu_model", lambda: cpu)
+        monkeypatch.setattr("bros_ref.engine.profile.torch.get_num_threads", lambda: threads)
+        made = runner(num_blocks)
+        made.backend = backend
+        return speed_key(made, max_num_seqs, name)
+
+    assert key(num_blocks=20_001) == key()
+    assert len({key(), key(num_blocks=3), key(max_num_seqs=1), key(name="n"), key(backend="cpu-emulated"), key(cpu="b"),
+                key(threads=2)}) == 7

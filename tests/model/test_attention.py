@@ -37,6 +37,7 @@ class Case:
     group: int
     head_dim: int
     seed: int
+    window: int | None = None
 
 
 @st.composite
@@ -49,7 +50,8 @@ def cases(draw: st.DrawFn) -> Case:
         query = draw(st.sampled_from([1, context, draw(st.integers(1, context))]))
         sequences.append((query, context, draw(st.booleans())))
     return Case(sequences, block_size, draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 3])),
-                draw(st.sampled_from([4, 8])), draw(st.integers(0, 2**16)))
+                draw(st.sampled_from([4, 8])), draw(st.integers(0, 2**16)),
+                draw(st.none() | st.sampled_from([1, block_size, 2 * block_size + 1, 3 * block_size + 2])))
 
 
 def place(case: Case, rng: np.random.Generator) -> list[list[int]]:
@@ -70,13 +72,15 @@ def place(case: Case, rng: np.random.Generator) -> list[list[int]]:
     return tables
 
 
-def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, group: int) -> np.ndarray:
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, group: int, window: int | None) -> np.ndarray:
     """q [t, H, D] are the last t of the C positions of k, v [C, K, D]; float64."""
     out = np.empty_like(q)
     first = len(k) - len(q)
     for row in range(len(q)):
         for head in range(q.shape[1]):
-            keys, values = k[:first + row + 1, head // group], v[:first + row + 1, head // group]
+            end = first + row + 1
+            seen = slice(max(0, end - window) if window else 0, end)
+            keys, values = k[seen, head // group], v[seen, head // group]
             scores = keys @ q[row, head] / np.sqrt(q.shape[2])
             weights = np.exp(scores - scores.max())
             out[row, head] = weights @ values / weights.sum()
@@ -98,9 +102,9 @@ def build(case: Case) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata, np.nda
             assert np.isnan(caches[0, slot]).all(), "the test placed two owners in one slot"
             caches[:, slot] = k[p], v[p]
         queries.append(q)
-        expected.append(reference(q, k, v, case.group))
+        expected.append(reference(q, k, v, case.group, case.window))
     query_lens, context_lens, flips = zip(*case.sequences, strict=True)
-    meta = AttentionMetadata.build(tables, flips, query_lens, context_lens, size)
+    meta = AttentionMetadata.build(tables, flips, query_lens, context_lens, size).within(case.window)
     k_cache, v_cache = torch.from_numpy(caches).float().unflatten(1, (num_blocks, size))
     return torch.from_numpy(np.concatenate(queries)).float(), k_cache, v_cache, meta, np.concatenate(expected)
 
@@ -109,6 +113,7 @@ def build(case: Case) -> tuple[Tensor, Tensor, Tensor, AttentionMetadata, np.nda
 @given(case=cases())
 @example(Case([(1, 10, False), (1, 6, True)], 16, 1, 3, 8, 0))  # one block, two owners, every slot of it used
 @example(Case([(7, 10, False), (3, 6, True), (1, 5, True)], 16, 2, 1, 8, 0))
+@example(Case([(7, 10, False), (10, 10, True), (1, 9, True), (1, 3, False), (1, 4, True)], 4, 2, 1, 8, 0, window=4))
 def test_every_attention_meets_the_contract(implementation: Callable[..., Tensor], case: Case) -> None:
     q, k_cache, v_cache, meta, expected = build(case)
     got = implementation(q, k_cache, v_cache, meta)

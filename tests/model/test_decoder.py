@@ -1,5 +1,6 @@
 """Every family's logits against transformers, however the tokens are cut into steps and laid out in blocks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bros_ref.model.attention import AttentionMetadata
+from bros_ref.model.backends import KernelAttention
 from bros_ref.model.decoder import Decoder
+from bros_ref.model.rotary import rope_tables
 from bros_ref.model.weights.load import load_model_config, load_weights
 from bros_ref.model.weights.parameters import RANDOM_FAMILIES, parameter_shapes, random_parameters
 
@@ -85,8 +88,39 @@ def test_only_the_rows_asked_for_come_back(case: Any) -> None:
     torch.testing.assert_close(logits, expected[0, rows], **TOLERANCE)
 
 
-def test_a_windowed_model_is_served_up_to_its_window(tmp_path: Path) -> None:
-    assert load_model_config(save(make_hf("mistral-windowed"), tmp_path)).max_context_tokens == 64
+def test_attention_without_windows_serves_a_windowed_model_up_to_its_window() -> None:
+    """The CUDA kernels: the engine refuses a longer request, and the kernels a longer context."""
+    config = replace(RANDOM_FAMILIES["mistral"], layer_windows=(None, 9, 16))
+    kernels = KernelAttention(device=None)  # type: ignore[arg-type]  # it refuses before it needs one
+    assert Decoder(config, random_parameters(config), attention=kernels).config.max_context_tokens == 9
+    assert Decoder(config, random_parameters(config)).config.max_context_tokens == 1024
+    meta = AttentionMetadata.build([[0]], [False], [1], [10], 16).within(9)
+    with pytest.raises(ValueError, match="no sliding windows: a context of 10 tokens exceeds the window of 9"):
+        kernels(torch.zeros(1, 6, 16), torch.zeros(1, 16, 2, 16), torch.zeros(1, 16, 2, 16), meta)
+    assert AttentionMetadata.build([[0]], [False], [1], [9], 16).within(9).window is None
+
+
+YARNS: list[dict[str, Any]] = [
+    {}, {"attention_factor": 1.3}, {"mscale": 1.2, "mscale_all_dim": 0.7}, {"mscale": 1.2}, {"truncate": False},
+    {"beta_fast": 8, "beta_slow": 2}, {"beta_fast": 2.0, "beta_slow": 2.0}, {"factor": 1.0},
+    {"original_max_position_embeddings": None}]
+
+
+@pytest.mark.parametrize("options", [
+    {"rope_type": "linear", "factor": 3.0}, {"type": "linear", "factor": 2}, {"rope_type": "default", "factor": 8.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+    *({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64} | yarn for yarn in YARNS)])
+def test_rotary_tables_equal_transformers(options: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    options = {key: value for key, value in options.items() if value is not None}
+    config = LlamaConfig(**CHECKPOINTS["llama-gqa-tied"][1] | {"head_dim": 32, "rope_scaling": options})
+    config.save_pretrained(tmp_path)
+    theirs = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(256)[None])
+    for ours, table in zip(rope_tables(load_model_config(str(tmp_path)), torch.float32, "cpu"), theirs, strict=True):
+        torch.testing.assert_close(ours[:, 0], table[0, :, :16], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-mha-untied-rope3"])

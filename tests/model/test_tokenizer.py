@@ -54,10 +54,11 @@ def byte_fallback() -> RustTokenizer:
     return tokenizer
 
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TOKENIZERS: dict[str, Tokenizer] = {
     "bytes": ByteTokenizer(),
-    "byte-level": CheckpointTokenizer(byte_level(), Path("toy"), None, "<s>", "</s>"),
-    "byte-fallback": CheckpointTokenizer(byte_fallback(), Path("toy"), None, "<s>", "</s>"),
+    "byte-level": CheckpointTokenizer(byte_level(), Path("toy"), None, SPECIAL),
+    "byte-fallback": CheckpointTokenizer(byte_fallback(), Path("toy"), None, SPECIAL),
 }
 over_tokenizers = pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 
@@ -79,7 +80,8 @@ def test_streamed_pieces_join_to_the_whole(tokenizer: Tokenizer, data: st.DataOb
     stream = IncrementalDecoder(tokenizer)
     pieces = [stream.push(token_id) for token_id in ids]
     assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
-    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    for end, piece in enumerate(pieces, start=1):  # U+FFFD is shown once no further byte can make it a character
+        assert not piece.endswith("\ufffd") or tokenizer.decode(ids[:end - 3]).endswith("\ufffd")
 
 
 @over_tokenizers
@@ -160,19 +162,26 @@ def test_a_bad_tokenizer_file_is_named(tmp_path: Path, content: str | None, mess
         load_tokenizer(str(tmp_path))
 
 
-def write_gguf_vocabulary(path: Path, kind: str = "gpt2", split: str = "gpt-2", with_merges: bool = True) -> str:
+def write_gguf_vocabulary(path: Path, kind: str = "gpt2", split: str = "gpt-2", with_merges: bool = True,
+                          with_bos: bool = True, template: str | None = TEMPLATE,
+                          extra: dict[str, int] | None = None, **metadata: Any) -> str:
+    """`extra`: further tokens and their types; `metadata`: further keys."""
     model = json.loads(byte_level().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model(kind)
     writer.add_tokenizer_pre(split)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
+    writer.add_token_list([*tokens, *(extra or {})])
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens] + [*(extra or {}).values()])
     if with_merges:
         writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(tokens.index("<s>"))
+    if with_bos:
+        writer.add_bos_token_id(tokens.index("<s>"))
     writer.add_eos_token_id(tokens.index("</s>"))
-    writer.add_chat_template(TEMPLATE)
+    if template is not None:
+        writer.add_chat_template(template)
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -186,7 +195,7 @@ def test_a_gguf_vocabulary_is_the_tokenizer_it_was_made_of(tmp_path_factory: pyt
     file = folder / "gpt2.gguf"
     tokenizer = load_tokenizer(str(file) if file.is_file() else write_gguf_vocabulary(file))
     assert tokenizer.encode(text) == byte_level().encode(text).ids
-    assert tokenizer.chat(text) == CheckpointTokenizer(byte_level(), file, TEMPLATE, "<s>", "</s>").chat(text)
+    assert tokenizer.chat(text) == CheckpointTokenizer(byte_level(), file, TEMPLATE, SPECIAL).chat(text)
 
 
 @pytest.mark.parametrize(("split", "pieces"), [

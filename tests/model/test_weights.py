@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -19,12 +18,7 @@ from bros_ref.model.weights import load as weights_module
 from bros_ref.model.weights.load import WeightsError, load_model_config, load_weights
 from bros_ref.model.weights.parameters import RANDOM_FAMILIES, Parameters, parameter_shapes
 
-from .checkpoints import make_hf, save
-
-GGUF_PARTS = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-              "self_attn.v_proj": "attn_v", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-              "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-              "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+from .checkpoints import F32, Q8_0, make_hf, save, write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -43,52 +37,6 @@ def edit(llama: Path, tmp_path: Path) -> Callable[..., str]:
     return copy
 
 
-def gguf_name(name: str) -> str:
-    """transformers' name of a llama-like tensor -> GGUF's."""
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-           "lm_head.weight": "output.weight"}
-    if name in top:
-        return top[name]
-    _, _, layer, *part, kind = name.split(".")
-    return f"blk.{layer}.{GGUF_PARTS['.'.join(part)]}.{kind}"
-
-
-def write_gguf(path: Path, model: Any, arch: str, quantisation: gguf.GGMLQuantizationType,
-               omit: str = "", **metadata: Any) -> str:
-    """Writes a transformers model the way llama.cpp's converter does, rotary row order included."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    for key, value in metadata.items():
-        writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
-    tied = config.tie_word_embeddings
-    for name, tensor in model.state_dict().items():
-        if (tied and name == "lm_head.weight") or gguf_name(name) == omit:
-            continue
-        values = tensor.float().numpy()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if arch == "llama" and part in name:
-                values = np.ascontiguousarray(values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2)
-                                              ).reshape(values.shape)
-        if values.ndim == 2:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(values, quantisation), raw_dtype=quantisation)
-        else:
-            writer.add_tensor(gguf_name(name), values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def llama_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a small vocabulary."""
@@ -104,9 +52,6 @@ def llama_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def largest_error(one: Parameters, other: Parameters) -> float:
     assert list(one) == list(other)
     return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-F32, Q8_0 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.Q8_0
 
 
 @pytest.mark.parametrize(("name", "arch"), [("llama-gqa-tied", "llama"), ("llama-mha-untied-rope3", "llama"),
@@ -178,7 +123,15 @@ def test_without_its_package_smollm2_names_both_ways_out(monkeypatch: pytest.Mon
     ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3, opt"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_scaling of type 'longrope'"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic'"),
+    ({"rope_scaling": {"factor": 2.0}}, "it must name one type"),
+    ({"rope_scaling": {"factor": 2.0, "rope_type": "linear", "type": "yarn"}}, "it must name one type"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1.0}, "rope_theta must be above 1 for yarn"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "short_factor": [1.0]}}, "short_factor in type 'linear'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, r"rope_theta is 100000\.0, and 7\.0 in"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+     "rope_scaling and rope_parameters contradict"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
     ({"vocab_size": None}, "vocab_size is missing"),
     ({"num_key_value_heads": 4}, "6 query heads do not divide over 4 KV heads"),
@@ -252,9 +205,11 @@ def test_a_truncated_safetensors_file_is_named(edit: Callable[..., str], kept: i
         load_weights(str(file.parent))
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"lm_head.weight": 3}}'])
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}',
+                                   '{"weight_map": {"lm_head.weight": 3}}'])
 def test_an_index_that_maps_nothing_is_named(edit: Callable[..., str], index: str) -> None:
     folder = Path(edit())
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(WeightsError, match=r"index\.json: weight_map must say"):
         load_weights(str(folder))
@@ -297,7 +252,7 @@ def test_gguf_problems_are_named(tmp_path: Path) -> None:
         ("llama", "blk.1.attn_k.weight", {}, r"tensor blk\.1\.attn_k\.weight is missing"),
         ("llama", "token_embd.weight", {}, r"tensor token_embd\.weight is missing"),
         ("llama", "", {"llama__expert_count": 8}, "mixture-of-experts"),
-        ("llama", "", {"llama__rope__scaling__type": "linear"}, "scaled rotary positions"),
+        ("llama", "", {"llama__rope__scaling__type": "longrope"}, "another way than linear or yarn"),
     ]:
         file = write_gguf(tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf", model, arch, F32, omit, **metadata)
         with pytest.raises(WeightsError, match=message):

@@ -195,7 +195,8 @@ class Life:
 
 @dataclass
 class VLLMOracle:
-    """vLLM V1's scheduling rules on plain numbers: chunked prefill, no prefix cache, whole prompts at admission."""
+    """vLLM V1's scheduling rules on plain numbers: chunked prefill, no prefix cache, whole prompts at admission.
+    `reserve`: blocks that admission keeps free for those who run."""
 
     priority: bool
     free: int
@@ -204,6 +205,7 @@ class VLLMOracle:
     budget: int
     running: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
+    reserve: int = 0
 
     def add(self, name, prompt, output, arrival_s):
         self._wait(Life(name, prompt, output, arrival_s))
@@ -247,7 +249,8 @@ class VLLMOracle:
             scheduled[life.name] = tokens
         while not preempted and self.waiting and len(self.running) < self.seats:
             life, left = self.waiting[0], self.budget - sum(scheduled.values())
-            if left == 0 or -(-(life.prompt + life.made) // self.block_size) > self.free:
+            needed = -(-(life.prompt + life.made) // self.block_size) + (self.reserve if self.running else 0)
+            if left == 0 or needed > self.free:
                 break
             tokens = min(life.prompt + life.made, left)
             assert self._grow(life, tokens)
@@ -262,17 +265,13 @@ class VLLMOracle:
         return scheduled, preempted
 
 
-@pytest.mark.parametrize("policy", ["vllm-fcfs", "vllm-priority"])
-@settings(max_examples=150)
-@given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 16), block_size=st.sampled_from([1, 2, 4]),
-       seats=st.integers(1, 6), budget=st.sampled_from([1, 3, 8, 64]))
-def test_vllm_decides_as_the_oracle_in_every_step(policy, seed, num_blocks, block_size, seats, budget):
+def decide_alike(policy, seed, num_blocks, block_size, seats, budget, reserve=0, arrivals=0.4):
     rng = random.Random(seed)
     decider = Decider(policy, num_blocks, block_size, max_num_seqs=seats, max_num_batched_tokens=budget, **CHUNKED)
-    oracle = VLLMOracle(policy == "vllm-priority", num_blocks, block_size, seats, budget)
+    oracle = VLLMOracle(policy != "vllm-fcfs", num_blocks, block_size, seats, budget, reserve=reserve)
     longest = num_blocks * block_size
     for step in range(60):
-        if rng.random() < 0.4:
+        if rng.random() < arrivals:
             prompt = rng.randint(1, longest - 1)
             name, output = f"{rng.choice(['rt', 'be'])}{step}", rng.randint(1, longest - prompt)
             arrival_s = rng.choice([0.0, 0.5, rng.random()])  # ties, too
@@ -281,6 +280,20 @@ def test_vllm_decides_as_the_oracle_in_every_step(policy, seed, num_blocks, bloc
         decided = decider.step()
         expected, preempted = oracle.step()
         assert (list(decided.items()), list(decider.output.preempted)) == (list(expected.items()), preempted)
+
+
+@pytest.mark.parametrize("policy", ["vllm-fcfs", "vllm-priority"])
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 16), block_size=st.sampled_from([1, 2, 4]),
+       seats=st.integers(1, 6), budget=st.sampled_from([1, 3, 8, 64]))
+def test_vllm_decides_as_the_oracle_in_every_step(policy, seed, num_blocks, block_size, seats, budget):
+    decide_alike(policy, seed, num_blocks, block_size, seats, budget)
+
+
+@settings(max_examples=50)
+@given(seed=st.integers(0, 2**32), num_blocks=st.sampled_from([99, 100, 101, 300]), budget=st.sampled_from([32, 400]))
+def test_vllm_with_a_watermark_decides_as_the_oracle_in_every_step(seed, num_blocks, budget):
+    decide_alike("vllm-priority-watermark", seed, num_blocks, 1, 5, budget, reserve=num_blocks // 100, arrivals=0.8)
 
 
 # -- TGI ------------------------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def test_logprobs_of_a_chat(client):
 
 def test_the_same_seed_gives_the_same_text(client):
     def ask(seed):
-        return client.completions.create(model=MODEL, prompt="x", max_tokens=30, temperature=1, seed=seed).choices[0].text
+        answer = client.completions.create(model=MODEL, prompt="x", max_tokens=30, temperature=1, seed=seed)
+        return answer.choices[0].text
     assert ask(1) == ask(1)
     assert len({ask(seed) for seed in range(5)}) > 1
 
@@ -133,7 +134,8 @@ def test_many_at_once_with_the_async_client(server):
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             return await asyncio.gather(*(
                 client.completions.create(model=MODEL, prompt=f"q{i}", max_tokens=8, temperature=0,
-                                          extra_body={"service_tier": "flex" if i % 2 else "default"}) for i in range(24)))
+                                          extra_body={"service_tier": "flex" if i % 2 else "default"})
+                for i in range(24)))
 
     for i, answer in enumerate(asyncio.run(ask_all())):
         assert answer.choices[0].text == expected(list(f"q{i}".encode()), 8)

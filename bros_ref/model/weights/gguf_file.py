@@ -1,15 +1,14 @@
 """GGUF files: metadata, and tensors dequantised one at a time.
 
 The header is parsed here, because the gguf package's reader spends seconds on a vocabulary; dequantising is the
-package's. It knows the llama, qwen2 and qwen3 layouts. The invariant: what `read` returns equals what the
-checkpoint's Hugging Face form would hold, up to quantisation.
+package's. It knows the format; what the keys and names mean is `gguf_model.py`'s business.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 from torch import Tensor
 
-from bros_ref.config import ModelConfig
-from bros_ref.model.weights.checkpoint import NameMap, WeightsError, assemble
-from bros_ref.model.weights.parameters import Parameters
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-_NAMES = NameMap("blk.{}.", {
-    "embed": ("token_embd",), "final_norm": ("output_norm",), "lm_head": ("output",),
-    "attn_norm": ("attn_norm",), "qkv": ("attn_q", "attn_k", "attn_v"),
-    "q_norm": ("attn_q_norm",), "k_norm": ("attn_k_norm",), "attn_out": ("attn_output",),
-    "mlp_norm": ("ffn_norm",), "mlp_in": ("ffn_gate", "ffn_up"), "mlp_out": ("ffn_down",)})
+from bros_ref.model.weights.checkpoint import WeightsError
 
 _SCALARS = {GGUFValueType.UINT8: "<B", GGUFValueType.INT8: "<b", GGUFValueType.UINT16: "<H",
             GGUFValueType.INT16: "<h", GGUFValueType.UINT32: "<I", GGUFValueType.INT32: "<i",
@@ -64,6 +53,9 @@ class GGUFFile:
                 raise
             raise WeightsError(f"{path} is truncated or damaged: its header ends at byte {self._at} "
                                f"({error}); download it again") from None
+
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
 
     def describe(self, name: str) -> str:
         return f"{self.path}: tensor {name}"
@@ -145,71 +137,3 @@ def _open(path: Path, modified_ns: int) -> GGUFFile:
 def open_gguf(path: Path) -> GGUFFile:
     """The opened file; config, weights and tokenizer of one model share it. Raises WeightsError as GGUFFile does."""
     return _open(path, path.stat().st_mtime_ns if path.is_file() else 0)
-
-
-def load_gguf_config(path: Path) -> ModelConfig:
-    """Raises WeightsError: unsupported architecture or option, or a metadata key that is missing."""
-    file = open_gguf(path)
-    meta = file.metadata
-    arch = meta.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise WeightsError(f"{path}: architecture {arch!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    if meta.get(f"{arch}.expert_count", 0):
-        raise WeightsError(f"{path}: mixture-of-experts models ({arch}.expert_count) are not supported")
-    if "rope_freqs.weight" in file.tensors or meta.get(f"{arch}.rope.scaling.type", "none") != "none":
-        raise WeightsError(f"{path}: scaled rotary positions are not supported in GGUF files (rope_freqs.weight or "
-                           f"{arch}.rope.scaling.type); use the model's Hugging Face folder")
-
-    def get(key: str) -> Any:
-        if f"{arch}.{key}" not in meta:
-            raise WeightsError(f"{path}: metadata key {arch}.{key} is missing")
-        return meta[f"{arch}.{key}"]
-
-    eos = meta.get("tokenizer.ggml.eos_token_id")
-    try:
-        heads, hidden = get("attention.head_count"), get("embedding_length")
-        return ModelConfig(
-            family=arch, vocab_size=file.tensors["token_embd.weight"][0][0], hidden_size=hidden,
-            intermediate_size=get("feed_forward_length"), num_layers=get("block_count"), num_heads=heads,
-            num_kv_heads=meta.get(f"{arch}.attention.head_count_kv", heads),
-            head_dim=meta.get(f"{arch}.attention.key_length", hidden // heads),
-            max_context_tokens=get("context_length"), norm_eps=get("attention.layer_norm_rms_epsilon"),
-            rope_theta=meta.get(f"{arch}.rope.freq_base", 10_000.0),
-            attention_qkv_bias="blk.0.attn_q.bias" in file.tensors,
-            attention_out_bias="blk.0.attn_output.bias" in file.tensors,
-            qk_norm="blk.0.attn_q_norm.weight" in file.tensors, tied_embeddings="output.weight" not in file.tensors,
-            bos_token_id=meta.get("tokenizer.ggml.bos_token_id"), eos_token_ids=() if eos is None else (eos,))
-    except KeyError as error:
-        raise WeightsError(f"{path}: tensor {error.args[0]} is missing") from None
-    except WeightsError:
-        raise
-    except (TypeError, ValueError, IndexError, ArithmeticError) as error:  # a value of a wrong type, or zero heads
-        raise WeightsError(f"{path}: its metadata is damaged or describes no model that can be run: {error}") from None
-
-
-def load_gguf_weights(path: Path, config: ModelConfig, dtype: torch.dtype,
-                      device: torch.device | str) -> Parameters:
-    """Raises WeightsError: a tensor is missing, truncated, of the wrong shape or of an unsupported quantisation."""
-    file = open_gguf(path)
-    source = LlamaRowOrder(file, config) if config.family == "llama" else file
-    return assemble(config, _NAMES, source, dtype, device)
-
-
-class LlamaRowOrder:
-    """A llama file with q and k rows put back in halves.
-
-    GGUF stores each head's rotary pairs side by side (0, D/2, 1, D/2 + 1, ...); the decoder, like Hugging Face
-    checkpoints, turns dimension d against d + D/2.
-    """
-
-    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
-        self.describe: Callable[[str], str] = file.describe
-        self._file, self._heads = file, {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
-
-    def read(self, name: str) -> Tensor:
-        """The tensor, its q and k rows in the order that Hugging Face uses."""
-        tensor = self._file.read(name)
-        heads = self._heads.get(name.split(".")[-2])
-        if heads is None or tensor.shape[0] % (2 * heads):  # a wrong shape is reported by the caller
-            return tensor
-        return tensor.view(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

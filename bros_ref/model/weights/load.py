@@ -18,9 +18,10 @@ import torch
 
 from bros_ref.config import ModelConfig
 from bros_ref.model.weights.checkpoint import WeightsError
-from bros_ref.model.weights.gguf_file import load_gguf_config, load_gguf_weights
-from bros_ref.model.weights.hf_folder import load_hf_config, load_hf_weights
-from bros_ref.model.weights.parameters import RANDOM_FAMILIES, Parameters, random_parameters
+from bros_ref.model.weights.gguf_model import load_gguf_config, load_gguf_weights
+from bros_ref.model.weights.hf_config import load_hf_config
+from bros_ref.model.weights.hf_folder import load_hf_weights
+from bros_ref.model.weights.parameters import RANDOM_FAMILIES, Keep, Parameters, random_parameters, whole
 
 __all__ = ["RANDOM_PREFIX", "WeightsError", "load_model_config", "load_weights", "locate"]
 
@@ -37,8 +38,9 @@ def load_model_config(model: str) -> ModelConfig:
 
 
 def load_weights(model: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                 seed: int = 0) -> Parameters:
-    """The weights of the model called `model`, by the names of `parameter_shapes`. `seed` is for random:<family>.
+                 seed: int = 0, keep: Keep = whole) -> Parameters:
+    """The weights of the model called `model`, by the names of `parameter_shapes`; of each, what `keep` returns as soon
+    as it is read. `seed` is for random:<family>.
 
     Peak memory is the result plus the largest single tensor.
 
@@ -47,10 +49,10 @@ def load_weights(model: str, dtype: torch.dtype = torch.float32, device: torch.d
     """
     config = load_model_config(model)
     if model.startswith(RANDOM_PREFIX):
-        return random_parameters(config, seed, dtype, device)
+        return random_parameters(config, seed, dtype, device, keep)
     path = locate(model)
     load = load_hf_weights if path.is_dir() else load_gguf_weights
-    return load(path, config, dtype, device)
+    return load(path, config, dtype, device, keep)
 
 
 def locate(model: str) -> Path:

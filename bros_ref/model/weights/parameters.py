@@ -7,12 +7,21 @@ faster than several small ones, and a loader that copies parts into place never 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from bros_ref.config import ModelConfig
 
 Parameters = dict[str, Tensor]
+Keep = Callable[[str, Tensor], Tensor]  # a parameter's name and value -> the part of it that a rank keeps
+
+
+def whole(name: str, tensor: Tensor) -> Tensor:
+    """Keeps all of a parameter."""
+    return tensor
+
 
 BYTE_VOCABULARY = 258  # 256 bytes, begin and end of text: what ByteTokenizer speaks
 
@@ -81,8 +90,9 @@ def _norm_shapes(c: ModelConfig, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def random_parameters(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32,
-                      device: torch.device | str = "cpu") -> Parameters:
-    """Seeded weights, scaled so that activations stay near unit variance: the same on every machine and device."""
+                      device: torch.device | str = "cpu", keep: Keep = whole) -> Parameters:
+    """Seeded weights, scaled so that activations stay near unit variance: the same on every machine and device. Of each
+    parameter, what `keep` returns."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
     for name, shape in parameter_shapes(config).items():
@@ -93,5 +103,5 @@ def random_parameters(config: ModelConfig, seed: int = 0, dtype: torch.dtype = t
             values *= 0.1
             if name.endswith("norm.weight"):
                 values += 1.0
-        parameters[name] = values.to(device, dtype)
+        parameters[name] = keep(name, values.to(device, dtype))
     return parameters

@@ -6,6 +6,7 @@ A pure function of a trace (`Trace.phases`). Real-time rows are on top, in order
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 import plotly.graph_objects as go
 
@@ -29,7 +30,7 @@ def schedule(trace: Trace, max_requests: int = 40, end_s: float | None = None) -
         bars = [(request_id, span) for request_id in rows for span in spans[request_id] if span.phase == phase]
         look = PHASE_LOOKS[phase]
         figure.add_bar(
-            y=[request_id for request_id, _ in bars], base=[span.start_s for _, span in bars],
+            y=[escape(request_id) for request_id, _ in bars], base=[span.start_s for _, span in bars],
             x=[span.end_s - span.start_s for _, span in bars], orientation="h", name=look.label,
             customdata=[(span.start_s, span.end_s, span.steps, span.tokens) for _, span in bars],
             hovertemplate=f"%{{y}}: {look.label}<br>%{{customdata[0]:.3f}} to %{{customdata[1]:.3f}} s, "
@@ -39,8 +40,9 @@ def schedule(trace: Trace, max_requests: int = 40, end_s: float | None = None) -
                                 "solidity": 0.25}})
     _add_first_tokens(figure, trace, rows)
     _mark_classes(figure, sum(trace.requests[request_id].request_class == "rt" for request_id in rows), len(rows))
-    figure.update_yaxes(categoryorder="array", categoryarray=rows, range=[len(rows) - 0.4, -0.6],
-                        showgrid=False, tickfont={"size": 11}, tickmode="array", tickvals=rows)
+    names = [escape(request_id) for request_id in rows]  # plotly reads tags in what it shows
+    figure.update_yaxes(categoryorder="array", categoryarray=names, range=[len(rows) - 0.4, -0.6],
+                        showgrid=False, tickfont={"size": 11}, tickmode="array", tickvals=names)
     figure.update_xaxes(title_text="seconds",
                         range=[trace.start_s, end_s if end_s is not None else shown_end_s(trace, max_requests)])
     dress(figure, 150 + ROW_PX * max(4, len(rows)))
@@ -85,7 +87,7 @@ def _add_first_tokens(figure: go.Figure, trace: Trace, rows: Sequence[str]) -> N
             marks[timing.ttft_s <= timing.record.ttft_slo_s].append((timing.token_times_s[0], request_id))
     for in_time, name, symbol, colour in ((True, "first token in time", "circle", "#ffffff"),
                                           (False, "first token late", "x", LOST_COLOUR)):
-        figure.add_scatter(x=[time_s for time_s, _ in marks[in_time]], y=[row for _, row in marks[in_time]],
+        figure.add_scatter(x=[time_s for time_s, _ in marks[in_time]], y=[escape(row) for _, row in marks[in_time]],
                            mode="markers", name=name, hovertemplate=f"%{{y}}: {name}, %{{x:.3f}} s<extra></extra>",
                            marker={"symbol": symbol, "color": colour, "size": 8, "line": {"color": INK, "width": 1}})
 

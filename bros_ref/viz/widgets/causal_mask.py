@@ -7,7 +7,6 @@ token lies in which slot, and who sees it, are what `model/attention.py` compute
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from bros_ref.viz.figures.style import FONT, GRID, INK, LOST_COLOUR, MUTED, PAPER, RT_COLOUR
+from bros_ref.viz.widgets.html import script_json
 
 # What a row does with a slot. The first three are right; the others happen only under a mask by column.
 SEEN, LATER, OTHER, MISSED, EARLY, FOREIGN = "seen", "later", "other", "missed", "early", "foreign"
@@ -174,11 +174,11 @@ class CausalMaskExplorer:
                     + _select("mask", "column", [("no", "by position"), ("yes", "by column (wrong)")],
                               _yes(s.by_column))
                     + _range("row", "row", 0, s.query - 1, s.query - 1))
-        packed = json.dumps(self.data(), separators=(",", ":")).replace("</", "<\\/")
+        data = script_json(self.data())
         script = files("bros_ref.viz").joinpath("static/causal_mask.js").read_text(encoding="utf-8")
         return (f'<div data-bros-mask role="group" aria-label="{escape(repr(self))}"><div>{controls}</div>'
                 f'<div role="status" aria-live="polite" style="min-height:3em"></div>{self.still()}'
-                f'<script type="application/json">{packed}</script><script>{{{script}}}</script></div>')
+                f'<script type="application/json">{data}</script><script>{{{script}}}</script></div>')
 
     def still(self) -> str:
         """The first setting, its last row chosen, as SVG."""

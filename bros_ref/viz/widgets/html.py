@@ -49,6 +49,13 @@ def legend_html(labels: Mapping[str, str]) -> str:
     return f'<div style="display:flex;flex-wrap:wrap;gap:2px 16px;font-size:12px;color:{MUTED}">{keys}</div>'
 
 
+def script_json(data: Any) -> str:
+    """Plain data as JSON that may stand inside a <script>. The one place that sees to it: without a "<" nothing in it
+    can end the element or open a comment (`</script>`, `<!--<script>`), and everything outside ASCII is escaped, so no
+    line separator (U+2028) can end a statement."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
 def widget_html(kind: str, label: str, body: str, data: Mapping[str, Any], scripts: Sequence[str]) -> str:
     """The whole of a player.
 
@@ -58,9 +65,8 @@ def widget_html(kind: str, label: str, body: str, data: Mapping[str, Any], scrip
         data: plain data for the script.
         scripts: files of `static/`, in order.
     """
-    packed = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     folder = files("bros_ref.viz").joinpath("static")
     script = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in scripts)
     return (f'<div data-bros-{kind} data-step="-1" role="group" aria-label="{escape(label)}" style="font:13px/1.5 '
             f'{escape(FONT)};color:{INK};background:#fff;overflow-x:auto">{body}'
-            f'<script type="application/json">{packed}</script><script>{{{script}}}</script></div>')
+            f'<script type="application/json">{script_json(data)}</script><script>{{{script}}}</script></div>')

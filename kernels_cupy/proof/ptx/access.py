@@ -7,18 +7,15 @@ and loading one is an error. Sectors are counted for every global request of a w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from kernels_cupy.proof.ptx.arithmetic import DTYPES, Array
 from kernels_cupy.proof.ptx.memory import UNDER_WAY, Memory, Violation
+from kernels_cupy.proof.ptx.operands import Operands
 from kernels_cupy.proof.ptx.parser import Address, Immediate, Instruction, PtxError, Symbol
-
-if TYPE_CHECKING:
-    from kernels_cupy.proof.ptx.machine import Machine, Threads
-    from kernels_cupy.proof.ptx.program import Decoder, Step
+from kernels_cupy.proof.ptx.state import PendingCopy, State, Step, Threads
 
 _T = TypeVar("_T")
 SPACES = ("global", "shared", "local", "const", "param")
@@ -26,21 +23,7 @@ SPACES = ("global", "shared", "local", "const", "param")
 _HINTS = {"nc", "ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile", "weak", "relaxed", "cta", "gpu", "sys"}
 
 
-@dataclass
-class PendingCopy:
-    """A cp.async of some threads that has not landed: their positions in shared memory, and the 16-byte rows.
-
-    Attributes:
-        lanes: the threads; groups: of each, which of its groups of copies this belongs to.
-    """
-
-    lanes: Array
-    groups: Array
-    where: Array
-    rows: Array
-
-
-def memory_step(decoder: Decoder, one: Instruction) -> Step | None:
+def memory_step(decoder: Operands, one: Instruction) -> Step | None:
     """The step of an instruction that touches memory; None if it does not."""
     root, *parts = one.opcode.split(".")
     if root == "cp" and parts[:1] == ["async"]:
@@ -59,40 +42,40 @@ def memory_step(decoder: Decoder, one: Instruction) -> Step | None:
         _load_step(decoder, one, space, kind, count)
 
 
-def _load_step(decoder: Decoder, one: Instruction, space: str, kind: str, count: int) -> Step:
+def _load_step(decoder: Operands, one: Instruction, space: str, kind: str, count: int) -> Step:
     puts = [decoder.store(operand, kind) for operand in decoder.vector(one.operands[0])]
     get, dtype = decoder.address(one.operands[1]), np.dtype(DTYPES[kind])
     if len(puts) != count:
         raise PtxError(f"{len(puts)} registers for {count} values")
 
-    def load(machine: Machine, threads: Threads) -> None:
-        addresses, memory = threads.of(get(machine)), machine.memories[space]
-        machine.count_request(one, space, "load", addresses, threads.lanes, dtype.itemsize * count)
-        segments = machine.segments(space, threads)
+    def load(state: State, threads: Threads) -> None:
+        addresses, memory = threads.of(get(state)), state.memories[space]
+        state.count_request(one, space, "load", addresses, threads.lanes, dtype.itemsize * count)
+        segments = state.segments(space, threads)
         rows = _checked(threads, lambda: memory.load(addresses, segments, dtype.itemsize, count))
         for i, put in enumerate(puts):
-            put(machine, threads.spread(rows[:, i]).view(dtype), threads)
+            put(state, threads.spread(rows[:, i]).view(dtype), threads)
 
     return load
 
 
-def _store_step(decoder: Decoder, one: Instruction, space: str, kind: str, count: int) -> Step:
+def _store_step(decoder: Operands, one: Instruction, space: str, kind: str, count: int) -> Step:
     gets = [decoder.fetch(operand, kind) for operand in decoder.vector(one.operands[1])]
     get, dtype = decoder.address(one.operands[0]), np.dtype(DTYPES[kind])
     raw = np.dtype(f"u{dtype.itemsize}")
     if len(gets) != count or space in ("const", "param"):
         raise PtxError(f"{one.opcode} of {len(gets)} registers")
 
-    def store(machine: Machine, threads: Threads) -> None:
-        addresses, memory = threads.of(get(machine)), machine.memories[space]
-        machine.count_request(one, space, "store", addresses, threads.lanes, dtype.itemsize * count)
-        values = np.stack([threads.of(get(machine)).view(raw) for get in gets], axis=1)
-        _checked(threads, lambda: memory.store(addresses, machine.segments(space, threads), values))
+    def store(state: State, threads: Threads) -> None:
+        addresses, memory = threads.of(get(state)), state.memories[space]
+        state.count_request(one, space, "store", addresses, threads.lanes, dtype.itemsize * count)
+        values = np.stack([threads.of(get(state)).view(raw) for get in gets], axis=1)
+        _checked(threads, lambda: memory.store(addresses, state.segments(space, threads), values))
 
     return store
 
 
-def _parameter_step(decoder: Decoder, one: Instruction, kind: str, count: int) -> Step:
+def _parameter_step(decoder: Operands, one: Instruction, kind: str, count: int) -> Step:
     operand, dtype = one.operands[1], np.dtype(DTYPES[kind])
     if not isinstance(operand, Address) or not isinstance(operand.base, Symbol):
         raise PtxError("a parameter is loaded by its name")
@@ -103,10 +86,10 @@ def _parameter_step(decoder: Decoder, one: Instruction, kind: str, count: int) -
     if len(puts) != count:
         raise PtxError(f"{len(puts)} registers for {count} values")
 
-    def load(machine: Machine, threads: Threads) -> None:
-        values = machine.parameters[name][start:start + dtype.itemsize * count].view(dtype)
+    def load(state: State, threads: Threads) -> None:
+        values = state.parameters[name][start:start + dtype.itemsize * count].view(dtype)
         for i, put in enumerate(puts):
-            put(machine, values[i:i + 1], threads)
+            put(state, values[i:i + 1], threads)
 
     return load
 
@@ -114,7 +97,7 @@ def _parameter_step(decoder: Decoder, one: Instruction, kind: str, count: int) -
 # ----- cp.async
 
 
-def _copy_step(decoder: Decoder, one: Instruction, parts: list[str]) -> Step:
+def _copy_step(decoder: Operands, one: Instruction, parts: list[str]) -> Step:
     if parts == ["commit_group"]:
         return _commit
     if parts in (["wait_group"], ["wait_all"]):
@@ -130,22 +113,22 @@ def _copy_step(decoder: Decoder, one: Instruction, parts: list[str]) -> Step:
     get_to, get_of, num_bytes = decoder.address(to), decoder.address(of), size.value
     get_size = decoder.fetch(source[0] if source else size, "u32")
 
-    def copy(machine: Machine, threads: Threads) -> None:
-        targets, sources = threads.of(get_to(machine)), threads.of(get_of(machine))
-        sizes = threads.of(get_size(machine)).astype(np.int64)
-        shared = machine.memories["shared"]
+    def copy(state: State, threads: Threads) -> None:
+        targets, sources = threads.of(get_to(state)), threads.of(get_of(state))
+        sizes = threads.of(get_size(state)).astype(np.int64)
+        shared = state.memories["shared"]
 
         def start() -> tuple[Array, Array]:
             if (sizes > num_bytes).any():
                 raise Violation("bad cp.async", f"copies {int(sizes.max())} of {num_bytes} bytes", int(sizes.argmax()))
-            where = shared.place(targets, machine.segments("shared", threads), num_bytes, num_bytes, "copies")
-            return where, _source_rows(machine.memories["global"], sources, sizes, num_bytes)
+            where = shared.place(targets, state.segments("shared", threads), num_bytes, num_bytes, "copies")
+            return where, _source_rows(state.memories["global"], sources, sizes, num_bytes)
 
         read = sizes > 0
-        machine.count_request(one, "global", "load", sources[read], threads.lanes[read], num_bytes)
+        state.count_request(one, "global", "load", sources[read], threads.lanes[read], num_bytes)
         where, rows = _checked(threads, start)
         shared.mark(where, num_bytes, UNDER_WAY)
-        machine.pending.append(PendingCopy(threads.lanes, machine.groups[threads.lanes], where, rows))
+        state.pending.append(PendingCopy(threads.lanes, state.groups[threads.lanes], where, rows))
 
     return copy
 
@@ -166,25 +149,25 @@ def _source_rows(memory: Memory, sources: Array, sizes: Array, num_bytes: int) -
     return rows
 
 
-def _commit(machine: Machine, threads: Threads) -> None:
-    machine.groups[threads.lanes] += 1
+def _commit(state: State, threads: Threads) -> None:
+    state.groups[threads.lanes] += 1
 
 
 def _wait(left: int, everything: bool) -> Step:
-    def wait(machine: Machine, threads: Threads) -> None:
-        ends = np.full(len(machine.groups), -1)  # of threads that wait: groups below this have landed
-        ends[threads.lanes] = np.iinfo(np.int64).max if everything else machine.groups[threads.lanes] - left
+    def wait(state: State, threads: Threads) -> None:
+        ends = np.full(len(state.groups), -1)  # of threads that wait: groups below this have landed
+        ends[threads.lanes] = np.iinfo(np.int64).max if everything else state.groups[threads.lanes] - left
         kept = []
-        for copy in machine.pending:
+        for copy in state.pending:
             lands = copy.groups < ends[copy.lanes]
             if lands.all():
-                machine.memories["shared"].put(copy.where, copy.rows)
+                state.memories["shared"].put(copy.where, copy.rows)
                 continue
             if lands.any():
-                machine.memories["shared"].put(copy.where[lands], copy.rows[lands])
+                state.memories["shared"].put(copy.where[lands], copy.rows[lands])
                 copy = PendingCopy(copy.lanes[~lands], copy.groups[~lands], copy.where[~lands], copy.rows[~lands])
             kept.append(copy)
-        machine.pending = kept
+        state.pending = kept
 
     return wait
 

@@ -9,63 +9,23 @@ on how many thread blocks run at once, only on where lanes meet again (flow.py).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from kernels_cupy.device import Dim3
-from kernels_cupy.proof.ptx.access import PendingCopy
 from kernels_cupy.proof.ptx.arithmetic import Array
+from kernels_cupy.proof.ptx.decode import leaves, text_of
 from kernels_cupy.proof.ptx.faults import PtxFault
 from kernels_cupy.proof.ptx.flow import EXIT
-from kernels_cupy.proof.ptx.memory import WARP, Memory, Violation, sectors_touched
+from kernels_cupy.proof.ptx.memory import WARP, Memory, Violation
+from kernels_cupy.proof.ptx.operands import DecodedBlock, Program
 from kernels_cupy.proof.ptx.parser import Instruction
-from kernels_cupy.proof.ptx.program import DecodedBlock, Program, leaves, text_of
+from kernels_cupy.proof.ptx.state import GONE, State, Threads
 
-WAITING, GONE = 1 << 20, 1 << 30  # added to where a thread goes on after a barrier; where a thread is that has exited
-
-
-@dataclass
-class Request:
-    """Memory traffic of one instruction: warp requests, bytes asked for, 32-byte sectors (global memory only)."""
-
-    requests: int = 0
-    bytes: int = 0
-    sectors: int = 0
+WAITING = 1 << 20  # added to where a thread goes on after a barrier
 
 
-class Threads:
-    """The threads that execute a step. `mask` is None if that is all of them; `lanes` are their numbers."""
-
-    __slots__ = ("_count", "_matrix", "lanes", "mask")
-
-    def __init__(self, mask: Array | None, lanes: Array, count: int) -> None:
-        self.mask, self.lanes, self._count = mask, lanes, count
-        self._matrix: Array | None = None
-
-    def of(self, value: Array) -> Array:
-        """The values of these threads."""
-        if len(value) == 1:
-            return np.broadcast_to(value, self.lanes.shape)
-        return value if self.mask is None else value[self.lanes]
-
-    def spread(self, values: Array) -> Array:
-        """Values of these threads as an array over all; what others get is not meant to be used."""
-        if self.mask is None:
-            return values
-        whole = np.zeros(self._count, values.dtype)
-        whole[self.lanes] = values
-        return whole
-
-    def matrix(self) -> Array:
-        """[warps, 32] booleans: who is here."""
-        if self._matrix is None:
-            whole = np.ones(self._count, np.bool_) if self.mask is None else self.mask
-            self._matrix = whole.reshape(-1, WARP)
-        return self._matrix
-
-
-class Machine:
+class Machine(State):
     """One run of some thread blocks of a launch.
 
     Args:
@@ -79,32 +39,26 @@ class Machine:
 
     Attributes:
         executed: of each block of the program, how many warps executed it.
-        traffic: (PTX line, space, kind) -> its requests.
     """
 
     def __init__(self, program: Program, grid: Dim3, block: Dim3, first: int, count: int, memories: dict[str, Memory],
                  parameters: dict[str, Array], shared_bytes: int, counting: bool, turn_limit: int) -> None:
-        self.program, self.grid, self.block, self.first = program, grid, block, first
-        self.parameters, self.counting, self.turn_limit = parameters, counting, turn_limit
+        self.program, self.grid, self.block, self.first, self.turn_limit = program, grid, block, first, turn_limit
         self._real = int(np.prod(block))
         self._padded = -(-self._real // WARP) * WARP  # a block's last warp may have fewer threads
-        self.num_threads = count * self._padded
-        self.block_of = np.repeat(np.arange(count), self._padded)
         static = program.dynamic_offset if shared_bytes else program.shared_bytes
-        self.memories = memories | {"shared": Memory("shared", static + shared_bytes, count, tracked=True),
-                                    "local": Memory("local", program.local_bytes, self.num_threads
-                                                    if program.local_bytes else 1, tracked=True)}
+        own = {"shared": Memory("shared", static + shared_bytes, count, tracked=True),
+               "local": Memory("local", program.local_bytes, count * self._padded if program.local_bytes else 1,
+                               tracked=True)}
         nothing = {dtype: np.empty(0, dtype) for dtype in set(program.storage)}
-        self.registers: list[Array] = [nothing[dtype] for dtype in program.storage]
+        super().__init__(np.repeat(np.arange(count), self._padded), [nothing[dtype] for dtype in program.storage],
+                         memories | own, parameters, counting)
         for slot, value in program.constants:
             self.registers[slot] = value
         for slot, name in program.specials:
             self.registers[slot] = self._special(name)
-        self.groups = np.zeros(self.num_threads, np.int64)  # of each thread, the group its next cp.async belongs to
-        self.pending: list[PendingCopy] = []
         self.executed = np.zeros(len(program.blocks), np.int64)
-        self.traffic: dict[tuple[int, str, str], Request] = {}
-        self._at = np.where(np.arange(self.num_threads) % self._padded < self._real, 0, GONE)
+        self.at = np.where(np.arange(self.num_threads) % self._padded < self._real, 0, GONE)
         self._all = Threads(None, np.arange(self.num_threads), self.num_threads)
 
     def _special(self, name: str) -> Array:
@@ -117,47 +71,6 @@ class Machine:
             "%laneid": lambda: thread % WARP, "%warpid": lambda: thread // WARP, "WARP_SZ": lambda: np.array([WARP])}
         return values[name.split(".")[0]]().astype(np.uint32)
 
-    # ----- what steps use
-
-    def write(self, slot: int, value: Array, threads: Threads) -> None:
-        """Puts a value into a register of these threads; it may be [1], the same for all."""
-        if threads.mask is None:
-            self.registers[slot] = value
-            return
-        old = self.registers[slot]
-        if not old.size:
-            old = np.full(1, True if value.dtype == np.bool_ else ~value.dtype.type(0))
-        self.registers[slot] = np.where(threads.mask, value, old)
-
-    def those(self, threads: Threads, condition: Array) -> Threads | None:
-        """Those of the threads for which the condition holds; None if it holds for none."""
-        if condition.all():
-            return threads
-        mask = np.broadcast_to(condition, (self.num_threads,))
-        mask = mask if threads.mask is None else mask & threads.mask
-        lanes = np.flatnonzero(mask)
-        return Threads(mask, lanes, self.num_threads) if len(lanes) else None
-
-    def alive(self) -> Array:
-        """[threads] booleans: who has not exited."""
-        return self._at < GONE
-
-    def segments(self, space: str, threads: Threads) -> Array | None:
-        """Which segment of a memory each thread sees."""
-        if space == "shared":
-            return self.block_of if threads.mask is None else self.block_of[threads.lanes]
-        return threads.lanes if space == "local" else None
-
-    def count_request(self, one: Instruction, space: str, kind: str, addresses: Array, lanes: Array, size: int) -> None:
-        """Adds a request of these lanes, `size` bytes each, to the traffic of an instruction."""
-        if not self.counting or not len(lanes):
-            return
-        request = self.traffic.setdefault((one.line, space, kind), Request())
-        request.requests += len(np.unique(lanes // WARP))
-        request.bytes += size * len(lanes)
-        if space == "global":
-            request.sectors += sectors_touched(addresses, lanes, size)
-
     # ----- running
 
     def run(self) -> None:
@@ -168,15 +81,15 @@ class Machine:
         """
         with np.errstate(all="ignore"):
             for _ in range(self.turn_limit):
-                at = int(self._at.min())
+                at = int(self.at.min())
                 if at >= GONE:
                     return
                 if at >= WAITING:  # all that live wait at a barrier
-                    self._at[self._at < GONE] -= WAITING
+                    self.at[self.at < GONE] -= WAITING
                     continue
                 self._turn(at)
-        thread = int(np.argmin(self._at))
-        decoded = self.program.blocks[int(self._at[thread]) % WAITING]
+        thread = int(np.argmin(self.at))
+        decoded = self.program.blocks[int(self.at[thread]) % WAITING]
         instruction = decoded.steps[0][1] if decoded.steps else decoded.block.last
         assert instruction is not None
         raise self._fault(instruction, Violation("endless loop", f"goes on after {self.turn_limit} turns; "
@@ -184,7 +97,7 @@ class Machine:
 
     def _turn(self, at: int) -> None:
         """Those who stand at a block run it."""
-        decoded, mask = self.program.blocks[at], self._at == at
+        decoded, mask = self.program.blocks[at], self.at == at
         lanes = np.flatnonzero(mask)
         threads = self._all if len(lanes) == self.num_threads else Threads(mask, lanes, self.num_threads)
         self.executed[at] += self.num_threads // WARP if threads.mask is None else \
@@ -206,13 +119,13 @@ class Machine:
             if block.last is not None:
                 self._arrive(threads)
                 following += WAITING
-            self._at[threads.lanes] = following
+            self.at[threads.lanes] = following
             return
         taken = GONE if block.taken == EXIT else block.taken
         if decoded.condition is None:
-            self._at[threads.lanes] = taken
+            self.at[threads.lanes] = taken
         else:
-            self._at[threads.lanes] = np.where(threads.of(decoded.condition(self)), taken, following)
+            self.at[threads.lanes] = np.where(threads.of(decoded.condition(self)), taken, following)
 
     def _arrive(self, threads: Threads) -> None:
         """bar.sync takes whole warps: those of its lanes that live must come together."""

@@ -10,24 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from kernels_cupy.proof.ptx.arithmetic import Array, from_bfloat16
 from kernels_cupy.proof.ptx.memory import WARP, Violation
+from kernels_cupy.proof.ptx.operands import Operands
 from kernels_cupy.proof.ptx.parser import Instruction, PtxError
-
-if TYPE_CHECKING:
-    from kernels_cupy.proof.ptx.machine import Machine, Threads
-    from kernels_cupy.proof.ptx.program import Decoder, Fetch, Step
+from kernels_cupy.proof.ptx.state import Fetch, Put, State, Step, Threads
 
 LANES = np.arange(WARP)
 LANE_BITS = np.uint32(1) << LANES.astype(np.uint32)
 EVERY = np.uint32(0xFFFF_FFFF)
 
 
-def warp_step(decoder: Decoder, one: Instruction) -> Step | None:
+def warp_step(decoder: Operands, one: Instruction) -> Step | None:
     """The step of an instruction of whole warps; None if it is none."""
     opcode = one.opcode
     if opcode.startswith("shfl.sync."):
@@ -40,10 +38,10 @@ def warp_step(decoder: Decoder, one: Instruction) -> Step | None:
         return _multiply(decoder, one)
     if opcode == "bar.warp.sync":
         members = decoder.fetch(one.operands[0], "b32")
-        return lambda machine, threads: _meet(machine, threads, members(machine))
+        return lambda state, threads: _meet(state, threads, members(state))
     if opcode == "activemask.b32":
         put = decoder.store(one.operands[0], "b32")
-        return lambda machine, threads: put(machine, np.repeat(_bits(threads.matrix()), WARP), threads)
+        return lambda state, threads: put(state, np.repeat(_bits(threads.matrix()), WARP), threads)
     return None
 
 
@@ -53,7 +51,7 @@ def _bits(matrix: Array) -> Array:
     return bits
 
 
-def _meet(machine: Machine, threads: Threads, members: Array) -> None:
+def _meet(state: State, threads: Threads, members: Array) -> None:
     """Checks that all lanes a warp instruction names are here, and no other.
 
     Raises:
@@ -62,9 +60,9 @@ def _meet(machine: Machine, threads: Threads, members: Array) -> None:
     whole = (members == EVERY).all()
     if threads.mask is None and whole:
         return
-    named = np.repeat(np.broadcast_to(members, (machine.num_threads,))[threads.lanes, None], WARP, axis=1)
+    named = np.repeat(np.broadcast_to(members, (state.num_threads,))[threads.lanes, None], WARP, axis=1)
     named = (named >> LANES.astype(np.uint32)) & np.uint32(1) != 0
-    here, alive = threads.matrix(), machine.alive().reshape(-1, WARP)
+    here, alive = threads.matrix(), state.alive().reshape(-1, WARP)
     warps = threads.lanes // WARP
     missing = (named & ~here[warps] & alive[warps]).any(axis=1)
     stranger = ~named[np.arange(len(warps)), threads.lanes % WARP]
@@ -75,7 +73,7 @@ def _meet(machine: Machine, threads: Threads, members: Array) -> None:
         raise Violation("divergent collective", message, int(threads.lanes[at]))
 
 
-def _shuffle(decoder: Decoder, one: Instruction) -> Step:
+def _shuffle(decoder: Operands, one: Instruction) -> Step:
     mode = one.opcode.removeprefix("shfl.sync.")
     if mode not in ("up.b32", "down.b32", "bfly.b32", "idx.b32") or len(one.operands) not in (5, 6):
         raise PtxError(f"unknown instruction {one.opcode}")
@@ -85,15 +83,15 @@ def _shuffle(decoder: Decoder, one: Instruction) -> Step:
     put_valid = decoder.store(destinations[1], "pred") if len(destinations) == 2 else None
     gets = [decoder.fetch(operand, "b32") for operand in (source, by, bounds, members)]
 
-    def shuffle(machine: Machine, threads: Threads) -> None:
-        value, distance, clamp, named = (get(machine) for get in gets)
-        _meet(machine, threads, named)
-        value = np.broadcast_to(value, (machine.num_threads,)).reshape(-1, WARP)
+    def shuffle(state: State, threads: Threads) -> None:
+        value, distance, clamp, named = (get(state) for get in gets)
+        _meet(state, threads, named)
+        value = np.broadcast_to(value, (state.num_threads,)).reshape(-1, WARP)
         if len(distance) == len(clamp) == 1:
             lanes, valid = _same_partners(mode, int(distance[0]), int(clamp[0]))
             lanes, valid, taken = np.broadcast_to(lanes, value.shape), np.tile(valid, len(value)), value[:, lanes]
         else:
-            distance, clamp = (np.broadcast_to(each, (machine.num_threads,)).reshape(-1, WARP).astype(np.int64)
+            distance, clamp = (np.broadcast_to(each, (state.num_threads,)).reshape(-1, WARP).astype(np.int64)
                                for each in (distance, clamp))
             lanes, valid = _partners(mode, distance, clamp)
             taken = np.take_along_axis(value, lanes, axis=1)
@@ -104,9 +102,9 @@ def _shuffle(decoder: Decoder, one: Instruction) -> Step:
                 at = int(np.flatnonzero(lost)[0])
                 raise Violation("undefined shuffle", f"takes a value from lane {int(lanes.flat[at])}, which is not "
                                 "here", at)
-        put(machine, taken.reshape(-1), threads)
+        put(state, taken.reshape(-1), threads)
         if put_valid is not None:
-            put_valid(machine, valid.reshape(-1), threads)
+            put_valid(state, valid.reshape(-1), threads)
 
     return shuffle
 
@@ -137,7 +135,7 @@ def _partners(mode: str, distance: Array, clamp: Array) -> tuple[Array, Array]:
     return np.where(valid, lanes, LANES), valid
 
 
-def _vote(decoder: Decoder, one: Instruction) -> Step:
+def _vote(decoder: Operands, one: Instruction) -> Step:
     mode = one.opcode.removeprefix("vote.sync.")
     tests: dict[str, Callable[[Array, Array], Any]] = {
         "any.pred": lambda yes, here: (yes & here).any(axis=1), "all.pred": lambda yes, here: (yes | ~here).all(axis=1),
@@ -148,10 +146,10 @@ def _vote(decoder: Decoder, one: Instruction) -> Step:
     put, test = decoder.store(one.operands[0], mode.split(".")[1]), tests[mode]
     get, get_members = decoder.fetch(one.operands[1], "pred"), decoder.fetch(one.operands[2], "b32")
 
-    def vote(machine: Machine, threads: Threads) -> None:
-        _meet(machine, threads, get_members(machine))
-        yes = np.broadcast_to(get(machine), (machine.num_threads,)).reshape(-1, WARP)
-        put(machine, np.repeat(test(yes, threads.matrix()), WARP), threads)
+    def vote(state: State, threads: Threads) -> None:
+        _meet(state, threads, get_members(state))
+        yes = np.broadcast_to(get(state), (state.num_threads,)).reshape(-1, WARP)
+        put(state, np.repeat(test(yes, threads.matrix()), WARP), threads)
 
     return vote
 
@@ -175,17 +173,17 @@ def _of_warps(value: Array, warps: Array, num_threads: int) -> Array:
     return np.broadcast_to(value, (num_threads,)).reshape(-1, WARP)[warps]
 
 
-def _put_warps(machine: Machine, threads: Threads, put: Callable[[Machine, Array, Threads], None], warps: Array,
+def _put_warps(state: State, threads: Threads, put: Put, warps: Array,
                values: Array) -> None:
     if threads.mask is None:
-        put(machine, values.reshape(-1), threads)
+        put(state, values.reshape(-1), threads)
         return
-    whole = np.zeros((machine.num_threads // WARP, WARP), values.dtype)
+    whole = np.zeros((state.num_threads // WARP, WARP), values.dtype)
     whole[warps] = values
-    put(machine, whole.reshape(-1), threads)
+    put(state, whole.reshape(-1), threads)
 
 
-def _load_matrices(decoder: Decoder, one: Instruction) -> Step:
+def _load_matrices(decoder: Operands, one: Instruction) -> Step:
     match = re.fullmatch(r"ldmatrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared(::cta)?\.b16", one.opcode)
     if match is None:
         raise PtxError(f"unknown instruction {one.opcode}")
@@ -195,27 +193,27 @@ def _load_matrices(decoder: Decoder, one: Instruction) -> Step:
     if len(puts) != count:
         raise PtxError(f"{len(puts)} registers for {count} matrices")
 
-    def load(machine: Machine, threads: Threads) -> None:
+    def load(state: State, threads: Threads) -> None:
         warps = _whole_warps(threads)
-        addresses = _of_warps(get(machine), warps, machine.num_threads)[:, :8 * count]
+        addresses = _of_warps(get(state), warps, state.num_threads)[:, :8 * count]
         lanes = (warps[:, None] * WARP + LANES[:8 * count]).reshape(-1)
         try:
-            rows = machine.memories["shared"].load(addresses.reshape(-1), machine.block_of[lanes], 2, 8)
+            rows = state.memories["shared"].load(addresses.reshape(-1), state.block_of[lanes], 2, 8)
         except Violation as violation:
             violation.at = int(lanes[violation.at])
             raise
-        machine.count_request(one, "shared", "load", addresses.reshape(-1), lanes, 16)
+        state.count_request(one, "shared", "load", addresses.reshape(-1), lanes, 16)
         matrices = rows.reshape(-1, count, 8, 8)
         if transposed:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
         registers = matrices.view(np.uint32).reshape(-1, count, WARP)
         for i, put in enumerate(puts):
-            _put_warps(machine, threads, put, warps, registers[:, i])
+            _put_warps(state, threads, put, warps, registers[:, i])
 
     return load
 
 
-def _multiply(decoder: Decoder, one: Instruction) -> Step:
+def _multiply(decoder: Operands, one: Instruction) -> Step:
     match = re.fullmatch(r"mma\.sync\.aligned\.m16n8k(8|16)\.row\.col\.f32\.(f16|bf16)\.\2\.f32", one.opcode)
     if match is None:
         raise PtxError(f"unknown instruction {one.opcode}")
@@ -227,26 +225,26 @@ def _multiply(decoder: Decoder, one: Instruction) -> Step:
     gets_a, gets_b = ([decoder.fetch(operand, "b32") for operand in part] for part in (a, b))
     gets_c = [decoder.fetch(operand, "f32") for operand in c]
 
-    def multiply(machine: Machine, threads: Threads) -> None:
+    def multiply(state: State, threads: Threads) -> None:
         warps = _whole_warps(threads)
         left = np.empty((len(warps), 16, 8 * halves), np.float32)
         right = np.empty((len(warps), 8, 8 * halves), np.float32)  # transposed: its rows are columns of B
         for i, get in enumerate(gets_a):
-            left[:, i % 2 * 8:i % 2 * 8 + 8, i // 2 * 8:i // 2 * 8 + 8] = _matrix(machine, get, warps, values)
+            left[:, i % 2 * 8:i % 2 * 8 + 8, i // 2 * 8:i // 2 * 8 + 8] = _matrix(state, get, warps, values)
         for i, get in enumerate(gets_b):
-            right[:, :, 8 * i:8 * i + 8] = _matrix(machine, get, warps, values)
+            right[:, :, 8 * i:8 * i + 8] = _matrix(state, get, warps, values)
         product = (left @ right.swapaxes(1, 2)).reshape(-1, 2, WARP, 2)  # upper and lower rows, lanes, pairs
-        sums = [product[:, i // 2, :, i % 2] + _of_warps(get(machine), warps, machine.num_threads)
+        sums = [product[:, i // 2, :, i % 2] + _of_warps(get(state), warps, state.num_threads)
                 for i, get in enumerate(gets_c)]
         for put, total in zip(puts, sums, strict=True):
-            _put_warps(machine, threads, put, warps, total)
+            _put_warps(state, threads, put, warps, total)
 
     return multiply
 
 
-def _matrix(machine: Machine, get: Fetch, warps: Array, values: Callable[[Array], Array]) -> Array:
+def _matrix(state: State, get: Fetch, warps: Array, values: Callable[[Array], Array]) -> Array:
     """[warps, 8, 8] float32 of a register of pairs."""
-    return values(np.ascontiguousarray(_of_warps(get(machine), warps, machine.num_threads))).reshape(-1, 8, 8)
+    return values(np.ascontiguousarray(_of_warps(get(state), warps, state.num_threads))).reshape(-1, 8, 8)
 
 
 def _half(registers: Array) -> Array:
