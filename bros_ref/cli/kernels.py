@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from bros_ref.cli.common import JsonOption, SeedOption, app, bench_app, make_console, progress, write_json
+from bros_ref.cli.tables import kernel_times_table, kernels_table
 from bros_ref.files import write_text
 
 BEGIN, END = "<!-- ladder: written by `bros-ref kernels --write-readme` -->", "<!-- end of the ladder -->"
@@ -39,7 +39,7 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
     with progress(console, "compiling, emulating", len(jobs)) as advance:
         rows = [row for job in jobs for row in _rows(*job, seed, advance)]
     mutations = None if quick else _mutations(console)
-    console.print(_table(rows))
+    console.print(kernels_table(rows))
     console.print("Instr / KiB: warp instructions of its PTX that a whole kernel executed, moves left out, per KiB of "
                   "K and V. Loop: those of the main loop's machine code. Direction: executed instructions more than "
                   "with one direction known when compiling. On a GPU: not measured here.")
@@ -61,31 +61,27 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
     """Times every decode step on a GPU, against torch; without one it says so, and measures nothing."""
     import torch
 
-    from bros_ref.evaluation.bench.kernels import CASES, CudaTimer, bench_kernels, copy_bandwidth
+    from bros_ref.evaluation.bench.kernels import CASES, GraphTimer, bench_kernels, copy_bandwidth
     from kernels_cupy.gpu import CupyDevice, why_unavailable
-    from kernels_cupy.launch import STEPS
-    from kernels_cupy.proof.contract import TOLERANCE, Heads
+    from kernels_cupy.heads import SCALARS, Heads
+    from kernels_cupy.launch import STEPS, Problem, why_not
 
     console = make_console(json_path)
-    known = {str(one).removeprefix("torch."): one for one in TOLERANCE}
+    known = {str(one).removeprefix("torch."): one for one in SCALARS}
     if dtype not in known:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
     if reason := why_unavailable():
         console.print(f"not measured here: {reason}")
         write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
         return
-    device, timer, heads = CupyDevice(), CudaTimer(), Heads(32, 8, head_dim, 16, known[dtype])
-    steps = [step for step in STEPS if not (step in (4, 5) and known[dtype] is torch.float32)
-             and not (step == 0 and head_dim > 128)]
+    device, timer, heads = CupyDevice(), GraphTimer(), Heads(32, 8, head_dim, 16, known[dtype])
+    longest = max(max(case.context_lens) for case in CASES) // heads.block_size
+    steps = [step for step in STEPS if why_not(step, Problem(heads, 1, longest), device.gpu) is None]
     bandwidth = copy_bandwidth(timer, "cuda")
     with progress(console, "kernels", len(CASES) * (len(steps) + 1)) as advance:
-        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps, num_sms=device.num_sms,
+        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps,
                              on_row=lambda: advance(1))
-    table = Table("case", "system", "us", "GB/s", "of copy bandwidth", title=torch.cuda.get_device_name())
-    for row in rows:
-        table.add_row(row["case"], row["system"], f"{row['us']:.1f}", f"{row['gb_per_s']:.0f}",
-                      f"{row['share_of_copy_bandwidth']:.0%}")
-    console.print(table)
+    console.print(kernel_times_table(rows, torch.cuda.get_device_name()))
     write_json(json_path, "bench kernels", seed, rows=rows, copy_bandwidth=bandwidth, cuda=torch.version.cuda,
                not_measured=None)
 
@@ -107,8 +103,8 @@ def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
     if not pattern.search(readme):
         raise ValueError(f"kernels_cupy/README.md has no {BEGIN} ... {END}")
     header = ("| step | idea | sectors / minimum | warp instructions per KiB, executed | main loop, machine code | "
-              "registers | worst bank conflict | direction, instructions | mma and what feeds it | issuing would limit "
-              "at, of DRAM (A100, H100; estimate) | on a GPU |")
+              "registers | worst bank conflict | direction, instructions | mma per KiB of shared memory | "
+              "issuing would limit at, of DRAM (A100, H100; estimate) | on a GPU |")
     lines = [header, "|" + "---|" * 11]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows
               if (row["dtype"], row["head_dim"], row["arch"]) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
@@ -116,12 +112,16 @@ def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    caps, feeding = row["issue_cap_estimate"], row["mma_feeding_share"]
+    caps = row["issue_cap_estimate"]
     return [row["step"], row["name"], _number(row["sectors_over_minimum"], ".2f"),
             _number(row["warp_instructions_per_kib"], ".0f"), _number(row["main_loop_instructions_per_kib"], ".0f"),
             str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
-            _number(row["direction_overhead"], "+.1%"), _number(feeding, ".0%") if row["mma_instructions"] else "-",
-            "-" if caps is None else ", ".join(f"{cap:.0%}" for cap in caps.values()), "not measured here"]
+            _number(row["direction_overhead"], "+.1%"), _number(row["mma_per_shared_kib"], ".1f"),
+            "-" if caps is None else ", ".join(map(_cap, caps.values())), "not measured here"]
+
+
+def _cap(share: float) -> str:
+    return f"{share:.0%}" if share < 1 else "not the limit"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -140,7 +140,7 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
     import numpy as np
     import torch
 
-    from kernels_cupy.proof.contract import Heads
+    from kernels_cupy.heads import Heads
     from kernels_cupy.proof.emulator import Emulator
     from kernels_cupy.proof.ptx import PtxDevice
     from kernels_cupy.proof.static_report import GPUS, compiled, error_of, executed, issue_cap, traffic, verified
@@ -170,6 +170,7 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
             "direction_overhead": run and run.direction_overhead,
             "worst_bank_conflict": counted and counted.worst_bank_conflict,
             "mma_instructions": loop and loop.multiplications, "mma_feeding_share": run and run.feeding_share,
+            "mma_per_shared_kib": run and run.mma_per_shared_kib,
             "main_loop_feeding_share": loop and loop.feeding_share,
             "issue_cap_estimate": loop and {gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
             if not rung.is_prefill else None,
@@ -190,17 +191,3 @@ def _mutations(console: Any) -> dict[str, Any]:
     return {"seeded": len(MUTANTS), "flagged": flagged,
             "equivalent": [{"kernel": mutant.run, "change": f"{mutant.old.strip()} -> {mutant.new.strip()}",
                             "reason": reason} for mutant, reason in EQUIVALENT]}
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="CUDA kernels, compiled, emulated, their PTX executed; nothing here was timed")
-    for column in ("step", "dtype", "D", "arch", "registers", "spills", "occupancy", "max error", "sectors / min",
-                   "instr / KiB", "loop", "direction", "bank"):
-        table.add_column(column, justify="left" if column in ("step", "dtype", "arch") else "right")
-    for row in rows:
-        table.add_row(row["step"], row["dtype"], str(row["head_dim"]), row["arch"], str(row["registers"]),
-                      str(row["spill_bytes"]), f"{row['occupancy']:.0%}", f"{row['max_error']:.1e}",
-                      _number(row["sectors_over_minimum"], ".2f"), _number(row["warp_instructions_per_kib"], ".0f"),
-                      _number(row["main_loop_instructions_per_kib"], ".0f"),
-                      _number(row["direction_overhead"], "+.1%"), _number(row["worst_bank_conflict"], "d"))
-    return table

@@ -94,6 +94,10 @@ def generate(prompt: str, model: ModelOption = "smollm2",
 
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt's character {error.start} is no text in this terminal's encoding") from error
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     loaded = _load(model, device, threads, seed, backend)
     token_ids = loaded.tokenizer.chat(prompt)
@@ -282,11 +286,11 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
              f"median of {seeds} rounds [95 % interval of the mean]")
     rows = [{"clock": how, **row} for row in interval_rows(runs)]
     console.print(median_table(rows, title))
+    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
+               rows=rows, runs=runs)
     if report is not None:
         first = [next(run for run in runs if run["policy"] == name) for name in names]
         write_report(report, traces, first, "Hybrid serving under KV pressure", {})
-    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
-               rows=rows, runs=runs)
 
 
 # -- what these commands share ----------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""Results for people at a terminal: rich tables from the same dictionaries that go to JSON."""
+"""Results for people at a terminal: tables of what goes to JSON, that fit 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from bros_ref.cli.fitted import Column, FittedTable
 
 Run = Mapping[str, Any]
 
@@ -15,34 +15,31 @@ def number(value: float | None, digits: int = 0, scale: float = 1.0) -> str:
     return "–" if value is None else f"{value * scale:,.{digits}f}"
 
 
-def results_table(runs: Sequence[Run], title: str) -> Table:
+def results_table(runs: Sequence[Run], title: str) -> FittedTable:
     """Both classes of every run, absolute values."""
-    table = Table(title=title, title_justify="left", header_style="bold", caption=(
+    table = FittedTable(title, _columns("policy", figures=(
+        "RT on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "BE tokens/s", "BE longest wait s", "KV peak",
+        "preempted", "recomputed tokens", "slots to host", "slots from host")), caption=(
         "RT on time: share of all arrived real-time requests that met both targets. Preempted: by recomputation or "
-        "whole swap. Slots to/from host: KV checkpointed and restored."), caption_justify="left")
-    table.add_column("policy", min_width=max((len(run["policy"]) for run in runs), default=0))  # names are never cut
-    for name in ("RT on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "BE tokens/s", "BE longest wait s",
-                 "KV peak", "preempted", "recomputed tokens", "slots to/from host"):
-        table.add_column(name, justify="right")
+        "whole swap. Slots to and from host: KV checkpointed and restored."))
     for run in runs:
         rt, be, kv = run["classes"]["rt"], run["classes"]["be"], run["kv"]
         table.add_row(
             run["policy"], number(rt["slo_attainment"], 0, 100) + " %" if rt["slo_attainment"] is not None else "–",
             number(rt["median_ttft_ms"]), number(rt["p99_ttft_ms"]), number(rt["median_tpot_ms"], 1),
             number(be["output_throughput"], 1), number(be["max_wait_s"], 1), number(kv["peak_usage"], 0, 100) + " %",
-            number(kv["preempted_requests"]), number(kv["recomputed_tokens"]),
-            f"{number(kv['checkpointed_slots'])} / {number(kv['restored_slots'])}")
+            number(kv["preempted_requests"]), number(kv["recomputed_tokens"]), number(kv["checkpointed_slots"]),
+            number(kv["restored_slots"]))
     return table
 
 
-def serve_table(run: Run, title: str) -> Table:
+def serve_table(run: Run, title: str) -> FittedTable:
     """What a client over HTTP saw of both classes."""
-    table = Table(title=title, title_justify="left", header_style="bold", caption=(
-        "Latencies count from the scheduled arrival. On time: share of all real-time requests that met both targets."),
-        caption_justify="left")
-    for name in ("class", "sent", "completed", "failed", "on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms",
-                 "tokens/s"):
-        table.add_column(name, justify="left" if name == "class" else "right")
+    added = run["http_added_ttft_ms"]
+    table = FittedTable(title, _columns("class", figures=(
+        "sent", "completed", "failed", "on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "tokens/s")), caption=(
+        "Latencies count from the scheduled arrival. On time: share of all real-time requests that met both targets."
+        + ("" if added is None else f" Of the mean real-time TTFT, HTTP added {added:.1f} ms.")))
     for kind, values in run["classes"].items():
         attained = values["slo_attainment"]
         table.add_row(kind, number(values["arrived"]), number(values["completed"]), number(values["failed"]),
@@ -52,12 +49,11 @@ def serve_table(run: Run, title: str) -> Table:
     return table
 
 
-def scheduler_table(rows: Sequence[Mapping[str, Any]], slopes: Mapping[str, float]) -> Table:
+def scheduler_table(rows: Sequence[Mapping[str, Any]], slopes: Mapping[str, float]) -> FittedTable:
     """What deciding costs."""
-    table = Table(title="CPU time of schedule + update, no model", title_justify="left", header_style="bold",
-                  caption="slope: what one more running request adds to a step", caption_justify="left")
-    for name in ("policy", "running", "waiting", "us per request-step", "us per step", "slope us"):
-        table.add_column(name, justify="left" if name == "policy" else "right")
+    table = FittedTable("CPU time of schedule + update, no model", _columns("policy", figures=(
+        "running", "waiting", "us per request-step", "us per step", "slope us")),
+        caption="slope: what one more running request adds to a step")
     for row in rows:
         table.add_row(row["policy"], number(row["running"]), number(row["waiting"]),
                       number(row["us_per_request_step"], 2), number(row["us_per_step"]),
@@ -65,17 +61,15 @@ def scheduler_table(rows: Sequence[Mapping[str, Any]], slopes: Mapping[str, floa
     return table
 
 
-def engine_table(result: Mapping[str, Any]) -> Table:
+def engine_table(result: Mapping[str, Any]) -> FittedTable:
     """The engine against transformers, and against the machine."""
-    machine = (f"decode of one sequence: {number(result['decode1_s'], 1, 1e3)} ms a token = "
+    machine = (f"decode of one sequence: {number(result['decode1_s'], 1, 1e3)} ms per token = "
                f"{number(result['decode1_over_weights_read'], 2)} x reading the weights once "
                f"({number(result['weights_read_s'], 1, 1e3)} ms); prefill of 512: "
                f"{number(result['prefill512_share_of_matrix_rate'], 0, 100)} % of the measured fp32 matrix rate "
                f"({number(result['matrix_flops_per_s'], 0, 1e-9)} GFLOP/s)")
-    table = Table(title="Engine, fp32", title_justify="left", header_style="bold", caption=machine,
-                  caption_justify="left")
-    for name in ("case", "system", "output tokens/s", "ms per step", "x transformers", "peak RSS MB"):
-        table.add_column(name, justify="left" if name in ("case", "system") else "right")
+    table = FittedTable("Engine, fp32", _columns("case", "system", figures=(
+        "output tokens/s", "ms per step", "x transformers", "peak RSS MB")), caption=machine, num_keys=2)
     for row in result["rows"]:
         ratio = result["speedup_over_transformers"].get(row["case"]) if row["system"] == "bros_ref" else None
         table.add_row(row["case"], row["system"], number(row["output_tok_s"], 1), number(row["ms_per_step"], 1),
@@ -88,7 +82,7 @@ INTERVAL_COLUMNS = (("rt.slo_attainment", "RT on time %", 1, 100), ("rt.median_t
                     ("be.output_throughput", "BE tokens/s", 1, 1))
 
 
-def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> FittedTable:
     """Means with their confidence intervals, one row a policy."""
     def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
         mean, half = row[key] or (None, None)
@@ -97,7 +91,7 @@ def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     return _interval_table(rows, title, cell)
 
 
-def median_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+def median_table(rows: Sequence[Mapping[str, Any]], title: str) -> FittedTable:
     """Medians beside the confidence intervals of the means, one row a policy."""
     def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
         bounds = row["interval95"][key]
@@ -108,22 +102,17 @@ def median_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def _interval_table(rows: Sequence[Mapping[str, Any]], title: str,
-                    cell: Callable[[Mapping[str, Any], str, int, float], str]) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("policy", min_width=max((len(row["policy"]) for row in rows), default=0))  # names are never cut
-    for _, heading, _, _ in INTERVAL_COLUMNS:
-        table.add_column(heading, justify="right")
+                    cell: Callable[[Mapping[str, Any], str, int, float], str]) -> FittedTable:
+    table = FittedTable(title, _columns("policy", figures=[heading for _, heading, _, _ in INTERVAL_COLUMNS]))
     for row in rows:
         table.add_row(row["policy"], *(cell(row, key, digits, scale) for key, _, digits, scale in INTERVAL_COLUMNS))
     return table
 
 
-def simulator_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def simulator_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
     """What simulating costs."""
-    table = Table(title="Simulator, one core", title_justify="left", header_style="bold")
-    for name in ("policy", "setting", "requests", "simulated s", "CPU s", "request-steps", "request-steps per CPU s",
-                 "peak RSS MB"):
-        table.add_column(name, justify="left" if name in ("policy", "setting") else "right")
+    table = FittedTable("Simulator, one core", _columns("policy", "setting", figures=(
+        "requests", "simulated s", "CPU s", "request-steps", "request-steps per CPU s", "peak RSS MB")), num_keys=2)
     for row in rows:
         table.add_row(row["policy"], f"{row['model']}, {row['gpu']}", number(row["requests"]),
                       number(row["simulated_s"]), number(row["cpu_s"], 1), number(row["request_steps"]),
@@ -131,13 +120,13 @@ def simulator_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def figures_table(figures: Sequence[Mapping[str, Any]], basis: str) -> Table:
+def figures_table(figures: Sequence[Mapping[str, Any]], basis: str) -> FittedTable:
     """The paper's numbers beside ours; `basis`: how many seeds, and how long."""
-    table = Table("comparison", "metric", title=f"The paper's best cases, and ours (simulated; {basis})",
-                  title_justify="left", header_style="bold", caption_justify="left",
-                  caption="absolute: bros / baseline; ±: 95 % interval, at both ends of which a verdict holds")
-    for name in ("paper", "ours", "absolute", "setting", "verdict"):
-        table.add_column(name, justify="right" if name != "setting" else "left")
+    columns = [Column("comparison", is_prose=True), Column("metric", is_prose=True),
+               *_columns(figures=("paper", "ours", "absolute")), Column("setting", is_prose=True),
+               Column("verdict", is_text=True)]
+    table = FittedTable(f"The paper's best cases, and ours (simulated; {basis})", columns, num_keys=2, caption=(
+        "absolute: bros / baseline; ±: 95 % interval, at both ends of which a verdict holds"))
     for figure in figures:
         unit = "x" if figure["kind"] == "ratio" else "%"
         absolute = " / ".join(number(value, 3) for value in figure["absolute"].values())
@@ -147,18 +136,48 @@ def figures_table(figures: Sequence[Mapping[str, Any]], basis: str) -> Table:
     return table
 
 
-def dominance_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def dominance_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
     """bros-plus against the baseline that decides each cell."""
-    table = Table(title="bros-plus in every cell, and its lead over the baseline that decides the verdict",
-                  title_justify="left", header_style="bold", caption_justify="left", caption="±: 95 % interval")
-    for name in ("cell", "verdict", "against", "RT on time %", "points", "BE tokens/s", "difference"):
-        table.add_column(name, justify="left" if name in ("cell", "verdict", "against") else "right")
+    table = FittedTable("bros-plus in every cell, and its lead over the baseline that decides the verdict", _columns(
+        "cell", "verdict", "against", figures=("RT on time %", "points", "BE tokens/s", "difference")),
+        caption="±: 95 % interval")
     for row in rows:
         bounds = row["interval95"]
         table.add_row(row["cell"], row["verdict"], row["against"], number(row["rt"], 1, 100),
                       f"{number(row['rt_gain'], 1, 100)}{plus_minus(bounds['rt_gain'], 1, 100)}", number(row["be"]),
                       f"{number(row['be_gain'])}{plus_minus(bounds['be_gain'])}")
     return table
+
+
+def kernels_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
+    """What was found out about each kernel without running it on a GPU."""
+    def shown(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    table = FittedTable("CUDA kernels, compiled, emulated, their PTX executed; nothing here was timed", [
+        Column("step", is_text=True), Column("dtype", is_text=True), Column("D"), Column("arch", is_text=True),
+        *_columns(figures=("registers", "spills", "occupancy", "max error", "sectors / min", "instr / KiB", "loop",
+                           "direction", "bank"))], num_keys=4)
+    for row in rows:
+        table.add_row(row["step"], row["dtype"], str(row["head_dim"]), row["arch"], str(row["registers"]),
+                      str(row["spill_bytes"]), f"{row['occupancy']:.0%}", f"{row['max_error']:.1e}",
+                      shown(row["sectors_over_minimum"], ".2f"), shown(row["warp_instructions_per_kib"], ".0f"),
+                      shown(row["main_loop_instructions_per_kib"], ".0f"), shown(row["direction_overhead"], "+.1%"),
+                      shown(row["worst_bank_conflict"], "d"))
+    return table
+
+
+def kernel_times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> FittedTable:
+    """What a GPU measured."""
+    table = FittedTable(gpu, _columns("case", "system", figures=("us", "GB/s", "of copy bandwidth")), num_keys=2)
+    for row in rows:
+        table.add_row(row["case"], row["system"], f"{row['us']:.1f}", f"{row['gb_per_s']:.0f}",
+                      f"{row['share_of_copy_bandwidth']:.0%}")
+    return table
+
+
+def _columns(*texts: str, figures: Sequence[str]) -> list[Column]:
+    return [*(Column(heading, is_text=True) for heading in texts), *map(Column, figures)]
 
 
 def plus_minus(bounds: Sequence[float] | None, digits: int = 0, scale: float = 1.0) -> str:

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bros_ref.trace.records import RequestRecord, StepRecord
+from bros_ref.trace.results import ClassMetrics, KVMetrics, PredictionMetrics, RunMetrics, SchedulerMetrics
 from bros_ref.trace.trace import Trace
 
 CLASSES = ("rt", "be")
@@ -92,24 +93,22 @@ class Timing:
         return self.completed and (target is None or self.tpot_s is None or self.tpot_s <= target)
 
 
-def summarise(trace: Trace, until_s: float = math.inf) -> dict[str, Any]:
-    """One element of "runs" in the result JSON: the header's names, then classes, kv, scheduler and prediction.
-
-    Throughputs are those until `until_s` on the run's clock; everything else is of the whole run.
-    """
+def measure(trace: Trace, until_s: float = math.inf) -> RunMetrics:
+    """The numbers of a run. Throughputs are those until `until_s` on the run's clock; everything else is of the whole
+    run."""
     meter = trace.meter if isinstance(trace, StreamedTrace) else _metered(trace)
-    duration_s = meter.end_s - trace.start_s
     until_s = min(until_s, meter.end_s)
-    timings = list(meter.finished_timings().values())
-    return {
-        "policy": trace.policy, "model": trace.model, "device": trace.device, "seed": trace.seed,
-        "duration_s": duration_s, "throughput_s": until_s - trace.start_s,
-        "classes": {name: _class_summary([timing for timing in timings if timing.record.request_class == name],
-                                         until_s, until_s - trace.start_s, trace.rejected) for name in CLASSES},
-        "kv": meter.kv_summary(),
-        "scheduler": meter.scheduler_summary(),
-        "prediction": meter.prediction_summary(),
-    }
+    rated_s, timings = until_s - trace.start_s, list(meter.finished_timings().values())
+    return RunMetrics(
+        trace.policy, trace.model, trace.device, trace.seed, meter.end_s - trace.start_s, rated_s,
+        {name: _class_metrics([timing for timing in timings if timing.record.request_class == name], until_s, rated_s,
+                              trace.rejected) for name in CLASSES},
+        meter.kv_metrics(), meter.scheduler_metrics(), meter.prediction_metrics())
+
+
+def summarise(trace: Trace, until_s: float = math.inf) -> dict[str, Any]:
+    """`measure` as JSON: one element of "runs" in the result, as tables and reports take it."""
+    return measure(trace, until_s).as_json()
 
 
 def request_timings(trace: Trace) -> dict[str, Timing]:
@@ -201,41 +200,29 @@ class Meter:
             timing.max_wait_s = max(timing.max_wait_s, waited_s)
         return result
 
-    def kv_summary(self) -> dict[str, Any]:
-        """Slots are tokens. `preempted_requests` counts preemptions, so a request hit twice counts twice."""
+    def kv_metrics(self) -> KVMetrics:
+        """What happened in the pool so far."""
         totals, trace = self._totals, self.trace
-        return {
-            "num_blocks": trace.num_blocks,
-            "block_size": trace.block_size,
-            "peak_usage": self._peak_blocks / trace.num_blocks,
-            "preempted_requests": totals["preempted"],
-            "recomputed_tokens": totals["recomputed"],
-            "overwritten_slots": totals["overwritten"],
-            "checkpointed_slots": totals["checkpoint"],
-            "restored_slots": totals["restore"],
-            "relocated_slots": totals["relocate"],
-            "d2h_bytes": totals["checkpoint"] * trace.slot_bytes,
-            "h2d_bytes": totals["restore"] * trace.slot_bytes,
-        }
+        return KVMetrics(
+            num_blocks=trace.num_blocks, block_size=trace.block_size, peak_usage=self._peak_blocks / trace.num_blocks,
+            preempted_requests=totals["preempted"], recomputed_tokens=totals["recomputed"],
+            overwritten_slots=totals["overwritten"], checkpointed_slots=totals["checkpoint"],
+            restored_slots=totals["restore"], relocated_slots=totals["relocate"],
+            d2h_bytes=totals["checkpoint"] * trace.slot_bytes, h2d_bytes=totals["restore"] * trace.slot_bytes)
 
-    def scheduler_summary(self) -> dict[str, Any]:
-        """What deciding costs. A request-step is one request scheduled in one step; an iteration is decision + run."""
+    def scheduler_metrics(self) -> SchedulerMetrics:
+        """What deciding cost so far."""
         decision_us, request_steps = self._decision_us, self._totals["request_steps"]
         spent_us = sum(decision_us)
         iteration_us = spent_us + 1e6 * self._running_s
-        return {
-            "steps": len(decision_us),
-            "request_steps": request_steps,
-            "mean_us_per_step": _mean(decision_us),
-            "p99_us_per_step": _percentile(decision_us, 99),
-            "us_per_request_step": spent_us / request_steps if request_steps else None,
-            "share_of_iteration": spent_us / iteration_us if iteration_us > 0 else None,
-        }
+        return SchedulerMetrics(
+            len(decision_us), request_steps, _mean(decision_us), _percentile(decision_us, 99),
+            us_per_request_step=spent_us / request_steps if request_steps else None,
+            share_of_iteration=spent_us / iteration_us if iteration_us > 0 else None)
 
-    def prediction_summary(self) -> dict[str, Any]:
-        """How the latency model did: actual / predicted duration, over the steps that had a prediction."""
-        return {"steps": len(self._ratios), "median_actual_over_predicted": _percentile(self._ratios, 50),
-                "p95_actual_over_predicted": _percentile(self._ratios, 95)}
+    def prediction_metrics(self) -> PredictionMetrics:
+        """How good predictions were so far."""
+        return PredictionMetrics(len(self._ratios), _percentile(self._ratios, 50), _percentile(self._ratios, 95))
 
 
 class StreamedTrace(Trace):
@@ -250,47 +237,42 @@ class StreamedTrace(Trace):
         self.meter.observe(step)
 
 
-def _class_summary(timings: Sequence[Timing], until_s: float, rated_s: float, rejected: Mapping[str, str],
-                   ) -> dict[str, Any]:
-    """All keys of one class; the attainments and the goodput only mean something for real-time requests. Rates are of
-    what happened by `until_s`, per second of `rated_s`. `rejected`: request id -> why it was refused."""
-    refused = [timing.record.request_id for timing in timings if timing.ended == "rejected"]
+def _class_metrics(timings: Sequence[Timing], until_s: float, rated_s: float, rejected: Mapping[str, str],
+                   ) -> ClassMetrics:
+    """Rates are of what happened by `until_s`, per second of `rated_s`. `rejected`: request id -> why it was so."""
     completed = [timing for timing in timings if timing.completed]
     completed_by_then = [timing for timing in completed if timing.ended_s is not None and timing.ended_s <= until_s]
     tokens_by_then = sum(bisect_right(timing.token_times_s, until_s) for timing in timings)
     prompts_by_then = sum(timing.record.prompt_tokens for timing in timings
                           if timing.token_times_s and timing.token_times_s[0] <= until_s)
     rated = [timing for timing in timings if timing.record.ttft_slo_s is not None]
+    refused = [timing.record.request_id for timing in timings if timing.ended == "rejected"]
     gaps_s = np.concatenate([timing.itl_s for timing in timings]) if timings else np.empty(0)
-    met_both = [timing.met_ttft and timing.met_tpot for timing in rated]
-    summary: dict[str, Any] = {
-        "arrived": len(timings),
-        "completed": len(completed),
-        "failed": sum(timing.ended is not None for timing in timings) - len(completed),
-        "refused": len(refused),
-        "first_refusal": f"{refused[0]}: {rejected[refused[0]]}" if refused else None,
-        "unfinished": sum(timing.ended is None for timing in timings),
-        "output_tokens": sum(len(timing.token_times_s) for timing in timings),
-        "request_throughput": _per_second(len(completed_by_then), rated_s),
-        "output_throughput": _per_second(tokens_by_then, rated_s),
-        "total_token_throughput": _per_second(prompts_by_then + tokens_by_then, rated_s),
-    }
-    summary |= _statistics("ttft", (timing.ttft_s for timing in timings))
-    summary |= _statistics("tpot", (timing.tpot_s for timing in timings))
-    summary |= _statistics("itl", gaps_s)
-    summary |= _statistics("e2el", (timing.e2el_s for timing in timings))
-    return summary | {
-        "normalized_latency_ms_per_token": _mean(
+    return ClassMetrics(
+        arrived=len(timings),
+        completed=len(completed),
+        failed=sum(timing.ended is not None for timing in timings) - len(completed),
+        refused=len(refused),
+        first_refusal=f"{refused[0]}: {rejected[refused[0]]}" if refused else None,
+        unfinished=sum(timing.ended is None for timing in timings),
+        output_tokens=sum(len(timing.token_times_s) for timing in timings),
+        request_throughput=_per_second(len(completed_by_then), rated_s),
+        output_throughput=_per_second(tokens_by_then, rated_s),
+        total_token_throughput=_per_second(prompts_by_then + tokens_by_then, rated_s),
+        **_statistics("ttft", (timing.ttft_s for timing in timings)),
+        **_statistics("tpot", (timing.tpot_s for timing in timings)),
+        **_statistics("itl", gaps_s),
+        **_statistics("e2el", (timing.e2el_s for timing in timings)),
+        normalized_latency_ms_per_token=_mean(
             1e3 * timing.e2el_s / len(timing.token_times_s) for timing in timings if timing.e2el_s is not None),
-        "ttft_attainment": _mean(timing.met_ttft for timing in rated),
-        "tpot_attainment": _mean(timing.met_tpot for timing in rated),
-        "tpot_token_attainment": _mean(np.concatenate([timing.itl_s <= timing.record.tpot_slo_s for timing in rated
-                                                       if timing.record.tpot_slo_s is not None])) if rated else None,
-        "slo_attainment": _mean(met_both),
-        "request_goodput": _per_second(sum(timing.met_ttft and timing.met_tpot for timing in completed_by_then
-                                           if timing.record.ttft_slo_s is not None), rated_s) if rated else None,
-        "max_wait_s": max((timing.max_wait_s for timing in timings if timing.ended != "rejected"), default=None),
-    }
+        ttft_attainment=_mean(timing.met_ttft for timing in rated),
+        tpot_attainment=_mean(timing.met_tpot for timing in rated),
+        tpot_token_attainment=_mean(np.concatenate([timing.itl_s <= timing.record.tpot_slo_s for timing in rated
+                                                    if timing.record.tpot_slo_s is not None])) if rated else None,
+        slo_attainment=_mean(timing.met_ttft and timing.met_tpot for timing in rated),
+        request_goodput=_per_second(sum(timing.met_ttft and timing.met_tpot for timing in completed_by_then
+                                        if timing.record.ttft_slo_s is not None), rated_s) if rated else None,
+        max_wait_s=max((timing.max_wait_s for timing in timings if timing.ended != "rejected"), default=None))
 
 
 def _statistics(name: str, samples_s: Iterable[float | None] | npt.NDArray[np.float64]) -> dict[str, float | None]:

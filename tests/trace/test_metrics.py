@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bros_ref.environment import environment_stamp
 from bros_ref.trace import RequestRecord, StepRecord, Trace
-from bros_ref.trace.metrics import request_timings, summarise
+from bros_ref.trace.metrics import measure, request_timings, summarise
 from tests.viz.factory import make_trace
 
 CLASS_KEYS = {
@@ -147,6 +147,19 @@ def test_every_key_is_there_and_the_json_is_strict(policy: str) -> None:
         for summary in run["classes"].values():
             assert set(summary) >= CLASS_KEYS
         assert (set(run["kv"]), set(run["scheduler"])) == (KV_KEYS, SCHEDULER_KEYS)
+
+
+def test_the_json_is_the_typed_result_under_the_same_names() -> None:
+    trace = make_trace("bros")
+    metrics, run = measure(trace), summarise(trace)
+    assert metrics.as_json() == run
+    assert (metrics.kv.peak_usage, metrics.scheduler.steps) == (run["kv"]["peak_usage"], run["scheduler"]["steps"])
+    for name, counts in metrics.classes.items():
+        assert vars(counts) == run["classes"][name]
+        assert counts.arrived == counts.completed + counts.failed + counts.unfinished
+    refused = metrics.classes["rt"]
+    assert (refused.refused, refused.first_refusal) == (1, f"rt-refused: {trace.rejected['rt-refused']}")
+    assert metrics.classes["be"].first_refusal is None
 
 
 def test_a_request_of_one_token_has_no_tpot_and_meets_it() -> None:

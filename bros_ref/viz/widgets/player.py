@@ -1,7 +1,7 @@
 """The KV pool as a player: every block and slot at every step of a trace, in one piece of HTML.
 
 Pure functions of a trace, and a class that shows them. The page carries what changed in each step, not the pool of each
-step, so 2,000 blocks over hundreds of steps are small, and moving the slider asks no kernel (`widget.py` says why).
+step, so 2,000 blocks over hundreds of steps are small, and moving the slider asks no kernel (`html.py` says why).
 `static/pool.js` draws. Where scripts do not run, the map of the busiest step is shown (`kv_blocks.block_map`).
 """
 
