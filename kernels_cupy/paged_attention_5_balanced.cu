@@ -17,12 +17,12 @@
 //   more pieces would cost more than they bring; 2-byte stores of the output fill half a sector.
 // Launch: grid (blocks), 32 * WARPS threads, shared memory WARPS * (STAGES * 64 * HEAD_DIM + 32 * HEADS) bytes,
 //   num_splits = blocks * WARPS, the number of workers, and a workspace of 2 * num_splits * HEADS * (HEAD_DIM + 1)
-//   floats; then merge_pieces, grid (ceil(S * H / 4)), 128 threads, with the same num_splits.
+//   floats; then merge_pieces, grid (S * H), 128 threads, with the same num_splits.
 #include "tiles.cuh"
 
 constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;
 constexpr int STAGES = HEAD_DIM <= 80 ? 3 : 2;
-constexpr int MIN_TILES = 2;                                        // of a worker, if there are tiles enough for one
+constexpr int MIN_TILES = 4;                                        // of a worker, if there are tiles enough for one
 constexpr int COLUMNS = GROUP > 8 && HEAD_DIM <= 128 ? 2 : 1;       // mma columns of 8 heads
 constexpr int HEADS = 8 * COLUMNS;                                  // that meet a tile at once
 constexpr int HEAD_TILES = (GROUP + HEADS - 1) / HEADS;
@@ -291,35 +291,81 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) paged_attention(
     }
 }
 
-// One warp per row of the output: joins the pieces of a line of tiles that more than one worker had a part of.
-extern "C" __global__ void merge_pieces(const float* workspace, const int* context_lens, scalar_t* out, int num_seqs,
-                                        int num_splits) {
-    int lane = threadIdx.x % 32, row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (row >= num_seqs * NUM_HEADS) return;
+// One block per row of the output: joins the pieces of a line of tiles that more than one worker had a part of. Warp w
+// takes every MERGE_WARPS-th piece; a lane reads one piece's log, so that 32 are weighed at once, and then 4 neighbouring
+// values of each piece. At the end the warps' parts become one in shared memory.
+constexpr int MERGE_WARPS = 4;
+constexpr int MERGE_VECTORS = (HEAD_DIM / 4 + 31) / 32;  // of 4 values, that a lane holds
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int other = 16; other; other /= 2) x = fmaxf(x, __shfl_xor_sync(ALL, x, other));
+    return x;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * MERGE_WARPS) merge_pieces(
+    const float* workspace, const int* context_lens, scalar_t* out, int num_seqs, int num_splits) {
+    __shared__ float4 totals[MERGE_WARPS][HEAD_DIM / 4];
+    __shared__ float tops[MERGE_WARPS], sums[MERGE_WARPS];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = blockIdx.x;
     int seq = row / NUM_HEADS, head = row % NUM_HEADS;
+
+    // 1. The workers that had a part. Only the first of them can have begun before this line of tiles.
     int pair = head / GROUP * HEAD_TILES + head % GROUP / HEADS, tiles = tiles_of(context_lens[seq]);
     Line line(count_tiles(context_lens, num_seqs, lane), num_splits);
     long long start = (long long)count_tiles(context_lens, seq, lane) * PAIRS + (long long)pair * tiles;
     if (tiles == 0) return;
     int first = line.worker_of(start), last = line.worker_of(start + tiles - 1);
     if (first == last) return;
-
+    bool begins_here = line.begin(first) >= start;
     const float* logs = workspace + 2ll * num_splits * HEADS * HEAD_DIM;
-    float top = NO_SCORE, sum = 0, total[(HEAD_DIM + 31) / 32] = {};
-    for (int pass = 0; pass < 2; pass++)
-        for (int worker = first; worker <= last; worker++) {
-            long long piece = piece_of(worker, line.begin(worker) >= start) + head % GROUP % HEADS;
-            if (pass == 0) {
-                top = fmaxf(top, logs[piece]);
-                continue;
+    auto place = [&](int worker) { return piece_of(worker, worker > first || begins_here) + head % GROUP % HEADS; };
+
+    // 2. This warp's pieces, 32 at a time, with a running maximum.
+    float top = NO_SCORE, sum = 0;
+    float4 total[MERGE_VECTORS] = {};
+    for (int some = first + warp; some <= last; some += 32 * MERGE_WARPS) {
+        int mine = some + lane * MERGE_WARPS;
+        float log = mine <= last ? logs[place(mine)] : NO_SCORE;
+        float new_top = fmaxf(top, warp_max(log)), fade = exp2f(top - new_top);
+        float weight = mine <= last ? exp2f(log - new_top) : 0;
+        sum = sum * fade + weight;  // of this lane's pieces
+        top = new_top;
+#pragma unroll
+        for (int i = 0; i < MERGE_VECTORS; i++)
+            total[i].x *= fade, total[i].y *= fade, total[i].z *= fade, total[i].w *= fade;
+        int count = min(32, (last - some) / MERGE_WARPS + 1);
+#pragma unroll 4
+        for (int j = 0; j < count; j++) {
+            float w = __shfl_sync(ALL, weight, j);
+            const float4* piece = (const float4*)(workspace + place(some + j * MERGE_WARPS) * HEAD_DIM);
+#pragma unroll
+            for (int i = 0; i < MERGE_VECTORS; i++) {
+                if (32 * i + lane >= HEAD_DIM / 4) continue;
+                float4 v = piece[32 * i + lane];
+                total[i].x += w * v.x, total[i].y += w * v.y, total[i].z += w * v.z, total[i].w += w * v.w;
             }
-            float weight = exp2f(logs[piece] - top);
-            sum += weight;
-#pragma unroll
-            for (int d = 0; d < HEAD_DIM; d += 32)
-                if (d + lane < HEAD_DIM) total[d / 32] += weight * workspace[piece * HEAD_DIM + d + lane];
         }
+    }
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM; d += 32)
-        if (d + lane < HEAD_DIM) out[(long long)row * HEAD_DIM + d + lane] = from_float(total[d / 32] / sum);
+    for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(ALL, sum, other);
+
+    // 3. The warps' parts become one; a warp without a piece has sum 0.
+#pragma unroll
+    for (int i = 0; i < MERGE_VECTORS; i++)
+        if (32 * i + lane < HEAD_DIM / 4) totals[warp][32 * i + lane] = total[i];
+    if (lane == 0) tops[warp] = top, sums[warp] = sum;
+    __syncthreads();
+    for (int d = threadIdx.x; d < HEAD_DIM; d += 32 * MERGE_WARPS) {
+        float highest = NO_SCORE, value = 0, weights = 0;
+#pragma unroll
+        for (int w = 0; w < MERGE_WARPS; w++) highest = fmaxf(highest, tops[w]);
+#pragma unroll
+        for (int w = 0; w < MERGE_WARPS; w++) {
+            float weight = exp2f(tops[w] - highest);
+            value += weight * ((const float*)totals[w])[d];
+            weights += weight * sums[w];
+        }
+        out[(long long)row * HEAD_DIM + d] = from_float(value / weights);
+    }
 }

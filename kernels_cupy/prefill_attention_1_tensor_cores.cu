@@ -4,23 +4,27 @@
 //   meets 64 query rows; scores and weights never leave registers.
 // Who does what: a query row is (token, head), the G heads of one KV head following one another, so row i of a
 //   sequence is token i / G and head i % G of its group: K and V are read once for the whole group, and a decode
-//   sequence brings G rows instead of one. A block takes ROWS = 64 rows of one sequence and KV head, 16 a warp. All
-//   warps share the ring of K/V tiles (KEYS tokens each, gathered through the block table).
+//   sequence brings G rows instead of one. A block takes ROWS rows of one sequence and KV head, 32 for each warp (16 at
+//   HEAD_DIM 256): ldmatrix then reads each fragment of K and V for two products instead of one, which matters where
+//   tensor cores are faster than shared memory. All warps share the ring of K/V tiles (KEYS tokens each, gathered
+//   through the block table).
 // Causal: row i stands at position context_len - query_len + i / G and sees the tokens up to it. Only tiles that reach
 //   past a warp's first row are masked; a block stops at its last row's position.
 // Finding work: blockIdx.x counts tiles of rows over all sequences. Sequence s starts at tile
 //   query_starts[s] * G / ROWS + s, which leaves room for every sequence's own rounding; so no prefix sum is needed,
-//   and at most one block a sequence has nothing to do.
-// Bytes: K and V of the visible tokens once per 64 rows; Q and the output once.
-// Expected limiter: tensor cores (with contexts of many tiles); per warp and tile of 16 tokens 4 * HEAD_DIM / 16 + 1 mma.
-// Where it loses: a long context with few query rows (decode) runs in one block a KV head: split it with step 4 or 5.
-// Launch: grid (T * G / 64 + S, num_kv_heads), 128 threads, STAGES * KEYS * HEAD_DIM * 4 bytes of shared memory, to
-//   which HEAD_DIM > 128 adds 64 * HEAD_DIM * 2 for Q.
+//   and at most one block of a sequence has nothing to do. Blocks start with the last tile, which sees the most tokens:
+//   the longest begin first, and the short ones fill the gaps at the end.
+// Bytes: K and V of the visible tokens once per ROWS rows; Q and the output once.
+// Expected limiter: tensor cores (with contexts of many tiles); per warp and tile of 16 tokens and 16 rows
+//   4 * HEAD_DIM / 16 + 1 mma.
+// Where it loses: a long context with few query rows (decode) runs in one block per KV head: split it with step 4 or 5.
+// Launch: grid (T * G / ROWS + S, num_kv_heads), 128 threads, (STAGES * KEYS * 2 + ROWS) * HEAD_DIM * 2 bytes of shared
+//   memory. KEYS is -D, so that the launcher can fit two blocks on a multiprocessor.
+#define ROW_TILES (HEAD_DIM <= 128 ? 2 : 1)
 #include "query_rows.cuh"
 
-constexpr int WARPS = 4, ROWS = 16 * WARPS;
-constexpr int KEYS = HEAD_DIM <= 128 ? 64 : 16;    // tokens of a ring stage
-constexpr int PARTS = KEYS / TOKENS;
+constexpr int WARPS = 4, WARP_ROWS = 16 * ROW_TILES, ROWS = WARP_ROWS * WARPS;
+constexpr int PARTS = KEYS / TOKENS;  // KEYS: tokens of a ring stage
 constexpr int STAGES = 2;
 
 // Which rows a block takes.
@@ -30,9 +34,9 @@ struct Work {
     int first_query;  // the sequence's first row of q
 };
 
-// The last sequence whose first tile is at most blockIdx.x, by bisection.
+// The last sequence whose first tile is at most this block's, by bisection.
 __device__ __forceinline__ Work find_work(const int* query_starts, int num_seqs) {
-    int low = 0, high = num_seqs - 1, tile = blockIdx.x;
+    int low = 0, high = num_seqs - 1, tile = gridDim.x - 1 - blockIdx.x;
     while (low < high) {
         int middle = (low + high + 1) / 2;
         if (query_starts[middle] * GROUP / ROWS + middle <= tile) low = middle;
@@ -80,7 +84,8 @@ __device__ __forceinline__ void store_rows(const Rows& rows, int lane, RowAddres
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
+// Two blocks of a multiprocessor leave 255 registers for a thread.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
     const scalar_t* q /*[T,H,D]*/, const scalar_t* k_cache, const scalar_t* v_cache /*[num_blocks,B,K,D]*/,
     const int* block_tables /*[S,max_blocks]*/, const int* context_lens /*[S]*/, const int* reversed /*[S]*/,
     const int* query_starts /*[S+1]*/, scalar_t* out /*[T,H,D]*/, float scale, int num_seqs, int max_blocks) {
@@ -94,9 +99,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
     int last_row = min(work.first_row + ROWS, work.rows) - 1;
     Sequence s = {block_tables + (long long)work.seq * max_blocks, first_position + last_row / GROUP + 1,
                   reversed[work.seq] ? 15 : 0};
-    int warp_row = work.first_row + 16 * warp;
+    int warp_row = work.first_row + WARP_ROWS * warp;
     bool active = warp_row < work.rows;
-    int position[2] = {first_position + (warp_row + lane / 4) / GROUP, first_position + (warp_row + lane / 4 + 8) / GROUP};
+    int position[2 * ROW_TILES];
+#pragma unroll
+    for (int i = 0; i < 2 * ROW_TILES; i++) position[i] = first_position + (warp_row + lane / 4 + 8 * i) / GROUP;
     auto element = [&](int i) {  // of q and out, where this warp's row i starts; -1 if it does not exist
         int row = warp_row + i;
         return row < work.rows
@@ -109,12 +116,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
     k_cache += mine, v_cache += mine;
     load_keys(ring, k_cache, v_cache, s, 0);
     copy_commit();
-    Queries queries;
-    load_queries(queries, ring + (STAGES * 2 * PARTS + warp) * TILE, lane, [&](int i) {
-        return element(i) < 0 ? nullptr : q + element(i); });
+    Queries queries[ROW_TILES];
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+        load_queries(queries[m], ring + (STAGES * 2 * PARTS + warp * ROW_TILES + m) * TILE, lane, [&](int i) {
+            return element(16 * m + i) < 0 ? nullptr : q + element(16 * m + i); });
     scale *= LOG2_E;
-    Rows rows = {};
-    rows.max[0] = rows.max[1] = NO_SCORE;
+    Rows rows[ROW_TILES] = {};
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) rows[m].max[0] = rows[m].max[1] = NO_SCORE;
     int tiles = (s.length + KEYS - 1) / KEYS;
     for (int tile = 0; tile < tiles; tile++) {
         scalar_t* stage = ring + tile % STAGES * 2 * PARTS * TILE;
@@ -126,10 +136,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
         if (!active) continue;
         int first_token = tile * KEYS;
         bool masked = first_token + KEYS - 1 > first_position + warp_row / GROUP;
-        attend<2, PARTS>(rows, queries, stage, stage + PARTS * TILE, scale, lane, masked, [&](int token, int half) {
-            return first_token + (token ^ s.flip) > position[half]; });
+        attend<2, PARTS>(rows, queries, stage, stage + PARTS * TILE, scale, lane, masked, [&](int m, int token, int half) {
+            return first_token + (token ^ s.flip) > position[2 * m + half]; });
     }
 
     // 3. Divide and store.
-    if (active) store_rows(rows, lane, [&](int i) { return element(i) < 0 ? nullptr : out + element(i); });
+    if (!active) return;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++)
+        store_rows(rows[m], lane, [&](int i) { return element(16 * m + i) < 0 ? nullptr : out + element(16 * m + i); });
 }

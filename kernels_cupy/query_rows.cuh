@@ -1,5 +1,6 @@
-// Query rows as the M side of mma.m16n8k16: a warp holds 16 rows and meets tiles of keys and values (tiles.cuh).
-// Step 4 puts the heads of one token there, prefill tokens and heads.
+// Query rows as the M side of mma.m16n8k16: a warp holds ROW_TILES times 16 rows and meets tiles of keys and values
+// (tiles.cuh). Step 4 puts the heads of one token there, prefill tokens and heads. A fragment of K or V is read from
+// shared memory once for all row tiles: with two of them a byte read there serves twice the products.
 //
 //   S[row, token] = Q K^T: Q is operand A; K's rows, as they lie, are operand B's columns.
 //   O[row, dim]  += P V:   P is S's accumulator, packed in place, because the layouts of D and A agree; V comes
@@ -8,10 +9,13 @@
 #pragma once
 #include "tiles.cuh"
 
-// D = 256 leaves no registers for Q: it stays in shared memory and is read once a tile.
-constexpr bool Q_IN_REGISTERS = HEAD_DIM <= 128;
+#ifndef ROW_TILES
+#define ROW_TILES 1
+#endif
+// D = 256, or two row tiles, leave no registers for Q: it stays in shared memory and is read once a tile.
+constexpr bool Q_IN_REGISTERS = HEAD_DIM <= 128 && ROW_TILES == 1;
 
-struct Rows {  // of this lane: rows lane / 4 and lane / 4 + 8, spread as mma's D
+struct Rows {  // of this lane, in one row tile: rows lane / 4 and lane / 4 + 8, spread as mma's D
     float out[2 * STEPS][4];
     float sum[4];  // every lane of a row holds its sum of weights, in [0] and [2]
     float max[2];  // of the raw scores
@@ -22,7 +26,7 @@ struct Queries {
     const scalar_t* tile;  // 16 swizzled rows in shared memory, if not in registers
 };
 
-// Takes this warp's 16 query rows as operand A. `row(i)` is the address of row i, or null for a row that does not
+// Takes 16 query rows of this warp as operand A. `row(i)` is the address of row i, or null for a row that does not
 // exist, which becomes zeros. `tile` is used by Q_IN_REGISTERS == false only.
 template <typename RowAddress>
 __device__ __forceinline__ void load_queries(Queries& queries, scalar_t* tile, int lane, RowAddress row) {
@@ -89,54 +93,71 @@ __device__ __forceinline__ void softmax_step(float (&score)[2 * PARTS][4], Rows&
 // One step of the head dimension of Q K^T: a piece of Q meets the keys of all parts. PART is a constant, so that an
 // address holds it for nothing; so too below.
 template <int PARTS, int PART = 0>
-__device__ __forceinline__ void add_scores(float (&score)[2 * PARTS][4], const unsigned* q, shared_t keys) {
+__device__ __forceinline__ void add_scores(float (&score)[ROW_TILES][2 * PARTS][4], const unsigned (*q)[4], shared_t keys) {
     unsigned k[4];
     load_matrices<PART * TILE * 2>(k, keys);
-    multiply_add(score[2 * PART], q, k);
-    multiply_add(score[2 * PART + 1], q, k + 2);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) {
+        multiply_add(score[m][2 * PART], q[m], k);
+        multiply_add(score[m][2 * PART + 1], q[m], k + 2);
+    }
     if constexpr (PART + 1 < PARTS) add_scores<PARTS, PART + 1>(score, q, keys);
 }
 
 // P V, part by part.
 template <int HALVES, int PARTS, int PART = 0>
-__device__ __forceinline__ void add_outputs(Rows& rows, const float (&weight)[2 * PARTS][4], shared_t values, int lane) {
+__device__ __forceinline__ void add_outputs(Rows (&rows)[ROW_TILES], const float (&weight)[ROW_TILES][2 * PARTS][4],
+                                            shared_t values, int lane) {
     const unsigned ones[2] = {ONES, ONES};
-    unsigned weights[4] = {};
+    unsigned weights[ROW_TILES][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (i % 2 < HALVES)
-            weights[i] = pack(weight[2 * PART + i / 2][i % 2 * 2], weight[2 * PART + i / 2][i % 2 * 2 + 1]);
-    multiply_add(rows.sum, weights, ones);
+    for (int m = 0; m < ROW_TILES; m++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (i % 2 < HALVES)
+                weights[m][i] = pack(weight[m][2 * PART + i / 2][i % 2 * 2], weight[m][2 * PART + i / 2][i % 2 * 2 + 1]);
+        multiply_add(rows[m].sum, weights[m], ones);
+    }
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         unsigned v[4];
         load_matrices_trans<PART * TILE * 2>(v, values + corner(step, lane, true));
-        multiply_add(rows.out[2 * step], weights, v);
-        multiply_add(rows.out[2 * step + 1], weights, v + 2);
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) {
+            multiply_add(rows[m].out[2 * step], weights[m], v);
+            multiply_add(rows[m].out[2 * step + 1], weights[m], v + 2);
+        }
     }
     if constexpr (PART + 1 < PARTS) add_outputs<HALVES, PARTS, PART + 1>(rows, weight, values, lane);
 }
 
-// PARTS tiles of 16 tokens meet the rows. HALVES = 1: rows 8 to 15 do not exist. If `masked`, `hides(token, half)`
-// says whether row lane / 4 + 8 * half may not see row `token` of the tiles.
+// PARTS tiles of 16 tokens meet the rows. HALVES = 1: rows 8 to 15 do not exist. If `masked`, `hides(m, token, half)`
+// says whether row lane / 4 + 8 * half of row tile m may not see row `token` of the tiles.
 template <int HALVES, int PARTS, typename Hides>
-__device__ __forceinline__ void attend(Rows& rows, const Queries& queries, const scalar_t* k_tiles,
-                                       const scalar_t* v_tiles, float scale, int lane, bool masked, Hides hides) {
-    float score[2 * PARTS][4] = {};
+__device__ __forceinline__ void attend(Rows (&rows)[ROW_TILES], const Queries (&queries)[ROW_TILES],
+                                       const scalar_t* k_tiles, const scalar_t* v_tiles, float scale, int lane,
+                                       bool masked, Hides hides) {
+    float score[ROW_TILES][2 * PARTS][4] = {};
     shared_t keys = shared_address(k_tiles);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-        unsigned q[4];
-        if constexpr (!Q_IN_REGISTERS) load_matrices(q, shared_address(queries.tile) + corner(step, lane, true));
-        add_scores<PARTS>(score, Q_IN_REGISTERS ? queries.fragment[step] : q, keys + corner(step, lane, false));
+        unsigned q[ROW_TILES][4];
+        if constexpr (!Q_IN_REGISTERS)
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; m++)
+                load_matrices(q[m], shared_address(queries[m].tile) + corner(step, lane, true));
+        add_scores<PARTS>(score, Q_IN_REGISTERS ? &queries[0].fragment[step] : q, keys + corner(step, lane, false));
     }
     if (masked) {
 #pragma unroll
-        for (int j = 0; j < 2 * PARTS; j++)
+        for (int m = 0; m < ROW_TILES; m++)
 #pragma unroll
-            for (int e = 0; e < 2 * HALVES; e++)
-                if (hides(j * 8 + lane % 4 * 2 + e % 2, e / 2)) score[j][e] = MASKED;
+            for (int j = 0; j < 2 * PARTS; j++)
+#pragma unroll
+                for (int e = 0; e < 2 * HALVES; e++)
+                    if (hides(m, j * 8 + lane % 4 * 2 + e % 2, e / 2)) score[m][j][e] = MASKED;
     }
-    softmax_step<HALVES, PARTS>(score, rows, scale);
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; m++) softmax_step<HALVES, PARTS>(score[m], rows[m], scale);
     add_outputs<HALVES, PARTS>(rows, score, shared_address(v_tiles), lane);
 }

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kernels_cupy.device import Dim3
+from kernels_cupy.device import Dim3, Gpu, cdiv
+from kernels_cupy.heads import Heads
 
-PREFILL_ROWS = 64  # query rows of a block, a row being a token and a head
 TILE_TOKENS = 16
+PREFILL_WARPS, PREFILL_STAGES = 4, 2
+ELEMENT_BYTES = 2  # fp16 and bf16
 
 
 @dataclass(frozen=True)
@@ -22,76 +24,80 @@ class Shape:
     shared_bytes: int
 
 
-def supports_tensor_cores(head_dim: int, block_size: int, element_bytes: int) -> bool:
-    """Whether steps 4 and 5 and prefill 1 can run: fp16 or bf16 (on an sm_80 or newer; sm_75 has fp16 only), and
-    whole tiles of 16 tokens by 16 dimensions."""
-    return element_bytes == 2 and head_dim % 16 == 0 and 16 <= head_dim <= 256 and block_size % TILE_TOKENS == 0
+def why_no_tensor_cores(heads: Heads, gpu: Gpu) -> str | None:
+    """None if tensor cores can take these sizes on this GPU, else the reason."""
+    if heads.dtype.itemsize != ELEMENT_BYTES:
+        return f"tensor cores take fp16 and bf16, not {heads.dtype}"
+    if "bfloat16" in str(heads.dtype) and gpu.arch < 80:
+        return f"tensor cores take bf16 from sm_80 on, and this is sm_{gpu.arch}"
+    if heads.head_dim % 16 or heads.block_size % TILE_TOKENS:
+        return (f"tensor cores take tiles of 16 tokens by 16 dimensions: head_dim {heads.head_dim} and block_size "
+                f"{heads.block_size} must both be multiples of 16")
+    return None
 
 
-def decode_warps(head_dim: int) -> int:
+def decode_warps(heads: Heads) -> int:
     """Warps of a block of steps 4 and 5."""
-    return 2 if head_dim > 128 else 4
+    return 2 if heads.head_dim > 128 else 4
 
 
-def _ring_bytes(head_dim: int) -> int:
-    stages = 3 if head_dim <= 80 else 2
-    return stages * 2 * TILE_TOKENS * head_dim * 2
+def _ring_bytes(heads: Heads) -> int:
+    stages = 3 if heads.head_dim <= 80 else 2
+    return stages * 2 * TILE_TOKENS * heads.head_dim * ELEMENT_BYTES
 
 
-def decode_4(num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int, num_splits: int) -> Shape:
+def decode_4(heads: Heads, num_seqs: int, num_splits: int) -> Shape:
     """Step 4's `paged_attention`."""
-    warps = decode_warps(head_dim)
-    queries = TILE_TOKENS * head_dim * 2 if head_dim > 128 else 0
-    head_tiles = -(-(num_heads // num_kv_heads) // 16)
-    return Shape((num_kv_heads * head_tiles, num_splits, num_seqs), (32 * warps, 1, 1),
-                 warps * (_ring_bytes(head_dim) + queries))
+    warps = decode_warps(heads)
+    queries = TILE_TOKENS * heads.head_dim * ELEMENT_BYTES if heads.head_dim > 128 else 0
+    return Shape((heads.num_kv_heads * cdiv(heads.group, 16), num_splits, num_seqs), (32 * warps, 1, 1),
+                 warps * (_ring_bytes(heads) + queries))
 
 
-def decode_4_workspace(num_seqs: int, num_heads: int, head_dim: int, num_splits: int) -> int:
-    """Floats of workspace that step 4 and its merge need; unused with one split."""
-    return num_seqs * num_heads * num_splits * (head_dim + 1)
+def _heads_of_a_tile(heads: Heads) -> int:
+    return 16 if heads.group > 8 and heads.head_dim <= 128 else 8
 
 
-def merge_splits(num_seqs: int, num_heads: int, head_dim: int) -> Shape:
-    """Step 4's second launch, needed if num_splits > 1."""
-    return Shape((num_heads, num_seqs, 1), (head_dim, 1, 1), 0)
-
-
-def _heads_of_a_tile(num_heads: int, num_kv_heads: int, head_dim: int) -> int:
-    return 16 if num_heads // num_kv_heads > 8 and head_dim <= 128 else 8
-
-
-def decode_5(num_heads: int, num_kv_heads: int, head_dim: int, num_blocks: int) -> Shape:
+def decode_5(heads: Heads, num_blocks: int) -> Shape:
     """Step 5's `paged_attention` on a fixed grid; its num_splits is `decode_5_workers`."""
-    warps = decode_warps(head_dim)
-    heads = _heads_of_a_tile(num_heads, num_kv_heads, head_dim)
-    return Shape((num_blocks, 1, 1), (32 * warps, 1, 1), warps * (_ring_bytes(head_dim) + 32 * heads))
+    warps = decode_warps(heads)
+    return Shape((num_blocks, 1, 1), (32 * warps, 1, 1),
+                 warps * (_ring_bytes(heads) + TILE_TOKENS * _heads_of_a_tile(heads) * ELEMENT_BYTES))
 
 
-def decode_5_workers(head_dim: int, num_blocks: int) -> int:
+def decode_5_workers(heads: Heads, num_blocks: int) -> int:
     """Workers of step 5: what its num_splits argument says."""
-    return num_blocks * decode_warps(head_dim)
+    return num_blocks * decode_warps(heads)
 
 
-def decode_5_workspace(num_heads: int, num_kv_heads: int, head_dim: int, num_blocks: int) -> int:
+def decode_5_workspace(heads: Heads, num_blocks: int) -> int:
     """Floats of workspace that step 5 and its merge need, whatever the batch."""
-    pieces = 2 * decode_5_workers(head_dim, num_blocks)
-    return pieces * _heads_of_a_tile(num_heads, num_kv_heads, head_dim) * (head_dim + 1)
+    return 2 * decode_5_workers(heads, num_blocks) * _heads_of_a_tile(heads) * (heads.head_dim + 1)
 
 
-def merge_pieces(num_seqs: int, num_heads: int) -> Shape:
+def merge_pieces(heads: Heads, num_seqs: int) -> Shape:
     """Step 5's second launch."""
-    return Shape((-(-num_seqs * num_heads // 4), 1, 1), (128, 1, 1), 0)
+    return Shape((num_seqs * heads.num_heads, 1, 1), (128, 1, 1), 0)
 
 
-def prefill_0(num_tokens: int, num_heads: int) -> Shape:
-    """The plain prefill."""
-    return Shape((num_tokens, -(-num_heads // 4), 1), (128, 1, 1), 0)
+def prefill_rows(heads: Heads) -> int:
+    """Query rows of a block of prefill 1, a row being a token and a head."""
+    return PREFILL_WARPS * 16 * (2 if heads.head_dim <= 128 else 1)
 
 
-def prefill_1(num_tokens: int, num_seqs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> Shape:
-    """The tensor-core prefill. Up to one block a sequence finds no rows and returns."""
-    keys = 64 if head_dim <= 128 else 16
-    shared = 2 * 2 * keys * head_dim * 2 + (PREFILL_ROWS * head_dim * 2 if head_dim > 128 else 0)
-    tiles = num_tokens * (num_heads // num_kv_heads) // PREFILL_ROWS + num_seqs
-    return Shape((tiles, num_kv_heads, 1), (128, 1, 1), shared)
+def prefill_keys(heads: Heads, gpu: Gpu) -> int:
+    """Tokens of a ring stage of prefill 1: the most that registers hold without spilling and with which two blocks fit
+    a multiprocessor, else the fewest."""
+    most = 64 if heads.head_dim <= 64 else 32 if heads.head_dim <= 128 else 16
+    return next((keys for keys in (64, 32) if keys <= most and
+                 2 * (_prefill_bytes(heads, keys) + gpu.reserved_bytes) <= gpu.sm_shared_bytes), 16)
+
+
+def _prefill_bytes(heads: Heads, keys: int) -> int:
+    return (PREFILL_STAGES * 2 * keys + prefill_rows(heads)) * heads.head_dim * ELEMENT_BYTES
+
+
+def prefill_1(heads: Heads, keys: int, num_tokens: int, num_seqs: int) -> Shape:
+    """The tensor-core prefill. Up to one block of a sequence finds no rows and returns."""
+    tiles = num_tokens * heads.group // prefill_rows(heads) + num_seqs
+    return Shape((tiles, heads.num_kv_heads, 1), (32 * PREFILL_WARPS, 1, 1), _prefill_bytes(heads, keys))

@@ -59,6 +59,7 @@ class KernelRow:
     worst_bank_conflict: int | None
     mma_instructions: int | None
     mma_feeding_share: float | None
+    mma_per_shared_kib: float | None
     main_loop_feeding_share: float | None
     issue_cap_estimate: dict[str, float] | None
     measured_on_gpu: None = None
@@ -104,25 +105,25 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
     """Times every decode step on a GPU, against torch; without one it says so, and measures nothing."""
     import torch
 
-    from bros_ref.evaluation.bench.kernels import CASES, CudaTimer, bench_kernels, copy_bandwidth
+    from bros_ref.evaluation.bench.kernels import CASES, GraphTimer, bench_kernels, copy_bandwidth
     from kernels_cupy.gpu import CupyDevice, why_unavailable
-    from kernels_cupy.launch import STEPS
-    from kernels_cupy.proof.contract import TOLERANCE, Heads
+    from kernels_cupy.heads import SCALARS, Heads
+    from kernels_cupy.launch import STEPS, Problem, why_not
 
     console = make_console(json_path)
-    known = {str(one).removeprefix("torch."): one for one in TOLERANCE}
+    known = {str(one).removeprefix("torch."): one for one in SCALARS}
     if dtype not in known:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
     if reason := why_unavailable():
         console.print(f"not measured here: {reason}")
         write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
         return
-    device, timer, heads = CupyDevice(), CudaTimer(), Heads(32, 8, head_dim, 16, known[dtype])
-    steps = [step for step in STEPS if not (step in (4, 5) and known[dtype] is torch.float32)
-             and not (step == 0 and head_dim > 128)]
+    device, timer, heads = CupyDevice(), GraphTimer(), Heads(32, 8, head_dim, 16, known[dtype])
+    longest = max(max(case.context_lens) for case in CASES) // heads.block_size
+    steps = [step for step in STEPS if why_not(step, Problem(heads, 1, longest), device.gpu) is None]
     bandwidth = copy_bandwidth(timer, "cuda")
     with progress(console, "kernels", len(CASES) * (len(steps) + 1)) as advance:
-        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps, num_sms=device.num_sms,
+        rows = bench_kernels(device, timer, heads, seed, "cuda", bandwidth, steps=steps,
                              on_row=lambda: advance(1))
     console.print(kernel_times_table(rows, torch.cuda.get_device_name()))
     write_json(json_path, "bench kernels", seed, rows=rows, copy_bandwidth=bandwidth, cuda=torch.version.cuda,
@@ -146,8 +147,8 @@ def with_ladder(readme: str, rows: list[KernelRow]) -> str:
     if not pattern.search(readme):
         raise ValueError(f"kernels_cupy/README.md has no {BEGIN} ... {END}")
     header = ("| step | idea | sectors / minimum | warp instructions per KiB, executed | main loop, machine code | "
-              "registers | worst bank conflict | direction, instructions | mma and what feeds it | issuing would limit "
-              "at, of DRAM (A100, H100; estimate) | on a GPU |")
+              "registers | worst bank conflict | direction, instructions | mma per KiB of shared memory | "
+              "issuing would limit at, of DRAM (A100, H100; estimate) | on a GPU |")
     lines = [header, "|" + "---|" * 11]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows
               if (row.dtype, row.head_dim, row.arch) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
@@ -155,12 +156,16 @@ def with_ladder(readme: str, rows: list[KernelRow]) -> str:
 
 
 def _cells(row: KernelRow) -> list[str]:
-    caps, feeding = row.issue_cap_estimate, row.mma_feeding_share
+    caps = row.issue_cap_estimate
     return [row.step, row.name, _number(row.sectors_over_minimum, ".2f"),
             _number(row.warp_instructions_per_kib, ".0f"), _number(row.main_loop_instructions_per_kib, ".0f"),
             str(row.registers), _number(row.worst_bank_conflict, "d"), _number(row.direction_overhead, "+.1%"),
-            _number(feeding, ".0%") if row.mma_instructions else "-",
-            "-" if caps is None else ", ".join(f"{cap:.0%}" for cap in caps.values()), "not measured here"]
+            _number(row.mma_per_shared_kib, ".1f"), "-" if caps is None else ", ".join(map(_cap, caps.values())),
+            "not measured here"]
+
+
+def _cap(share: float) -> str:
+    return f"{share:.0%}" if share < 1 else "not the limit"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -179,7 +184,7 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
     import numpy as np
     import torch
 
-    from kernels_cupy.proof.contract import Heads
+    from kernels_cupy.heads import Heads
     from kernels_cupy.proof.emulator import Emulator
     from kernels_cupy.proof.ptx import PtxDevice
     from kernels_cupy.proof.static_report import GPUS, compiled, error_of, executed, issue_cap, traffic, verified
@@ -211,6 +216,7 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
             worst_bank_conflict=counted.worst_bank_conflict if counted else None,
             mma_instructions=loop.multiplications if loop else None,
             mma_feeding_share=run.feeding_share if run else None,
+            mma_per_shared_kib=run.mma_per_shared_kib if run else None,
             main_loop_feeding_share=loop.feeding_share if loop else None,
             issue_cap_estimate={gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
             if loop and not rung.is_prefill else None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -48,19 +49,16 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
           kv_blocks: Annotated[int | None, typer.Option(min=1, help="Default: what fits the memory.")] = None,
           block_size: CountOption = 16, max_num_seqs: CountOption = 8,
           max_num_batched_tokens: CountOption = 256, chunked_prefill: ChunkedOption = None,
-          device: DeviceOption = "auto", backend: BackendOption = "auto", threads: ThreadsOption = 0,
-          refit: RefitOption = False, seed: SeedOption = 0) -> None:
+          device: DeviceOption = "auto", backend: BackendOption = "auto",
+          tp: Annotated[int, typer.Option(min=1, help="Devices that the model is split over.")] = 1,
+          threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0) -> None:
     """An OpenAI-compatible server: interactive calls are real-time; flex calls and batches are best-effort."""
-    try:
-        from bros_ref.server.run import DrainingServer, open_socket
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing; install the server's packages: pip install 'bros-ref[server]'"
-                         ) from None
     import torch
 
     from bros_ref.engine.build import LiveSettings, blocks_that_fit, load_model, make_engine, make_runner
     from bros_ref.engine.profile import fit_latency_model
     from bros_ref.request import SLO
+    from bros_ref.server.run import DrainingServer, open_socket
     from bros_ref.server.settings import ServerSettings, read_api_keys
     from bros_ref.server.state import ServerState
 
@@ -75,7 +73,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
     listener = open_socket(host, port)
     if threads:
         torch.set_num_threads(threads)
-    loaded = load_model(model, device, seed, backend)
+    loaded = load_model(model, device, seed, backend, tp)
     if kv_blocks is None:
         kv_blocks = blocks_that_fit(loaded, block_size, max_num_seqs)
     live = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
@@ -92,6 +90,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
     state = ServerState(make_engine(name, loaded, runner, live, latency), loaded, settings)
     print(f"{model} on {loaded.device}, policy {name}, {kv_blocks} KV blocks of {block_size} tokens", flush=True)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    sys.setswitchinterval(0.001)  # else the event loop may wait 5 ms while the engine's thread decides
     DrainingServer(state, lambda: print(hello(url, model, bool(keys)), flush=True)).run([listener])
 
 
@@ -125,12 +124,8 @@ def bench_serve_command(base_url: Annotated[str, typer.Option(help="http://HOST:
                                                                     help="Write an HTML report here.")] = None,
                         seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """An open-loop client: both classes over HTTP against ours or any OpenAI server. The key is OPENAI_API_KEY's."""
-    try:
-        from bros_ref.evaluation.bench import serve as bench
-    except ImportError as error:
-        raise ValueError(f"{error.name} is missing; install the client's packages: pip install 'bros-ref[server]'"
-                         ) from None
     from bros_ref.cli.tables import serve_table
+    from bros_ref.evaluation.bench import serve as bench
     from bros_ref.request import SLO, RequestClass
     from bros_ref.workload.files import read_workload
     from bros_ref.workload.generate import merge

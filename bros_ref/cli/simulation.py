@@ -50,7 +50,10 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
              rt_lengths: RtLengthsOption = None,
              be_batch: Annotated[int | None, typer.Option(min=0, help="paper: BE requests of a batch.")] = None,
              block_size: CountOption = 16, max_num_seqs: CountOption = 256, max_num_batched_tokens: CountOption = 2048,
-             chunked_prefill: ChunkedOption = None, request_class: ClassOption = None,
+             chunked_prefill: ChunkedOption = None,
+             rt_slowdown: Annotated[float | None, typer.Option(min=1, help="BROS: BE may make RT latency at most "
+                                                               "this many times what it is alone.")] = None,
+             request_class: ClassOption = None,
              time_unit_s: TimeUnitOption = None,
              seeds: Annotated[int, typer.Option(min=1, help="Runs a policy, seeds --seed, --seed + 1, ...")] = 1,
              processes: ProcessesOption = 0,
@@ -65,7 +68,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
 
     names, console, slo = parse_policies(policies), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     settings = SimulationSettings(gpu, model, tp, kv_tokens, block_size, max_num_seqs, max_num_batched_tokens,
-                                  chunked_prefill, seed)
+                                  chunked_prefill, seed, rt_slowdown)
     arrivals = _arrivals(workload, settings, rt_rate, duration_s, be_batch, slo, request_class, time_unit_s, rt_lengths)
     if seeds > 1 and "paper" not in workload:
         raise ValueError(f"--seeds {seeds}: a workload file has nothing random in it, so every run would be the same; "

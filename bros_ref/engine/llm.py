@@ -122,9 +122,11 @@ class LLM:
         self._num_named = 0
 
     def __repr__(self) -> str:
-        trace, config = self.trace, self.engine.scheduler.config
+        trace, scheduler = self.trace, self.engine.scheduler
+        host = getattr(scheduler.kv, "host", None)
+        checkpoints = "" if host is None else f" and {host.num_blocks:,} on the host for checkpoints"
         return (f"LLM({trace.model!r} on {trace.device}, policy {trace.policy!r}, {trace.num_blocks:,} KV blocks of "
-                f"{trace.block_size} tokens, at most {config.max_num_seqs} requests in a step)")
+                f"{trace.block_size} tokens{checkpoints}, at most {scheduler.config.max_num_seqs} requests in a step)")
 
     # -- asking -----------------------------------------------------------------------------------------------
 

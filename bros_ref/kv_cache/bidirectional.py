@@ -18,7 +18,7 @@ device or in the host store, never in neither; a released block is in no table. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -334,6 +334,21 @@ class BidirectionalKVCacheManager(KVCacheManager):
         """A victim that only shares blocks empties none; it still helps the one that it shares a block with."""
         blocks = (self.pool.blocks[block_id] for block_id in self.block_table(victim_id) if block_id != ON_HOST)
         return any(block.rt is None or block.rt.request_id in (victim_id, request_id) for block in blocks)
+
+    def _blocks_missing(self, request: Request, num_new_tokens: int) -> int:
+        sequence = self._sequences.get(request.request_id)
+        if sequence is None:
+            return self.blocks_for(num_new_tokens)
+        if request.is_rt:
+            num_new = self.blocks_for(sequence.num_slots + num_new_tokens) - len(sequence.block_ids)
+            return sequence.block_ids.count(ON_HOST) + num_new
+        moves, num_new = self._be_needs(sequence, num_new_tokens)
+        return len(moves) + num_new
+
+    def _num_emptied(self, victim_id: str, leaving_ids: Set[str]) -> int:
+        blocks = (self.pool.blocks[block_id] for block_id in self.block_table(victim_id) if block_id != ON_HOST)
+        return sum(block.rt is None or (block.rt.request_id == victim_id and (
+            block.be is None or block.be.request_id in leaving_ids)) for block in blocks)
 
     def preemption_table(self) -> list[PreemptionRow]:
         """Every BE block that shares a device block or has lost tokens (paper: the preemption table). It is a view:

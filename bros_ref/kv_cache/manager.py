@@ -13,7 +13,7 @@ The interface, which `bidirectional.py` extends, is four verbs a step:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from bros_ref.config import KVCacheConfig, cdiv
 from bros_ref.kv_cache.blocks import ON_HOST, BlockPool, BlockView, CacheIntegrityError, KVChanges, KVSequence
@@ -121,6 +121,24 @@ class KVCacheManager:
     def frees_blocks_for(self, victim_id: str, request_id: str) -> bool:
         """Whether the other request finds more room once the victim, which holds blocks, is gone."""
         return True
+
+    def fits_without(self, request: Request, num_new_tokens: int, victims: Sequence[Request]) -> bool:
+        """Whether `request` would find room for `num_new_tokens` more tokens if all of `victims` gave up their blocks.
+        """
+        num_missing = self._blocks_missing(request, num_new_tokens) - len(self.pool.free_ids)
+        ids = {victim.request_id for victim in victims}
+        for victim_id in ids:
+            if num_missing <= 0:
+                break
+            num_missing -= self._num_emptied(victim_id, ids)
+        return num_missing <= 0
+
+    def _blocks_missing(self, request: Request, num_new_tokens: int) -> int:
+        return self.blocks_for(request.num_computed_tokens + num_new_tokens) - len(self.block_table(request.request_id))
+
+    def _num_emptied(self, victim_id: str, leaving_ids: Set[str]) -> int:
+        """Device blocks that are empty once the victim and all others that leave are gone, counted with the victim."""
+        return len(self.block_table(victim_id))
 
     @property
     def num_free_blocks(self) -> int:

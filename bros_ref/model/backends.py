@@ -33,9 +33,8 @@ class KernelAttention:
 
     sliding_windows = False
 
-    def __init__(self, device: Device, num_sms: int | None = None) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
-        self._sizes = {} if num_sms is None else {"num_sms": num_sms}  # of the GPU: how many thread blocks fill it
         self._meta: AttentionMetadata | None = None  # the step whose integers are at hand
         self._integers: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -49,7 +48,7 @@ class KernelAttention:
         tables, context_lens, reversed_, query_starts = self._integers_of(meta)
         q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
         if len(q) == len(context_lens):
-            decode(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, out, **self._sizes)
+            decode(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, out)
         else:
             prefill_attention(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, query_starts, out)
         return out
@@ -86,6 +85,5 @@ def attention_backend(name: str = "auto", device: torch.device | str = "cpu") ->
         from kernels_cupy.gpu import CupyDevice, why_unavailable
 
         if name == "cupy" or why_unavailable() is None:
-            gpu = CupyDevice()
-            return KernelAttention(gpu, gpu.num_sms)
+            return KernelAttention(CupyDevice())
     return paged_attention

@@ -51,7 +51,10 @@ PLUS: dict[str, dict[str, Any]] = {
     "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
     "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
-REFERENCE_POLICIES = {"rt-only": "rt", "be-only": "be"}  # BROS with the other class dropped from the workload
+# One class alone: the floor of latency and the ceiling of throughput. A run uses whichever form serves its class better
+# where it can try both (simulated runs, `bench hybrid`), and the first where it cannot.
+REFERENCE_POLICIES = {"rt-only": "rt", "be-only": "be"}
+REFERENCE_FORMS = ("bros-plus", "bros")
 
 
 def known_policies() -> list[str]:
@@ -68,11 +71,13 @@ def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfi
     """
     if policy not in known_policies():
         raise ValueError(f"unknown policy {policy!r}; known are {', '.join(known_policies())}")
+    if policy in REFERENCE_POLICIES:
+        policy = REFERENCE_FORMS[0]
     base, _, option = policy.partition("+")
     changes = [PLUS[option]] if option else PLUS.values() if base == "bros-plus" else []
     for change in changes:
         config = replace(config, **change)
     if policy in WHOLE_PROMPT_POLICIES:
         config = replace(config, chunked_prefill=False)
-    scheduler, manager = POLICIES["bros" if base in REFERENCE_POLICIES else base]
+    scheduler, manager = POLICIES[base]
     return scheduler(config, manager(kv_config), latency, eos_token_ids)

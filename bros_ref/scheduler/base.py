@@ -93,11 +93,12 @@ class Scheduler:
         """
         return self.kv.blocks_for(request.num_tokens) <= self.kv.num_free_blocks
 
-    def prefill_advanced(self, request: Request) -> None:
-        """Called when a chunk was computed that did not complete the prompt."""
+    def takes_part_of_a_chunk(self, request: Request) -> bool:
+        """Whether a chunk for which the blocks do not suffice is halved until they do."""
+        return False
 
     def begin_step(self) -> None:
-        """Called at the start of each step, before `pack`."""
+        """Called at the start of each step, while `output` is still the last step's."""
         self.kv.begin_step()
 
     # -- one iteration ----------------------------------------------------------------------------------------
@@ -105,10 +106,10 @@ class Scheduler:
     def schedule(self, now_s: float) -> SchedulerOutput:
         """Decides one iteration. Expected scarcity is recorded in the output, never raised."""
         self.step += 1
-        self.output = SchedulerOutput(self.step, now_s)
-        self.executing_s = self.latency.c0
         self.max_step_tokens = self.config.max_num_batched_tokens
         self.begin_step()
+        self.output = SchedulerOutput(self.step, now_s)
+        self.executing_s = self.latency.c0
         self.pack(now_s)
         return self._complete(self.output)
 
@@ -141,8 +142,7 @@ class Scheduler:
             cost_s = latency.cost_s(count, context)
 
         # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host.
-        executing_s = self.executing_s + cost_s
-        if executing_s * latency.safety > step_budget_s and requests and not exempt:
+        if (self.executing_s + cost_s) * latency.safety > step_budget_s and requests and not exempt:
             return self.refuse(request, DEADLINE)
         restored = kv.offloaded_tokens.get(request.request_id, 0) if kv.offloaded_tokens else 0
         if restored and requests and not exempt and not self._restore_fits(restored, step_budget_s):
@@ -154,16 +154,14 @@ class Scheduler:
             return self.refuse(request, NO_BLOCKS)
         lookahead = request.max_total_tokens - count if is_newcomer and self.reserves_whole_requests else 0
         table = kv.allocate_slots(request, count, lookahead)
-        while table is None and self.preempt_for(request, count):
-            table = kv.allocate_slots(request, count)
-            features = output.features  # a victim may have left the batch
-            self.executing_s = latency.predict(features)
-            executing_s = self.executing_s + cost_s
         if table is None:
-            return self.refuse(request, NO_BLOCKS)
+            table, count = self._make_room(request, count)
+            if table is None:
+                return self.refuse(request, NO_BLOCKS)
+            cost_s, features = latency.cost_s(count, context), output.features  # a victim may have left the batch
 
         # 4. It is in.
-        self.executing_s = executing_s
+        self.executing_s += cost_s
         features.new_tokens += count
         if count == 1:
             features.decode_contexts += context
@@ -184,8 +182,8 @@ class Scheduler:
         return ADMITTED
 
     def refuse(self, request: Request, reason: Admission) -> Admission:
-        """Records why `request` sits out this step, and returns the reason."""
-        self.output.left_out[request.request_id] = reason
+        """Records why `request` sits out this step, if it is the first reason, and returns the reason."""
+        self.output.left_out.setdefault(request.request_id, reason)
         return reason
 
     def _fit_prefill(self, request: Request, wanted: int, step_budget_s: float,
@@ -208,7 +206,7 @@ class Scheduler:
             fitting = self.latency.max_new_tokens(spare_s, request.num_computed_tokens)
             if fitting < count:
                 smallest = min(count, config.min_chunk_tokens)
-                count = max(fitting, smallest) if exempt else fitting
+                count = max(fitting, smallest) if exempt or not self.output.requests else fitting
                 if count < smallest:
                     return 0, DEADLINE
         return count, ADMITTED
@@ -216,6 +214,18 @@ class Scheduler:
     def _restore_fits(self, restored_tokens: int, step_budget_s: float) -> bool:
         copying_s = self.latency.restore_s_per_token * (self.output.features.restored_tokens + restored_tokens)
         return copying_s * self.latency.safety <= step_budget_s
+
+    def _make_room(self, request: Request, count: int) -> tuple[list[int] | None, int]:
+        """Blocks for `count` tokens, taken from others, or where the policy allows for a part of them: (table, tokens).
+        The table is None if not even one token finds room."""
+        may_shrink, table = self.config.chunked_prefill and self.takes_part_of_a_chunk(request), None
+        while table is None:
+            if not self.preempt_for(request, count):
+                if count == 1 or not may_shrink:
+                    break
+                count //= 2
+            table = self.kv.allocate_slots(request, count)
+        return table, count
 
     def _complete(self, output: SchedulerOutput) -> SchedulerOutput:
         if output.requests:  # else nobody would run the copies: they wait for the next step that runs
@@ -239,9 +249,10 @@ class Scheduler:
         if victim.last_step == self.step:
             index = output.requests.index(victim)
             del output.requests[index], output.num_scheduled_tokens[index], output.block_tables[index]
-            output.features = StepFeatures()
+            output.features = StepFeatures(restored_tokens=output.features.restored_tokens)  # ordered already
             for request, count in zip(output.requests, output.num_scheduled_tokens, strict=True):
                 output.features.add(count, request.num_computed_tokens)
+            self.executing_s = self.latency.executing_s(output.features)
         self.kv.free(victim.request_id)
         output.preempted[victim.request_id] = "recompute"
         output.recomputed_tokens += victim.num_computed_tokens
@@ -308,8 +319,7 @@ class Scheduler:
         eos, banks_time = self.eos_token_ids, self.config.rt_banks_time
         for request, count, token_id in zip(output.requests, output.num_scheduled_tokens, token_ids, strict=True):
             request.num_computed_tokens += count
-            if token_id is None:
-                self.prefill_advanced(request)
+            if token_id is None:  # a chunk that did not complete the prompt
                 continue
             request.output_token_ids.append(token_id)
             request.num_tokens = num_tokens = request.num_tokens + 1
@@ -321,7 +331,7 @@ class Scheduler:
                 if banks_time:
                     banked_s = BANKED_SHARE * slo.tpot_s * len(request.output_token_ids)
                     deadline_s = max(deadline_s, request.first_token_s + banked_s)
-                request.deadline_s = request.due_s = deadline_s
+                request.deadline_s = deadline_s
             if token_id in eos and not request.sampling.ignore_eos:
                 request.status = RequestStatus.FINISHED_STOP
                 ended.append(request)

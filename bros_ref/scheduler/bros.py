@@ -1,55 +1,56 @@
 """BROS (paper, sections 2 and 3): dynamic priority and greedy packing, solved anew every iteration.
 
-Maximise best-effort work, subject to: the predicted iteration fits the residual time of the most urgent RT (Eq. 6), at
-most `seats` requests, and the blocks suffice (Eq. 8). Greedy, in this order (the order is the paper's):
+Maximise best-effort work, subject to: the predicted iteration fits the residual time of the most urgent RT (Eq. 6), the
+batch has room (B_max), and the blocks suffice (Eq. 8). `BROSScheduler.pack` is the greedy answer, in numbered stages.
+Not being admitted *is* preemption: the request keeps its KV, and its slots may be shared or taken (`bidirectional.py`).
 
-    1. RT by ascending slack                              while the iteration stays within the tightest residual
-    2. RT that are late already                           they no longer set the bound (our decision)
-    3. BE by ascending KV to restore, less what waiting has earned          while it stays within that bound
+Slack = deadline - now - one average iteration. All requests share "now" and the average, so *the order by slack is the
+order by deadline*. Sorting what is almost sorted is nearly free (the paper polls two sorted queues for this reason).
 
-Not being picked *is* preemption: the request keeps its KV and its slots may be shared or taken (`bidirectional.py`).
+Ours, where the paper is silent or where measurements gave a reason to differ:
 
-Slack = due - now - one average iteration, where `due` is the deadline less the iterations needed before the last one.
-All candidates share "now" and the average, so *slack order is the order of `due`*, and sorting what is almost sorted
-already is nearly free (the paper polls two sorted queues for the same reason).
-
-Ours, where the paper is silent:
-- An iteration is also short enough for a typical *new* RT, arriving as it starts, to meet its TTFT.
-- The paper's step 3 (batch full: swap the slackest RT for a BE) happens before the seat is taken: seats fill in slack
-  order, so the last seat is the slackest RT's; it is offered to BE if that RT can afford two iterations, and is the
-  RT's again if no BE can take it.
-- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *due*: one a step, the
-  longest-waiting, is offered the last seat, goes before all other BE and is exempt from the deadline bound and the
-  token budget. So with S BE holding KV it runs within N + S steps, unless RT hold so much of the pool that its own KV
-  cannot be put there (then it keeps no seat empty). If no BE holds KV, the head of the BE queue is due after N steps.
-  Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, one a step is exempt likewise.
-- A batch that is still empty takes its first request whatever the bound: an idle machine helps nobody.
+- An RT is *late* if even its whole remaining prefill, run alone, would miss the deadline. It bounds nothing and comes
+  after those that can be saved, but before BE, so it may also take a seat that an RT on time has left.
+- The step budget leaves time for a typical *new* RT that arrives as the step starts. An empty batch may exceed every
+  budget, so the machine never idles. An RT without blocks does not bound the step, for it cannot run in it.
+- The paper fills the batch, and then swaps its slackest RT for a BE. Here seats fill in slack order, so the RT whose
+  turn is the last seat is the slackest. It stands aside if it can wait two steps, and takes the seat if no BE can.
+- The last resort for an RT without blocks is to swap out RT (paper); BE or RT are recomputed if the host store is full.
+- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *starving*. Each step,
+  starving BE are offered a place before all other BE, the longest-waiting first, until one of them is admitted: a seat
+  is kept for it, it is exempt from the budgets of time and tokens, and it may take the blocks of all other BE. So it
+  runs at the latest in the S-th step in which its KV fits beside that of RT, where S is the number of BE that held KV
+  when it began to starve. If no BE holds KV, the head of the BE queue is offered the place after N steps.
+  Of the late RT that have waited N steps, at most one per step is exempt from the budgets likewise.
+- `rt_slowdown` bounds how much BE may slow RT down (`_slowed_s`).
 
 `bros-plus` is this class with four rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
 
-- Prompts are cut to what the deadlines leave, where the paper's form leaves a long BE prompt out until no RT is near.
+- Prompts are cut to what the deadlines leave. In the paper's form a long BE prompt waits until no RT is near, and long
+  RT prompts delay each other: where RT prompts have thousands of tokens, use `bros-plus`.
 - No cap bounds the batch besides the deadlines.
 - An RT banks the time it is ahead: TPOT is a mean, so token k is due at first token + k * TPOT (nine tenths of it), if
-  that is later than the paper's last token + TPOT. Whoever is ahead can sit out for a burst of others, and be on time.
-- RT displace RT as late as they can. In the paper's form whoever comes first in slack order takes blocks from the one
-  with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross PCIe
-  in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two more
-  iterations, and one that has not started displaces only RT that can wait as long as its TTFT.
+  that is later than the paper's last token + TPOT. An RT that is ahead can sit out for others, and still be on time.
+- RT displace RT as late as they can. In the paper's form the RT that comes first in slack order takes blocks from the
+  one with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross
+  PCIe in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two
+  more iterations, and one that has not started displaces only RT that can wait as long as its TTFT.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import insort
-from itertools import chain
+from bisect import bisect_right, insort
+from itertools import chain, takewhile
 from operator import attrgetter
 
+from bros_ref.config import cdiv
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
 from bros_ref.scheduler.output import ADMITTED, BATCH_CAP, DEADLINE, NO_BLOCKS
 from bros_ref.scheduler.queues import FIFOQueue
 
-by_due = attrgetter("due_s")
+by_deadline, by_last_step = attrgetter("deadline_s"), attrgetter("last_step")
 WAITING, RUNNING = RequestStatus.WAITING, RequestStatus.RUNNING
 TYPICAL_RT_EMA = 0.1  # weight of the newest RT in the picture of a typical one
 
@@ -58,13 +59,12 @@ class BROSScheduler(Scheduler):
     """Dynamic priority with greedy packing; the ablations run this class on other KV managers."""
 
     def setup(self) -> None:
-        self._rt_waiting: list[Request] = []  # sorted by due_s
+        self._rt_waiting: list[Request] = []  # sorted by deadline
         self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
-        self._starving_be: Request | None = None  # the longest-waiting, until it was offered a place in this step
-        self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
-        self._deadline_bound = False  # whether a deadline kept somebody out of the last batch
+        self._starving_be: list[Request] = []  # the longest-waiting first, until they were offered a place in a step
+        self._batch_cap = 0
         self._typical_prompt_tokens = 0.0
         self._typical_ttft_s = math.inf
 
@@ -72,8 +72,7 @@ class BROSScheduler(Scheduler):
         if not request.is_rt:
             self._be_waiting.push(request, front=front)
             return
-        self.prefill_advanced(request)
-        insort(self._rt_waiting, request, key=by_due)
+        insort(self._rt_waiting, request, key=by_deadline)
         if request.slo is not None and not front:
             known = self._typical_ttft_s < math.inf
             weight = TYPICAL_RT_EMA if known else 1.0
@@ -84,109 +83,115 @@ class BROSScheduler(Scheduler):
     def dequeue(self, request: Request) -> None:
         if not request.is_rt:
             self._be_waiting.pop()
-        elif request is self._rt_late.head():
-            self._rt_late.pop()
+        elif request in self._rt_waiting:
+            self._rt_waiting.remove(request)
         else:
-            self._rt_waiting.remove(request)  # at or near the front
+            self._rt_late.remove(request)
 
     # -- the algorithm ----------------------------------------------------------------------------------------
 
     def pack(self, now_s: float) -> None:
         """Greedy packing (paper, Algorithm 1): who is admitted, in which order, within which step budget."""
-        requests, slack_s, try_admit = self.output.requests, self.output.slack_s, self.try_admit
+        requests, try_admit = self.output.requests, self.try_admit
         last_seat, be_exists = self.max_batch_size - 1, bool(self._be_order or self._be_waiting.head())
         step_budget_s, patience_s = math.inf, 2 * self.iteration_s * self.latency.safety
-        late, aside, rt_queue_open, be_queue_open = list[Request](), None, True, True
+        urgent, late = self._rt_by_slack(now_s)
+        aside, rt_queue_open, be_queue_open = None, True, True
 
         # 1. Urgent RT, by ascending slack [paper]. The residual time of the most urgent bounds the step (Eq. 6).
-        for request in self._rt_by_slack(now_s):
+        for request in urgent:
             if not rt_queue_open and request.status is WAITING:
                 continue
-            residual_s = request.due_s - now_s
-            slack_s[request.request_id] = residual_s - self.iteration_s
-            if residual_s < self._alone_s(request):
-                late.append(request)
-                continue
-            step_budget_s = min(step_budget_s, residual_s)
+            residual_s = request.deadline_s - now_s
             if be_exists and len(requests) == last_seat:
                 self._admit_starving_be(step_budget_s)
                 if 0 < len(requests) == last_seat and residual_s > patience_s:
                     aside = request  # the slackest RT leaves the last seat to BE [paper] if it can wait two steps
                     self.refuse(aside, BATCH_CAP)
                     break
-            admission = try_admit(request, step_budget_s)
+            bound_s = residual_s if residual_s < step_budget_s else step_budget_s
+            admission = try_admit(request, bound_s)
             if admission is BATCH_CAP:
                 return
-            if admission is not ADMITTED:
-                self._deadline_bound |= admission is DEADLINE
-                rt_queue_open &= request.status is RUNNING  # else the rest of the queue stands behind it
+            if admission is not NO_BLOCKS:  # else it cannot run, however short the step
+                step_budget_s = bound_s
+            if admission is not ADMITTED and request.status is WAITING:
+                rt_queue_open = False  # the rest of the queue stands behind it
 
         # 2. Late RT (our decision). They set no bound; one that has waited too long is exempt from the budget.
-        exempt_left = 1
+        exempt_left, shortest_refused = 1, math.inf
         for request in chain(late, self._rt_late.first(self.max_batch_size)):
-            slack_s[request.request_id] = request.due_s - now_s - self.iteration_s
+            if request.status is WAITING and request.num_tokens >= shortest_refused:
+                continue
             if len(requests) == last_seat:
                 self._admit_starving_be(step_budget_s)
             exempt = exempt_left > 0 and self.step - request.last_step > self.config.be_max_wait_steps
-            exempt_left -= exempt
             admission = try_admit(request, step_budget_s, exempt)
             if admission is BATCH_CAP:
                 return
-            if admission is not ADMITTED and request.status is WAITING and request not in late:
-                break
+            if admission is ADMITTED:
+                exempt_left -= exempt
+            elif request.status is WAITING:
+                shortest_refused = min(shortest_refused, request.num_tokens)
 
         # 3. A starving BE (our decision), exempt from the budget, which now has to leave time for an RT that arrives.
-        rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s())
+        rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s(), self._slowed_s())
         self._admit_starving_be(step_budget_s)
 
         # 4. Pending BE, by ascending KV to restore [paper].
         for request in self._be_order:
             if request.last_step == self.step:  # it was starving
                 continue
-            admission = try_admit(request, step_budget_s, not requests)
+            admission = try_admit(request, step_budget_s)
             if admission is BATCH_CAP:
                 return
-            if admission is DEADLINE:
-                self._deadline_bound = True
-                if not self._a_decode_fits(step_budget_s):
-                    be_queue_open = False
-                    break
-            elif admission is NO_BLOCKS:
+            if admission is NO_BLOCKS:
                 be_queue_open = False
+            elif admission is DEADLINE and not self._a_decode_fits(step_budget_s):
+                be_queue_open = False
+                break
 
         # 5. New BE, in order of arrival.
         while be_queue_open and (newcomer := self._be_waiting.head()):
-            be_queue_open = try_admit(newcomer, step_budget_s, not requests) is ADMITTED
+            be_queue_open = try_admit(newcomer, step_budget_s) is ADMITTED
 
         # 6. The last seat: if no BE could use it, the RT that stood aside takes it after all.
         if aside is not None and len(requests) == last_seat:
+            del self.output.left_out[aside.request_id]
             try_admit(aside, rt_budget_s)
 
     # -- the step's order and limits --------------------------------------------------------------------------
 
     def begin_step(self) -> None:
         self._adapt_batch_cap()
-        self.running.sort(key=by_due)  # RT by slack; BE are never due (infinity) and keep their order, at the end
+        self.running.sort(key=by_deadline)  # RT by slack; BE are never due (infinity) and keep their order, at the end
         self._be_order = self._sorted_be()
         self.kv.begin_step(self._be_order)
 
     def _adapt_batch_cap(self) -> None:
-        """TCP slow start (paper): double while no RT deadline binds, back to the base at once when one does."""
+        """TCP slow start (paper): begin at the base, double while no RT deadline binds, and go back to the base at once
+        when one does, that is if one kept anybody out of the last batch."""
         base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
-        self._batch_cap = base if self._deadline_bound else min(2 * self._batch_cap, ceiling)
-        self._deadline_bound = False
+        bound = DEADLINE in self.output.left_out.values()
+        self._batch_cap = base if bound else max(base, min(2 * self._batch_cap, ceiling))
         self.max_batch_size = self._batch_cap if self.config.batch_slow_start else ceiling
 
     # -- real-time --------------------------------------------------------------------------------------------
 
-    def _rt_by_slack(self, now_s: float) -> list[Request]:
-        """RT that hold KV, and newcomers, by ascending slack. Both are sorted already; sorting one after the other is
-        a merge, in linear time."""
+    def _rt_by_slack(self, now_s: float) -> tuple[list[Request], list[Request]]:
+        """By ascending slack: RT that can be on time, pending and new, and pending RT that are late already."""
         pending = [request for request in self.running if request.is_rt]
+        urgent = [request for request in pending if request.deadline_s - now_s >= self._alone_s(request)]
+        late = []
+        if len(urgent) < len(pending):
+            on_time = set(urgent)
+            late = [request for request in pending if request not in on_time]
         if newcomers := self._newcomers_on_time(now_s):
-            pending += newcomers
-            pending.sort(key=by_due)
-        return pending
+            urgent += newcomers
+            urgent.sort(key=by_deadline)  # both parts are sorted already, so this is a merge, in linear time
+        iteration_s = self.iteration_s
+        self.output.slack_s = {rt.request_id: rt.deadline_s - now_s - iteration_s for rt in chain(urgent, late)}
+        return urgent, late
 
     def _newcomers_on_time(self, now_s: float) -> list[Request]:
         """The first of the RT queue, at most as many as a batch holds. Those that can no longer meet their deadline
@@ -199,7 +204,7 @@ class BROSScheduler(Scheduler):
             num_seen += 1
             if request.status.is_end:
                 continue
-            if request.due_s - now_s < self._alone_s(request):
+            if request.deadline_s - now_s < self._alone_s(request):
                 self._rt_late.push(request)
             else:
                 on_time.append(request)
@@ -208,52 +213,49 @@ class BROSScheduler(Scheduler):
         return on_time
 
     def _alone_s(self, request: Request) -> float:
-        """The shortest iteration that gets this request its next token (or chunk)."""
+        """The least time to this request's next token: of a prefill, all chunks that are left, run alone."""
         latency, context, offloaded = self.latency, request.num_computed_tokens, self.kv.offloaded_tokens
-        if request.num_tokens - context == 1:
+        left = request.num_tokens - context
+        if left == 1:
             executing_s = latency.c0 + latency.c1 + latency.c3 * context
         else:
-            executing_s = latency.c0 + latency.cost_s(self._next_chunk(request), context)
+            executing_s = self._num_chunks(left) * latency.c0 + latency.cost_s(left, context)
         if request.request_id in offloaded:
             executing_s = max(executing_s, latency.restore_s_per_token * offloaded[request.request_id])
         return executing_s * latency.safety
 
-    def _next_chunk(self, request: Request) -> int:
-        left = request.num_tokens - request.num_computed_tokens
-        return min(left, self.config.max_num_batched_tokens) if self.config.chunked_prefill else left
-
-    def prefill_advanced(self, request: Request) -> None:
-        """A prefill in k chunks must end by the deadline, so its next chunk is due k - 1 iterations earlier."""
-        if not request.is_rt:
-            return
-        left = request.num_tokens - request.num_computed_tokens
-        chunks = -(-left // self.config.max_num_batched_tokens) if self.config.chunked_prefill else 1
-        request.due_s = request.deadline_s - (chunks - 1) * self.iteration_s
+    def _num_chunks(self, num_tokens: int) -> int:
+        return cdiv(num_tokens, self.config.max_num_batched_tokens) if self.config.chunked_prefill else 1
 
     # -- best-effort ------------------------------------------------------------------------------------------
 
     def _sorted_be(self) -> list[Request]:
-        """BE that hold KV, by (tokens to restore - aging * steps waited); a starving one goes to the very front."""
+        """BE that hold KV: first the starving, then by (tokens to restore - aging * steps waited). Finds the starving:
+        if no BE holds KV, the head of the queue may be one."""
         order = [request for request in self.running if not request.is_rt]
-        order.sort(key=attrgetter("last_step"))
-        oldest = order[0] if order else self._be_waiting.head()
+        order.sort(key=by_last_step)
+        latest = self.step - self.config.be_max_wait_steps - 1  # the last step of one that starves
         offloaded, step, aging = self.kv.offloaded_tokens, self.step, self.config.be_aging_tokens_per_step
+        num_starving = bisect_right(order, latest, key=by_last_step)
+        self._starving_be = order[:num_starving]
         if offloaded:  # else the sort above has said it all
-            order.sort(key=lambda request: offloaded.get(request.request_id, 0) - aging * (step - request.last_step))
-        self._starving_be = None
-        if oldest is not None and step - oldest.last_step > self.config.be_max_wait_steps:
-            self._starving_be = oldest
-            if order:
-                order.remove(oldest)
-                order.insert(0, oldest)
+            order[num_starving:] = sorted(order[num_starving:], key=lambda request: (
+                offloaded.get(request.request_id, 0) - aging * (step - request.last_step)))
+        head = self._be_waiting.head()
+        if not order and head is not None and head.last_step <= latest:
+            self._starving_be.append(head)
         return order
 
     def _admit_starving_be(self, step_budget_s: float) -> None:
-        """Offers the starving BE a place, once per step. If it cannot be placed, nothing is kept from those after it.
-        """
-        if self._starving_be is not None:
-            self.try_admit(self._starving_be, step_budget_s, exempt=True)
-            self._starving_be = None
+        """Admits at most one starving BE, the first that can be placed; once per step. One that cannot is preempted
+        first from here on, so that it keeps nothing from the next, which it could not use itself."""
+        for request in self._starving_be:
+            if self.try_admit(request, step_budget_s, exempt=True) is ADMITTED:
+                break
+            if request.status is RUNNING:
+                self._be_order.remove(request)
+                self._be_order.append(request)
+        self._starving_be = []
 
     def _newcomer_budget_s(self) -> float:
         """The iteration after which a typical RT that arrives right now can still make its TTFT; no bound if even
@@ -263,72 +265,82 @@ class BROSScheduler(Scheduler):
         left_s = self._typical_ttft_s - own_s
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
+    def _slowed_s(self) -> float:
+        """How long BE may make an iteration with RT in it. Alone, the RT would take what they add up to now. A request
+        that stretches every iteration by (x - 1) * c0 makes it at most x times as long, since no iteration is shorter
+        than c0; a share of the whole iteration would also stretch the prefills of RT, and overshoots."""
+        if self.config.rt_slowdown is None or not self.output.requests:
+            return math.inf
+        stretch_s = (self.config.rt_slowdown - 1) * self.latency.c0
+        return (self.latency.predict(self.output.features) + stretch_s) * self.latency.safety
+
     def _a_decode_fits(self, step_budget_s: float) -> bool:
-        soonest_s = (self.latency.predict(self.output.features) + self.latency.c1) * self.latency.safety
-        return soonest_s <= step_budget_s
+        return (self.executing_s + self.latency.c1) * self.latency.safety <= step_budget_s
 
     # -- shortage ---------------------------------------------------------------------------------------------
 
     def can_admit(self, request: Request) -> bool:
-        """An RT takes room from BE, and a due BE from other BE; the rest need empty blocks for the whole prompt."""
-        return request.is_rt or request is self._starving_be or super().can_admit(request)
+        """An RT takes room from BE, and a starving BE begins with what there is; others need the whole prompt's blocks.
+        """
+        return request.is_rt or request in self._starving_be or super().can_admit(request)
+
+    def takes_part_of_a_chunk(self, request: Request) -> bool:
+        """BE do; an RT takes the blocks of others instead."""
+        return not request.is_rt
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
-        """BE: swap out blocks of BE ordered after it. RT, and BE if the host store is full: recompute the BE ordered
-        last. The last resort for an RT is to swap out (else recompute) an RT that is less urgent."""
+        """Nobody is preempted in vain: only if `request` finds room once everybody who may give way has done so.
+
+        BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full; a newcomer
+        displaces nobody. RT, which could not be given enough slots of BE: recompute the BE ordered last if BE suffice
+        (their slots would have been taken before, had the host store room for them); else swap out the RT with the
+        most slack (paper), or recompute it if the host store is full.
+        """
         if not request.is_rt:
-            if request.status is WAITING and request is not self._starving_be:
-                return False  # a newcomer displaces nobody
+            if request.status is WAITING:
+                return False
             if self.kv.reclaim(request, num_new_tokens):
                 return True
-        victim = self._last_idle_be(request)
-        if victim is not None:
-            self.recompute(victim)
-            return True
-        victim = self._least_urgent_rt(request) if request.is_rt else None
-        if victim is None:
-            return False
-        if self.kv.swap_out(victim.request_id):
-            self.output.preempted[victim.request_id] = "swap"
-        else:
-            self.recompute(victim)
-        return True
+        victims = [*takewhile(lambda other: other is not request, reversed(self._be_order))]
+        victims = [other for other in victims if self._can_give(other)]
+        if not self.kv.fits_without(request, num_new_tokens, victims):
+            rt_victims = self._less_urgent_rt(request) if request.is_rt else []
+            if not rt_victims or not self.kv.fits_without(request, num_new_tokens, victims + rt_victims):
+                return False
+            victims = rt_victims
+        for victim in victims:
+            if victim.is_rt and self.kv.swap_out(victim.request_id):
+                self.output.preempted[victim.request_id] = "swap"
+                return True
+            if self.kv.frees_blocks_for(victim.request_id, request.request_id):
+                self.recompute(victim)
+                return True
+        return False
 
-    def _last_idle_be(self, request: Request) -> Request | None:
-        """The last BE in order that has blocks to give; None once `request` itself is reached."""
-        for other in reversed(self._be_order):
-            if other is request:
-                return None
-            if self._can_give(other) and self.kv.frees_blocks_for(other.request_id, request.request_id):
-                return other
-        return None
-
-    def _least_urgent_rt(self, request: Request) -> Request | None:
-        """The idle RT to give way to `request`: one that is late already, else the one with the latest deadline.
-
-        Not by `due_s`, which a prefill moves back with every chunk: two prompts that do not fit together would take
-        the blocks from one another for ever, whoever has just advanced giving way.
+    def _less_urgent_rt(self, request: Request) -> list[Request]:
+        """The idle RT that may give way to `request`: first those that are late already, then the one with the latest
+        deadline, which no chunk changes: else two prompts that do not fit together would take the blocks from one
+        another for ever, whoever has just advanced giving way.
         """
         now_s = self.output.now_s
 
         def rank(rt: Request) -> tuple[bool, float, float, str]:  # total: of any two, one must give way
-            return (rt.due_s - now_s < self._alone_s(rt), rt.deadline_s, rt.arrival_s, rt.request_id)
+            return (rt.deadline_s - now_s < self._alone_s(rt), rt.deadline_s, rt.arrival_s, rt.request_id)
 
         spared_s = -math.inf
         if not self.config.rt_displaces_eagerly:
             if request.request_id in self.kv.offloaded_tokens and self._can_wait(request):
-                return None
+                return []
             if request.status is WAITING and request.slo is not None:
                 spared_s = request.slo.ttft_s
-        idle = [other for other in self.running
-                if other.is_rt and other.due_s - now_s > spared_s and self._can_give(other)]
-        victim = max(idle, key=rank, default=None)
-        return victim if victim is not None and rank(victim) > rank(request) else None
+        own_rank = rank(request)
+        return sorted((other for other in self.running if other.is_rt and other.deadline_s - now_s > spared_s
+                       and self._can_give(other) and rank(other) > own_rank), key=rank, reverse=True)
 
     def _can_wait(self, request: Request) -> bool:
         """Whether it is on time still if it sits out two iterations."""
         soonest_s = 2 * self.iteration_s * self.latency.safety + self._alone_s(request)
-        return request.due_s - self.output.now_s > soonest_s
+        return request.deadline_s - self.output.now_s > soonest_s
 
     def _can_give(self, other: Request) -> bool:
         """Holds blocks, and sits out this step."""

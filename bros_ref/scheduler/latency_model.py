@@ -11,6 +11,7 @@ actual/predicted. Features are sums, so adding one candidate to a batch costs O(
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,10 +72,13 @@ class StepLatencyModel:
         return any(self.coefficients)
 
     def predict(self, features: StepFeatures) -> float:
-        """Seconds of one step, without the safety factor."""
-        executing_s = (self.c0 + self.c1 * features.new_tokens + self.c2 * features.prefill_products
-                       + self.c3 * features.decode_contexts)
-        return max(executing_s, self.restore_s_per_token * features.restored_tokens)
+        """Seconds of one step, without the safety factor: computing and copying overlap (paper)."""
+        return max(self.executing_s(features), self.restore_s_per_token * features.restored_tokens)
+
+    def executing_s(self, features: StepFeatures) -> float:
+        """Seconds of one step's computation, apart from copies."""
+        return (self.c0 + self.c1 * features.new_tokens + self.c2 * features.prefill_products
+                + self.c3 * features.decode_contexts)
 
     def cost_s(self, num_new_tokens: int, context: int) -> float:
         """What one more request adds to a step."""
@@ -83,17 +87,13 @@ class StepLatencyModel:
         return self.c1 * num_new_tokens + self.c2 * num_new_tokens * (context + num_new_tokens / 2)
 
     def max_new_tokens(self, spare_s: float, context: int) -> int:
-        """The longest prefill chunk behind `context` tokens whose cost is at most `spare_s` (a quadratic in it); at
-        most UNLIMITED_TOKENS."""
-        if spare_s <= 0:
-            return 0
-        linear, half_square = self.c1 + self.c2 * context, self.c2 / 2
-        slope = linear + math.sqrt(linear * linear + 4 * half_square * spare_s)
-        if 2 * spare_s >= UNLIMITED_TOKENS * slope:
-            return UNLIMITED_TOKENS
-        count = int(2 * spare_s / slope)  # the textbook formula with the root below: no digits cancel
-        count -= self.cost_s(count, context) > spare_s  # rounding may promise one too many
-        return count if count != 1 or self.cost_s(1, context) <= spare_s else 0  # one token costs what a decode costs
+        """The most tokens, up to UNLIMITED_TOKENS, whose `cost_s` behind `context` tokens is at most `spare_s`.
+
+        From two tokens on the cost grows with their number, so bisection finds the exact answer: a closed formula
+        loses it to rounding. A single token costs what a decode costs, which may be more or less than that.
+        """
+        longest = 1 + bisect_right(range(2, UNLIMITED_TOKENS + 1), spare_s, key=lambda n: self.cost_s(n, context))
+        return longest if longest > 1 or self.cost_s(1, context) <= spare_s else 0
 
     @classmethod
     def fit(cls, samples: Sequence[tuple[StepFeatures, float]], restore_s_per_token: float = 0.0) -> StepLatencyModel:

@@ -37,25 +37,29 @@ class FIFOQueue:
         """At most `num` requests from the front on, which stay in the queue."""
         return list(islice((request for request in self._requests if not request.status.is_end), num))
 
+    def remove(self, request: Request) -> None:
+        """Takes out a request from anywhere in the queue, in time linear in its place."""
+        self._requests.remove(request)
+
     def pop(self) -> None:
         """Drops the head."""
         self._requests.popleft()
 
 
 class PriorityQueue:
-    """Ordered by `by_class_and_arrival`, then by entry."""
+    """Ordered by class, arrival and request id, as vLLM's: a request that comes back has the place it had before."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[bool, float], int, Request]] = []
-        self._ticket = count()
+        self._heap: list[tuple[tuple[bool, float], str, int, Request]] = []
+        self._ticket = count()  # an ended request may still be here when another one comes with its id
 
     def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (by_class_and_arrival(request), next(self._ticket), request))
+        heapq.heappush(self._heap, (by_class_and_arrival(request), request.request_id, next(self._ticket), request))
 
     def head(self) -> Request | None:
-        while self._heap and self._heap[0][2].status.is_end:
+        while self._heap and self._heap[0][3].status.is_end:
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][3] if self._heap else None
 
     def pop(self) -> None:
         heapq.heappop(self._heap)

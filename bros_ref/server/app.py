@@ -14,7 +14,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from bros_ref.server.batch_routes import batch_routes
-from bros_ref.server.errors import ErrorBody, install_error_handlers, not_found
+from bros_ref.server.errors import APIError, ErrorBody, install_error_handlers, not_found
 from bros_ref.server.files import file_routes
 from bros_ref.server.live import live_routes
 from bros_ref.server.middleware import Gateway
@@ -98,7 +98,9 @@ def status_routes(state: ServerState) -> APIRouter:
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the engine's thread lives."""
+        """Whether the engine can work."""
+        if state.loop.broken is not None:
+            raise APIError(503, f"the engine is broken, restart the server: {state.loop.broken}", code="engine_broken")
         return {"status": "ok"}
 
     @router.get("/metrics", response_class=Response)

@@ -152,7 +152,7 @@ class BatchRunner:
             plan = await self._service.plan(body, {})
             return LineResult(*key, 200, await self._service.whole(body, plan))
         except APIError as error:
-            if error.code in ("be_full", "shutting_down"):
+            if error.code in ("be_full", "shutting_down", "engine_broken"):  # no fault of the line
                 await asyncio.sleep(RETRY_S)
                 return None
             self._attempts[key] += 1

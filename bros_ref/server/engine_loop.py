@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from bros_ref.engine.llm_engine import LLMEngine, RequestRefused, StepFailed
+from bros_ref.engine.ranks import RankFailed
 from bros_ref.request import Request, RequestStatus
 from bros_ref.server.errors import APIError
 from bros_ref.server.generation import Ended, Generation, Piece
@@ -27,6 +28,7 @@ from bros_ref.server.generation import Ended, Generation, Piece
 Result = TypeVar("Result")
 FINISH_REASONS = {RequestStatus.FINISHED_LENGTH: "length", RequestStatus.FINISHED_STOP: "stop"}
 SHUTTING_DOWN = "the server is shutting down; try again when it is back"
+REJECTED = "the scheduling policy turned this request away: it could not be served within its targets"
 GateKeeper = Callable[[LLMEngine, Request, int], APIError | None]
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ class Observer(Protocol):
 class EngineLoop:
     """Runs an engine in a thread of its own.
 
+    Attributes:
+        broken: why the engine can take no more steps, if it cannot; then every request is refused.
+
     Args:
         gate: asked before a request is added, with the number of its class that still wait for their first token; an
             error it returns refuses the request.
@@ -55,6 +60,7 @@ class EngineLoop:
         self._texts: defaultdict[str, str] = defaultdict(str)
         self._last_token_s: dict[str, float] = {}
         self._draining = self._stopping = False
+        self.broken: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- for coroutines ---------------------------------------------------------------------------------------
@@ -103,10 +109,6 @@ class EngineLoop:
         self._commands.put(self._stop)
         await asyncio.to_thread(self._thread.join)
 
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
     def num_live(self, *, is_rt: bool) -> int:
         """Requests of a class that have not ended."""
         return sum(generation.request.is_rt == is_rt for generation in list(self._live.values()))
@@ -138,7 +140,9 @@ class EngineLoop:
         request, error = generation.request, None
         waiting = sum(other.request.is_rt == request.is_rt and other.request.first_token_s is None
                       for other in self._live.values())
-        if self._draining:
+        if self.broken is not None:
+            error = APIError(503, f"the engine is broken, restart the server: {self.broken}", code="engine_broken")
+        elif self._draining:
             error = APIError(503, SHUTTING_DOWN, code="shutting_down")
         else:
             error = self._gate(self._engine, request, waiting)
@@ -181,6 +185,8 @@ class EngineLoop:
             ended = self._engine.step()
         except StepFailed as failure:
             log.error("%s", failure)
+            if isinstance(failure.__cause__, RankFailed):
+                self.broken = str(failure.__cause__)
             cause = type(failure.__cause__).__name__
             message = f"the engine step that computed this request failed ({cause}); try again"
             for request_id in failure.failed:
@@ -191,6 +197,8 @@ class EngineLoop:
             log.exception("the engine failed outside a forward pass")
             self._abort_all(APIError(500, f"the engine failed with {type(bug).__name__}", code="engine_failed"))
             return
+        for request_id in self._engine.aborted & self._live.keys():  # a policy that rejects turned them away
+            self._end(self._live[request_id], "aborted", APIError(503, REJECTED, code="rejected"))
         self._hand_out(ended)
 
     def _hand_out(self, ended: list[Request]) -> None:

@@ -8,8 +8,9 @@ Efficiencies were fitted by us, one set for each measured GPU, on public per-ope
 
 Mean absolute error of the fit over the measured points (p95 in brackets): A100 linear 4.0 % (14 %), prefill attention
 4.7 % (16 %), decode attention 16 % (43 %, worst where the kernel takes less than 20 us); H100 6.1 % (18 %), 7.7 %
-(24 %), 16 % (61 %, likewise). `tests/test_cost_model.py` recomputes them where the profiles are at hand. Everything
-else (other GPUs, other models, tensor parallelism) is extrapolation by bytes and FLOPs, and says so in `GPU.measured`.
+(24 %), 16 % (61 %, likewise). `tests/simulator/test_cost_model.py` recomputes them where the profiles are at hand.
+Everything else (other GPUs, other models, tensor parallelism) is extrapolation by bytes and FLOPs, and says so in
+`GPU.measured`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from bros_ref.engine.assemble import RunnerFacts, assemble_engine
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.serve import keep_class, serve
 from bros_ref.request import Request, SamplingParams
-from bros_ref.scheduler import REFERENCE_POLICIES
+from bros_ref.scheduler import REFERENCE_FORMS, REFERENCE_POLICIES
 from bros_ref.simulator.cost_model import CostModel, gpu_named, model_named
 from bros_ref.simulator.runner import SimulatedRunner, fit_to
 from bros_ref.trace.metrics import StreamedTrace, summarise
@@ -36,7 +36,7 @@ Arrivals = PaperWorkload | tuple[WorkloadItem, ...]
 @dataclass(frozen=True)
 class SimulationSettings:
     """What is simulated. `kv_tokens` None: what the GPUs' memory leaves. `chunked_prefill` None: as the policy's
-    original does, off for BROS (paper).
+    original does, off for BROS (paper). `rt_slowdown`: see `SchedulerConfig`.
 
     Raises:
         ValueError: an unknown GPU or model, a model that does not fit, a pool below one block.
@@ -51,6 +51,7 @@ class SimulationSettings:
     max_num_batched_tokens: int = 2048
     chunked_prefill: bool | None = None
     seed: int = 0
+    rt_slowdown: float | None = None
 
     @property
     def cost(self) -> CostModel:
@@ -120,8 +121,29 @@ def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: 
     has ended, but no longer than MAX_TAIL_S: whoever arrived in the last seconds is not missed for that. Throughputs
     are those until the duration: the tail is short under a policy that serves RT soon, long under one that serves it
     late, and full of best-effort work in either case.
+
+    `rt-only` and `be-only` are run in both forms of BROS, and the better run is returned: a floor, and a ceiling.
     """
-    engine = simulated_engine(policy, settings, keep_steps=keep_steps)
+    if policy in REFERENCE_POLICIES:
+        return min((_run(policy, form, settings, arrivals, until_s, keep_steps) for form in REFERENCE_FORMS),
+                   key=lambda result: reference_rank(result[0]))
+    return _run(policy, policy, settings, arrivals, until_s, keep_steps)
+
+
+def reference_rank(summary: dict[str, Any]) -> tuple[float, float]:
+    """Of two runs of `rt-only` or of `be-only`, the one with the smaller rank is the reference: more RT on time, then
+    lower RT latency; or more BE tokens/s."""
+    rt, be = summary["classes"]["rt"], summary["classes"]["be"]
+    if summary["policy"] == "be-only":
+        return -be["output_throughput"], 0.0
+    return -(rt["slo_attainment"] or 0.0), rt["normalized_latency_ms_per_token"] or math.inf
+
+
+def _run(policy: str, form: str, settings: SimulationSettings, arrivals: Arrivals, until_s: float,
+         keep_steps: bool) -> tuple[dict[str, Any], Trace]:
+    engine = simulated_engine(form, settings, keep_steps=keep_steps)
+    assert engine.trace is not None
+    engine.trace.policy = policy
     if isinstance(arrivals, PaperWorkload):
         until_s = min(until_s, arrivals.duration_s)
         workload = arrivals.build(settings.seed, only=REFERENCE_POLICIES.get(policy))
@@ -131,7 +153,6 @@ def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: 
     while (isinstance(arrivals, PaperWorkload) and engine.clock.now_s() < until_s + MAX_TAIL_S
            and any(request.is_rt for request in engine.scheduler.requests.values())):
         serve(engine, workload, request_of_length, engine.clock.now_s() + 1.0)
-    assert engine.trace is not None
     return summarise(engine.trace, until_s), engine.trace
 
 

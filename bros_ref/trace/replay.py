@@ -30,6 +30,13 @@ def replay_pools(trace: Trace) -> Iterator[list[BlockView]]:
         yield list(pool.views)
 
 
+def replay_changes(trace: Trace) -> Iterator[dict[int, BlockView]]:
+    """See `Trace.pool_changes`."""
+    pool = _Pool(trace)
+    for step in trace.steps:
+        yield {block_id: pool.views[block_id] for block_id in sorted(pool.apply(step))}
+
+
 def replay_copies(trace: Trace) -> Iterator[list[SlotCopies]]:
     """See `Trace.copies`."""
     pool = _Pool(trace)
@@ -51,8 +58,8 @@ class _Pool:
         self._rt_owners: dict[int, Owner] = {}
         self._be_owners: dict[int, Owner] = {}
 
-    def apply(self, step: StepRecord) -> None:
-        """One step forward; only the blocks it touched get a new view."""
+    def apply(self, step: StepRecord) -> set[int]:
+        """One step forward; only the blocks it touched, whose ids it returns, get a new view."""
         touched: set[int] = set()
         for request_id, index, num_offloaded in step.offloaded:
             self._offloaded[request_id][index] = num_offloaded
@@ -77,6 +84,7 @@ class _Pool:
             touched.update(self._blocks(request_id, (index,)))
         for block_id in touched:
             self.views[block_id] = self._view(block_id)
+        return touched
 
     def copies(self, step: StepRecord) -> list[SlotCopies]:
         """What a step copies, worked out before it is applied.

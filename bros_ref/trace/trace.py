@@ -22,7 +22,7 @@ from bros_ref.kv_cache.blocks import BlockView
 from bros_ref.scheduler.output import BEHIND
 from bros_ref.trace.perfetto import trace_events
 from bros_ref.trace.records import PhaseSpan, RequestRecord, SlotCopies, StepRecord
-from bros_ref.trace.replay import replay_copies, replay_phases, replay_pools
+from bros_ref.trace.replay import replay_changes, replay_copies, replay_phases, replay_pools
 
 KIND = "bros_ref.trace"  # tells a trace from any other JSON file
 SCHEMA = 2
@@ -135,6 +135,11 @@ class Trace:
         consecutive lists share the others: read them, do not write to them.
         """
         return replay_pools(self)
+
+    def pool_changes(self) -> Iterator[dict[int, BlockView]]:
+        """What changes from each of `pools` to the next, from an empty pool on: block id -> its new view, ascending.
+        O(changes), where looking at every block of every step would take seconds."""
+        return replay_changes(self)
 
     def copies(self) -> Iterator[list[SlotCopies]]:
         """The slots that each step saved to the host, brought back or moved, from the first step on."""

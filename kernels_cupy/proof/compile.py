@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kernels_cupy.device import FOLDER, Kernel
+from kernels_cupy.device import SHARED_KIB, Kernel, source_text
 from kernels_cupy.proof.cache import cached
 
-ARCHITECTURES = (75, 80, 86, 89, 90, 100, 103, 120)  # what CUDA 13 compiles for, from Turing on
+ARCHITECTURES = tuple(SHARED_KIB)  # what CUDA 13 compiles for, from Turing on
 
 
 class CompileError(RuntimeError):
@@ -109,15 +109,13 @@ def machine_code(cubin: Path, function: str) -> tuple[list[str], dict[str, int]]
 
 def _compiled(kernel: Kernel, target: str, sources: Mapping[str, str] | None, line_info: bool = False) -> Path:
     """The binary (sm_) or PTX (compute_) file, from the cache or made now."""
-    texts = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.cu*"))} | dict(sources or {})
+    text = source_text(kernel.file, sources)
     options = (f"-arch={target}", "-std=c++17", "-ftz=true", f"-I{_toolkit() / 'include'}",
                *(f"-D{name}={value}" for name, value in kernel.defines), *(["-lineinfo"] if line_info else []))
-    headers = {name: text for name, text in texts.items() if name.endswith(".cuh")}
-    key = hashlib.sha256(repr((_version(), options, texts[kernel.file], sorted(headers.items()))).encode()).hexdigest()
-
+    key = hashlib.sha256(repr((_version(), options, text)).encode()).hexdigest()
 
     def make(path: Path) -> None:
-        path.write_bytes(_nvrtc_compile(kernel.file, texts[kernel.file], headers, options, target))
+        path.write_bytes(_nvrtc_compile(kernel.file, text, options, target))
 
     return cached(f"{target}-{key[:32]}", make)
 
@@ -138,10 +136,9 @@ def _version() -> tuple[int, int]:
     return major.value, minor.value
 
 
-def _nvrtc_compile(name: str, text: str, headers: Mapping[str, str], options: tuple[str, ...], target: str) -> bytes:
+def _nvrtc_compile(name: str, text: str, options: tuple[str, ...], target: str) -> bytes:
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    names, bodies = _strings(headers), _strings(headers.values())
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), len(headers), bodies, names)
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), _strings(options)):
             raise CompileError(f"{name} for {target}: {_read(program, 'ProgramLog').decode().strip()}")

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels_cupy.device import FOLDER
+from kernels_cupy.device import FOLDER, Device
+from kernels_cupy.heads import Heads
 from kernels_cupy.launch import copy_slots, store_kv
-from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.proof.contract import Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator, KernelFault
+from kernels_cupy.proof.far import check_far_copies, check_far_store, far_batch
 
 HALF = torch.float16
 TINY, ODD, MANY = Heads(6, 2, 80, 16, HALF), Heads(4, 2, 64, 5, HALF), Heads(10, 1, 64, 16, HALF)
 SMALL, WIDE, PLAIN = Heads(8, 2, 64, 16, HALF), Heads(4, 2, 256, 16, HALF), Heads(6, 2, 80, 5, torch.float32)
 TILES_OF_A_BLOCK = Heads(8, 2, 64, 32, HALF)
-LENGTHS, DIRECTIONS = [1, 15, 16, 17, 100, 170], [False, True, True, False, False, True]
+LENGTHS, DIRECTIONS = [1, 15, 16, 17, 100, 170], [False, True, False, True, False, True]
 
 
 def _decode(heads: Heads, step: int, num_splits: int | None = 1,
@@ -38,6 +40,43 @@ def _prefill(heads: Heads) -> Callable[[Emulator], None]:
     def run(device: Emulator) -> None:
         batch = Batch.draw(np.random.default_rng(5), heads, [1, 7, 16, 1, 70, 110], LENGTHS, DIRECTIONS)
         batch.check(prefill(device, batch))
+
+    return run
+
+
+def _level(heads: Heads, step: int) -> Callable[[Emulator], None]:
+    """All weights equal: every value must be rounded once."""
+    def run(device: Emulator) -> None:
+        batch = Batch.draw(np.random.default_rng(5), heads, [1, 1], [700, 90], steepness=0.0)
+        batch.check_rounding(decode(device, batch, step, 2, num_sms=2))
+
+    return run
+
+
+def _far(heads: Heads, step: int | None) -> Callable[[Emulator], None]:
+    """Slots beyond 2^32 elements; a prefill if there is no step."""
+    def run(device: Emulator) -> None:
+        far = Emulator(checks=False, sources=device.sources)
+        batch = far_batch(Batch.draw(np.random.default_rng(5), heads, [1, 1] if step is not None else [5, 1], [70, 33]))
+        tensor_cores = heads.dtype is HALF and heads.block_size % 16 == 0
+        batch.check(prefill(far, batch, tensor_cores) if step is None else decode(far, batch, step, 1, num_sms=1))
+
+    return run
+
+
+class CopiesAwaited(AssertionError):
+    """A warp multiplies with fewer copies under way than its ring has room for."""
+
+
+def _under_way(step: int | None, least: float) -> Callable[[Emulator], None]:
+    """A long sequence, whose tiles must be on their way while earlier ones are multiplied."""
+    def run(device: Emulator) -> None:
+        counting = Emulator(counters=True, sources=device.sources)
+        batch = Batch.draw(np.random.default_rng(5), SMALL, [1 if step is not None else 8], [640], [False])
+        batch.check(prefill(counting, batch) if step is None else decode(counting, batch, step, 1, num_sms=1))
+        assert counting.counters is not None
+        if counting.counters.copies_under_way < least:
+            raise CopiesAwaited(f"{counting.counters.copies_under_way:.2f} groups are under way, not {least}")
 
     return run
 
@@ -63,14 +102,28 @@ def _copies(device: Emulator) -> None:
     assert int((destination != 0).any(dim=4).any(dim=3).sum()) == 6
 
 
+def _long(device: Emulator) -> None:
+    """So many pieces that a warp of the merge has several."""
+    batch = Batch.draw(np.random.default_rng(5), SMALL, [1, 1], [1500, 40])
+    batch.check(decode(device, batch, 5, num_sms=2))
+
+
+def _unchecked(check: Callable[[Device], None]) -> Callable[[Emulator], None]:
+    return lambda device: check(Emulator(checks=False, sources=device.sources))
+
+
 RUNS: dict[str, Callable[[Emulator], None]] = {
     "step 0": _decode(TINY, 0), "step 1": _decode(TINY, 1), "step 2": _decode(TINY, 2), "step 3": _decode(TINY, 3),
     "step 3, two splits": _decode(TINY, 3, 2), "step 3, blocks of 5": _decode(ODD, 3),
     "step 3, a group of 10": _decode(MANY, 3), "step 4": _decode(SMALL, 4), "step 4, two splits": _decode(SMALL, 4, 2),
     "step 4, two tiles a block": _decode(TILES_OF_A_BLOCK, 4), "step 4, D = 256": _decode(WIDE, 4),
     "step 4, steep scores": _decode(SMALL, 4, steepness=8.0),
-    "step 5": _decode(SMALL, 5), "prefill 0": _prefill(PLAIN), "prefill 1": _prefill(SMALL), "store_kv": _store,
-    "copy_slots": _copies,
+    "step 5": _decode(SMALL, 5), "step 5, pieces": _level(SMALL, 5), "step 5, long": _long,
+    "prefill 0": _prefill(PLAIN), "prefill 1": _prefill(SMALL), "store_kv": _store, "copy_slots": _copies,
+    "step 0, far": _far(SMALL, 0), "step 3, far": _far(SMALL, 3), "step 4, far": _far(SMALL, 4),
+    "prefill 0, far": _far(PLAIN, None), "store_kv, far": _unchecked(check_far_store),
+    "copy_slots, far": _unchecked(check_far_copies), "step 4, copies": _under_way(4, 1.5),
+    "step 5, copies": _under_way(5, 1.5), "prefill 1, copies": _under_way(None, 0.85),
 }
 
 
@@ -123,8 +176,8 @@ MUTANTS = [
            "out of bounds"),
     Mutant("copy_slots", "copy_slots.cu", "i += blockDim.x", "i += 2 * blockDim.x", "numerics"),
     # barriers
-    Mutant("step 4", STEP_4, "store_rows((float*)ring, rows, lane);\n    __syncthreads();",
-           "store_rows((float*)ring, rows, lane);", "uninitialised read"),
+    Mutant("step 4", STEP_4, "store_rows((float*)ring, rows[0], lane);\n    __syncthreads();",
+           "store_rows((float*)ring, rows[0], lane);", "uninitialised read"),
     Mutant("step 4", STEP_4, "        __syncwarp();  // every lane's copies", "        //", "uninitialised read"),
     Mutant("step 4", STEP_4, "    __syncwarp();  // the ring is this warp's own", "    //", "race"),
     Mutant("step 5", STEP_5, "    __syncwarp();\n    unsigned weights", "    unsigned weights", "uninitialised read"),
@@ -156,7 +209,7 @@ MUTANTS = [
            "numerics"),
     Mutant("prefill 1", PREFILL_1, "tokens > 0 ? tile_offset(s, tile * PARTS + part) : 0",
            "tile_offset(s, tile * PARTS + part)", "out of bounds"),
-    Mutant("prefill 1", PREFILL_1, "row < work.rows\n", "row < work.rows + 1\n", "race"),
+    Mutant("prefill 1", PREFILL_1, "row < work.rows\n", "row < work.rows + 1\n", "out of bounds"),
     Mutant("prefill 0", PREFILL_0, "if (position < visible) {", "if (position <= visible) {", "foreign slot"),
     Mutant("prefill 0", PREFILL_0, "if (lane + 32 * i < HEAD_DIM) out", "out", "race"),
     Mutant("prefill 0", PREFILL_0, "min(32, visible - first)", "32", "uninitialised read"),
@@ -182,14 +235,14 @@ MUTANTS = [
     Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "token >= tokens", "numerics"),
     Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "(token ^ s.flip) > tokens", "numerics"),
     Mutant("step 5", STEP_5, "((lane / 4 + 8 * half) ^ flip) >= tokens", "(lane / 4 + 8 * half) >= tokens", "numerics"),
-    Mutant("prefill 1", PREFILL_1, "> position[half]", ">= position[half]", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "> position[2 * m + half]", ">= position[2 * m + half]", "numerics"),
     Mutant("prefill 1", PREFILL_1, "(token ^ s.flip) > position", "token > position", "numerics"),
     Mutant("prefill 1", PREFILL_1, "last_row / GROUP + 1,", "last_row / GROUP + 2,", "foreign slot"),
     Mutant("prefill 0", PREFILL_0, "query_starts[seq + 1] - 1 - token", "query_starts[seq + 1] - 2 - token",
            "foreign slot"),
     # operands and arithmetic
-    Mutant("step 4", ROWS, "multiply_add(score[2 * PART + 1], q, k + 2)", "multiply_add(score[2 * PART + 1], q, k)",
-           "numerics"),
+    Mutant("step 4", ROWS, "multiply_add(score[m][2 * PART + 1], q[m], k + 2)",
+           "multiply_add(score[m][2 * PART + 1], q[m], k)", "numerics"),
     Mutant("step 4", ROWS, "load_matrices_trans<PART * TILE * 2>(v,", "load_matrices<PART * TILE * 2>(v,", "numerics"),
     Mutant("step 4", ROWS, "corner(step, lane, false)",
            "corner(step, lane, true)", "numerics"),
@@ -203,9 +256,44 @@ MUTANTS = [
     Mutant("step 4", STEP_4, "value / sum);\n        } else", "value);\n        } else", "numerics"),
     Mutant("step 4, two splits", "merge.cuh", "total += weight;", "total = weight;", "numerics"),
     Mutant("step 4, two splits", "merge.cuh", "exp2f(logs[i] - top)", "exp2f(logs[0] - top)", "numerics"),
-    Mutant("step 5", STEP_5, "exp2f(logs[piece] - top)", "exp2f(top - logs[piece])", "numerics"),
+    Mutant("step 5, long", STEP_5, "exp2f(log - new_top)", "exp2f(new_top - log)", "numerics"),
     Mutant("prefill 0", PREFILL_0, "sum = sum * correction + weight;", "sum = sum + weight;", "numerics"),
     Mutant("prefill 0", PREFILL_0, "    sum = warp_sum(sum);\n", "", "numerics"),
+]
+MUTANTS += [
+    # 64-bit slots: beyond 2^32 elements
+    Mutant("step 0, far", "paged.cuh", "long long slot = (long long)block_table", "int slot = block_table", "numerics"),
+    Mutant("step 3, far", SPLIT, "kv = (((long long)block_tables[", "kv = ((block_tables[", "numerics"),
+    Mutant("step 4, far", TILES, "return (long long)s.table", "return s.table", "numerics"),
+    Mutant("prefill 0, far", PREFILL_0, "long long slot = (long long)table", "int slot = table", "numerics"),
+    Mutant("store_kv, far", "store_kv.cu", "long long to = (long long)slot", "int to = slot", "numerics"),
+    Mutant("copy_slots, far", "copy_slots.cu", "long long from", "int from", "numerics"),
+    Mutant("copy_slots, far", "copy_slots.cu", "long long to", "int to", "numerics"),
+    # directions: any number but 0
+    Mutant("step 0", "paged.cuh", "(reversed ?", "(reversed == 1 ?", "foreign slot"),
+    Mutant("step 3", SPLIT, "reversed[seq] ?", "reversed[seq] == 1 ?", "foreign slot"),
+    Mutant("step 4", STEP_4, "reversed[seq] ?", "reversed[seq] == 1 ?", "foreign slot"),
+    Mutant("step 5", STEP_5, "reversed[seq] ?", "reversed[seq] > 0 ?", "foreign slot"),
+    Mutant("prefill 0", PREFILL_0, "reversed[seq] != 0", "reversed[seq] == 1", "foreign slot"),
+    Mutant("prefill 1", PREFILL_1, "reversed[work.seq] ?", "reversed[work.seq] > 0 ?", "foreign slot"),
+    # right answers, slowly, or a little off
+    Mutant("step 4, copies", STEP_4, "copy_wait<STAGES - 2>();", "copy_wait<0>();", "copies awaited"),
+    Mutant("step 5, copies", STEP_5, "copy_wait<STAGES - 2>();", "copy_wait<0>();", "copies awaited"),
+    Mutant("prefill 1, copies", PREFILL_1, "        copy_commit();\n        if (!active)",
+           "        copy_commit();\n        copy_wait<0>();\n        if (!active)", "copies awaited"),
+    Mutant("step 5, pieces", STEP_5, "workspace[(piece + head) * HEAD_DIM + d] = value;",
+           "workspace[(piece + head) * HEAD_DIM + d] = to_float(from_float(value));", "numerics"),
+    # the merge of step 5
+    Mutant("step 5, long", STEP_5, "worker > first || begins_here", "begins_here", "numerics"),
+    Mutant("step 5, long", STEP_5, "(last - some) / MERGE_WARPS + 1", "(last - some) / MERGE_WARPS", "numerics"),
+    Mutant("step 5, long", STEP_5, "tops[warp] = top, sums[warp] = sum;\n    __syncthreads();",
+           "tops[warp] = top, sums[warp] = sum;", "uninitialised read"),
+    Mutant("step 5, long", STEP_5, "if (first == last) return;", "", "numerics"),
+    # 32 rows of a warp
+    Mutant("prefill 1", PREFILL_1, "position[2 * m + half]", "position[half]", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "nullptr : q + element(16 * m + i)", "nullptr : q + element(i)", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "warp * ROW_TILES + m) * TILE", "warp * ROW_TILES) * TILE", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "foreign slot"),
 ]
 EQUIVALENT = [  # survivors: (mutant, why no check could flag it)
     (Mutant("step 3, two splits", SPLIT, "min((split + 1) * share, blocks)", "(split + 1) * share", "nothing"),
@@ -224,7 +312,7 @@ EQUIVALENT = [  # survivors: (mutant, why no check could flag it)
 
 
 def outcome(mutant: Mutant) -> str:
-    """What saw the defect: a check of the emulator, "numerics", or "nothing".
+    """What saw the defect: a check of the emulator, "copies awaited", "numerics", or "nothing".
 
     Raises:
         LookupError: the file no longer holds the text that the defect replaces, or holds it twice.
@@ -236,6 +324,8 @@ def outcome(mutant: Mutant) -> str:
         RUNS[mutant.run](Emulator(sources={mutant.file: text.replace(mutant.old, mutant.new)}))
     except KernelFault as fault:
         return fault.what
+    except CopiesAwaited:
+        return "copies awaited"
     except AssertionError:
         return "numerics"
     return "nothing"

@@ -14,21 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from kernels_cupy import tensor_core_shapes as shapes
-from kernels_cupy.device import FOLDER, Device, Kernel
-from kernels_cupy.launch import DECODE_STEPS, STEP_5, Problem
+from kernels_cupy.device import FOLDER, Device, Gpu, Kernel, cdiv
+from kernels_cupy.heads import Heads
+from kernels_cupy.launch import DECODE_STEPS, Problem, why_not
+from kernels_cupy.launch_prefill import PLAIN, TENSOR_CORES, prefill_launch, why_not_1
 from kernels_cupy.proof.compile import Resources, compile_cubin, machine_code, resources
-from kernels_cupy.proof.contract import TOLERANCE, Batch, Heads, decode, prefill
+from kernels_cupy.proof.contract import TOLERANCE, Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator
 from kernels_cupy.proof.ptx import PtxCounters, PtxDevice
+from kernels_cupy.tensor_core_shapes import Shape
 
 WARP = 32
-# Of a multiprocessor, by compute capability: threads, blocks, KB of shared memory (CUDA programming guide, table of
+# Threads and thread blocks that a multiprocessor holds, by compute capability (CUDA programming guide, table of
 # technical specifications); all have 65,536 registers.
-LIMITS = {75: (1024, 16, 64), 80: (2048, 32, 164), 86: (1536, 16, 100), 89: (1536, 24, 100), 90: (2048, 32, 228),
-          100: (2048, 32, 228), 103: (2048, 32, 228), 120: (1536, 24, 100)}
+LIMITS = {75: (1024, 16), 80: (2048, 32), 86: (1536, 16), 89: (1536, 24), 90: (2048, 32), 100: (2048, 32),
+          103: (2048, 32), 120: (1536, 24)}
+CONTEXT = 2048  # tokens that a decode is judged at
 REGISTERS, REGISTER_UNIT = 65_536, 256  # registers are given to warps in units of 256
 # Multiprocessors, boost clock, DRAM bandwidth (data sheets of the SXM cards); four warp instructions a clock.
 GPUS = {"A100": (108, 1.41e9, 2.039e12), "H100": (132, 1.755e9, 3.35e12)}
@@ -43,7 +45,6 @@ class Rung:
     Attributes:
         name: "0" to "5" for decode steps, "prefill 0", "prefill 1".
         idea: what is new in it, in a few words.
-        tensor_cores: fp16 and bf16 only, sm_80 and newer.
         load: the instruction that brings K and V, 16 bytes a lane, whose count says how much of them one turn of the
             main loop takes; empty where loops nest and no single turn can be counted.
     """
@@ -51,7 +52,6 @@ class Rung:
     name: str
     file: str
     idea: str
-    tensor_cores: bool = False
     load: str = ""
 
     @property
@@ -62,11 +62,15 @@ class Rung:
     def is_prefill(self) -> bool:
         return self.name.startswith("prefill")
 
+    @property
+    def tensor_cores(self) -> bool:
+        return self.file == TENSOR_CORES
+
     def supports(self, heads: Heads, arch: int) -> bool:
-        """Whether it is meant for these sizes and this architecture."""
-        if self.tensor_cores:
-            return arch >= 80 and shapes.supports_tensor_cores(heads.head_dim, heads.block_size, heads.dtype.itemsize)
-        return (self.name != "0" or heads.head_dim <= 128) and (heads.dtype is not torch.bfloat16 or arch >= 80)
+        """Whether the launcher would launch it for these sizes, contexts of CONTEXT tokens, on this architecture."""
+        if self.is_prefill:
+            return not self.tensor_cores or why_not_1(heads, Gpu.of(arch)) is None
+        return why_not(int(self.name), _problem(heads), Gpu.of(arch)) is None
 
 
 LADDER = (
@@ -74,10 +78,10 @@ LADDER = (
     Rung("1", DECODE_STEPS[1].file, "a warp a head"),
     Rung("2", DECODE_STEPS[2].file, "a block a head, two passes"),
     Rung("3", DECODE_STEPS[3].file, "split-KV, 16-byte loads, the group in registers", load="LDG"),
-    Rung("4", DECODE_STEPS[4].file, "tensor cores, a cp.async ring, swizzled tiles", True, "LDGSTS"),
-    Rung("5", STEP_5, "an even share of all tiles for every warp, heads as N", True, "LDGSTS"),
-    Rung("prefill 0", "prefill_attention_0_plain.cu", "a warp a query row, any dtype"),
-    Rung("prefill 1", "prefill_attention_1_tensor_cores.cu", "64 query rows a block on tensor cores", True, "LDGSTS"),
+    Rung("4", DECODE_STEPS[4].file, "tensor cores, a cp.async ring, swizzled tiles", "LDGSTS"),
+    Rung("5", DECODE_STEPS[5].file, "an even share of all tiles for every warp, heads as N", "LDGSTS"),
+    Rung("prefill 0", PLAIN, "a warp a query row, any dtype"),
+    Rung("prefill 1", TENSOR_CORES, "32 query rows a warp on tensor cores", "LDGSTS"),
 )
 
 
@@ -186,34 +190,26 @@ def _opcode(text: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", text).split()[0]
 
 
-def launch_sizes(rung: Rung, heads: Heads) -> tuple[int, int]:
-    """Threads and dynamic shared memory of a block, for a long context (2,048 tokens)."""
-    h = heads
-    if rung.name == "prefill 0":
-        shape = shapes.prefill_0(1, h.num_heads)
-    elif rung.name == "prefill 1":
-        shape = shapes.prefill_1(1, 1, h.num_heads, h.num_kv_heads, h.head_dim)
-    elif rung.name == "5":
-        shape = shapes.decode_5(h.num_heads, h.num_kv_heads, h.head_dim, 1)
-    else:
-        problem = Problem(1, h.num_heads, h.num_kv_heads, h.head_dim, h.block_size, 2048 // h.block_size, h.dtype)
-        shape = DECODE_STEPS[int(rung.name)].shape(problem, 1)
-    return int(np.prod(shape.block)), shape.shared_bytes
+def _problem(heads: Heads) -> Problem:
+    return Problem(heads, 1, cdiv(CONTEXT, heads.block_size))
+
+
+def launch_of(rung: Rung, heads: Heads, arch: int) -> tuple[Kernel, Shape]:
+    """The rung's kernel for these sizes and its launch, for a context of CONTEXT tokens, as on a GPU of this kind."""
+    if rung.is_prefill:
+        return prefill_launch(heads, Gpu.of(arch), 1, 1, rung.tensor_cores)
+    step = DECODE_STEPS[int(rung.name)]
+    return heads.kernel(step.file, "paged_attention"), step.shape(_problem(heads), 1)
 
 
 def occupancy(used: Resources, threads: int, dynamic_shared: int, arch: int) -> float:
     """Theoretical occupancy: resident warps over the most a multiprocessor holds, 0 if a block does not fit at all."""
-    max_threads, max_blocks, shared_kb = LIMITS[arch]
-    warps = -(-threads // WARP)
-    registers = -(-used.registers * WARP // REGISTER_UNIT) * REGISTER_UNIT * warps
-    shared = used.shared_bytes + dynamic_shared + 1024 * (arch >= 80)  # the system keeps 1 KB a block
-    blocks = min(max_blocks, max_threads // threads, REGISTERS // registers, shared_kb * 1024 // max(shared, 1))
+    (max_threads, max_blocks), gpu = LIMITS[arch], Gpu.of(arch)
+    warps = cdiv(threads, WARP)
+    registers = cdiv(used.registers * WARP, REGISTER_UNIT) * REGISTER_UNIT * warps
+    shared = used.shared_bytes + dynamic_shared + gpu.reserved_bytes
+    blocks = min(max_blocks, max_threads // threads, REGISTERS // registers, gpu.sm_shared_bytes // max(shared, 1))
     return blocks * warps / (max_threads // WARP)
-
-
-def kernel_of(rung: Rung, heads: Heads) -> Kernel:
-    """The rung's kernel, compiled for these sizes."""
-    return heads.kernel(rung.file, rung.function)
 
 
 def without_direction(rung: Rung) -> dict[str, str]:
@@ -235,16 +231,16 @@ class StaticRow:
 
 def compiled(rung: Rung, heads: Heads, arch: int) -> StaticRow:
     """Compiles and reads a rung. Raises CompileError."""
-    kernel = kernel_of(rung, heads)
+    kernel, shape = launch_of(rung, heads, arch)
     cubin = compile_cubin(kernel, arch)
     used = resources(cubin, rung.function)
-    loop = main_loop(*machine_code(cubin, rung.function), rung.load) if rung.load else None
-    return StaticRow(cubin, used, occupancy(used, *launch_sizes(rung, heads), arch), loop)
+    load = "LDG" if arch < 80 else rung.load  # sm_75 has no asynchronous copy
+    loop = main_loop(*machine_code(cubin, rung.function), load) if rung.load else None
+    return StaticRow(cubin, used, occupancy(used, int(np.prod(shape.block)), shape.shared_bytes, arch), loop)
 
 
 def error_of(rung: Rung, heads: Heads, rng: np.random.Generator, device: Device) -> float:
-    """The rung's largest error against float64 on a ragged batch, on a device; relative to the largest output. Raises
-    KernelFault if a check fires."""
+    """The largest error of a row against float64 on a ragged batch. Raises KernelFault if a check fires."""
     size = heads.block_size
     lengths = [1, size - 1, size, size + 1, int(rng.integers(2 * size, 8 * size))]
     if rung.is_prefill:
@@ -264,6 +260,8 @@ class Executed:
             are given out. None for a prefill, which reads K and V once for many queries.
         with_moves_per_kib: all of them.
         classes: warp instructions by class.
+        mma_per_shared_kib: tensor-core instructions (m16n8k16) per KiB that warps store to shared memory and load from
+            it; None without tensor cores.
         direction_overhead: how many more (without moves) than the same text executes with one direction known when
             compiling.
     """
@@ -273,6 +271,7 @@ class Executed:
     per_kib: float | None
     with_moves_per_kib: float | None
     classes: Mapping[str, int]
+    mma_per_shared_kib: float | None
     direction_overhead: float
 
     @property
@@ -301,8 +300,14 @@ def executed(rung: Rung, heads: Heads, arch: int) -> Executed:
     classes, base = counters.classes(), run(plain, without_direction(rung)).classes()
     kib = 2 * tokens * heads.num_kv_heads * heads.head_dim * heads.dtype.itemsize / 1024
     return Executed(tokens, queries, None if rung.is_prefill else _without_moves(classes) / kib,
-                    None if rung.is_prefill else counters.instructions / kib, classes,
+                    None if rung.is_prefill else counters.instructions / kib, classes, _mma_per_shared_kib(counters),
                     _without_moves(classes) / _without_moves(base) - 1)
+
+
+def _mma_per_shared_kib(counters: PtxCounters) -> float | None:
+    products = counters.classes().get("tensor core")
+    copied = sum(one.bytes for one in counters.traffic if one.opcode.startswith("cp.async"))
+    return products and products / ((counters.total("bytes", "shared") + copied) / 1024)
 
 
 def _without_moves(classes: Mapping[str, int]) -> int:

@@ -44,7 +44,8 @@ def test_questions_and_a_batch_are_sent_and_shown(chromium, server):
                            timeout=30_000)
     row = page.locator("[data-batches] tr").first.locator("td").all_inner_texts()
     assert row[1:] == ["completed", "50", "0", "50"]
-    page.wait_for_function("() => /on time since start\\s+\\d+ of 8/.test(document.querySelector('[data-facts]').innerText)")
+    page.wait_for_function("() => /on time since start\\s+\\d+ of 8/.test("
+                           "document.querySelector('[data-facts]').innerText)")
     page.locator("[data-do=schedule]").click()
     status(page, "the schedule is below")
     frame = page.frame_locator("[data-schedule] iframe")

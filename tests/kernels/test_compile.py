@@ -11,6 +11,7 @@ from kernels.support import needs_emulator
 import kernels_cupy
 from bros_ref.cli.kernels import ladder_rows, with_ladder
 from kernels_cupy.device import Kernel
+from kernels_cupy.heads import Heads
 from kernels_cupy.proof.compile import (
     CompileError,
     Resources,
@@ -19,8 +20,7 @@ from kernels_cupy.proof.compile import (
     machine_code,
     why_unavailable,
 )
-from kernels_cupy.proof.contract import Heads
-from kernels_cupy.proof.static_report import LADDER, compiled, executed, kernel_of, main_loop, occupancy
+from kernels_cupy.proof.static_report import LADDER, compiled, executed, launch_of, main_loop, occupancy
 
 WHY_NOT = why_unavailable()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"nothing can be compiled here: {WHY_NOT}")
@@ -60,7 +60,7 @@ def test_heads_as_the_narrow_side_halve_the_products():
 
 
 def test_tensor_cores_are_used_and_copies_are_asynchronous():
-    ptx = compile_ptx(kernel_of(BY_NAME["4"], HALF), 80)
+    ptx = compile_ptx(launch_of(BY_NAME["4"], HALF, 80)[0], 80)
     for text in ("mma.sync.aligned.m16n8k16", "cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4"):
         assert text in ptx
 

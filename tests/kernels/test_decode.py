@@ -7,14 +7,15 @@ import pytest
 import torch
 from kernels.support import needs_emulator
 
-from kernels_cupy.gpu import CupyDevice, why_unavailable
-from kernels_cupy.launch import STEPS, Problem, check_batch, choose_splits, copy_slots, paged_attention, store_kv
-from kernels_cupy.proof.contract import Batch, Heads, decode
+from kernels_cupy.checks import check_batch
+from kernels_cupy.device import Gpu
+from kernels_cupy.heads import Heads
+from kernels_cupy.launch import STEPS, Problem, best_step, choose_splits, copy_slots, paged_attention, store_kv, why_not
+from kernels_cupy.proof.contract import Batch, decode
 from kernels_cupy.proof.emulator import Emulator, KernelFault
 
 pytestmark = needs_emulator
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
-NO_GPU = why_unavailable()
 SMALL = Heads(8, 2, 64, 16, HALF)
 SCALAR_STEPS = (0, 1, 2, 3)
 
@@ -93,10 +94,33 @@ def test_a_foreign_slot_is_never_read_even_if_masked_later(rng):
 
 
 def test_splits_fill_the_gpu_and_no_more():
-    one = Problem(1, 32, 8, 128, 16, 1024, HALF)
-    assert choose_splits(one, 108) >= 12, "one sequence with 8 KV heads needs splits to reach 108 multiprocessors"
-    assert choose_splits(Problem(54, 32, 8, 128, 16, 1024, HALF), 108) == 1
-    assert choose_splits(Problem(1, 32, 8, 128, 16, 4, HALF), 108) == 1, "a short context is not cut"
+    heads = Heads(32, 8, 128, 16, HALF)
+    assert choose_splits(Problem(heads, 1, 1024), 108) >= 12, "8 KV heads need splits to reach 108 multiprocessors"
+    assert choose_splits(Problem(heads, 54, 1024), 108) == 1
+    assert choose_splits(Problem(heads, 1, 4), 108) == 1, "a short context is not cut"
+
+
+@pytest.mark.parametrize(("arch", "dtype", "head_dim", "best"), [
+    (75, HALF, 64, 5), (75, HALF, 128, 4), (75, HALF, 256, 3), (75, BF16, 64, 3), (75, FLOAT, 64, 3),
+    (80, HALF, 128, 5), (80, BF16, 128, 5), (80, FLOAT, 128, 3), (86, HALF, 256, 5), (90, BF16, 256, 5),
+    (90, HALF, 72, 3)])
+def test_the_best_step_is_one_that_the_gpu_can_run(arch, dtype, head_dim, best):
+    problem, gpu = Problem(Heads(8, 2, head_dim, 16, dtype), 1, 4), Gpu.of(arch)
+    assert best_step(problem, gpu) == best
+    assert why_not(best, problem, gpu) is None
+
+
+def test_a_step_that_the_gpu_cannot_run_is_refused_with_the_reason(rng):
+    t4 = Emulator(arch=75)
+    with pytest.raises(ValueError, match=r"step 5 .* needs 66560 bytes of shared memory .* sm_75 has 65536"):
+        decode(t4, ragged(rng, Heads(4, 2, 128, 16, HALF)), 5)
+    with pytest.raises(ValueError, match="bf16 from sm_80 on, and this is sm_75"):
+        decode(t4, ragged(rng, Heads(4, 2, 64, 16, BF16)), 4)
+    long = Problem(Heads(4, 2, 64, 16, HALF), 1, 1000)  # step 2 keeps all scores: 16,000, and 1,040 bytes of its own
+    assert "65040 bytes" in why_not(2, long, Gpu(75, 65_039, 65_536))
+    assert why_not(2, long, Gpu(75, 65_040, 65_536)) is None
+    batch = ragged(rng, Heads(4, 2, 128, 16, HALF))
+    batch.check(decode(t4, batch))
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17])
@@ -144,11 +168,3 @@ def test_bad_arguments_are_named(rng):
         check_batch([[0, 9]], [20], 4, 16)
     with pytest.raises(ValueError, match="cannot hold 40 tokens"):
         check_batch([[0, 1]], [40], 4, 16)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(NO_GPU is not None, reason=f"not measured here: {NO_GPU}")
-@pytest.mark.parametrize("step", STEPS)
-def test_the_gpu_agrees(step, rng):
-    batch = ragged(rng, SMALL)
-    batch.check(decode(CupyDevice(), batch.to("cuda"), step))

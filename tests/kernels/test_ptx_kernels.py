@@ -10,13 +10,14 @@ import torch
 from kernels.support import needs_emulator
 
 from kernels_cupy.device import FOLDER
+from kernels_cupy.heads import Heads
 from kernels_cupy.launch import STEPS, copy_slots, store_kv
 from kernels_cupy.proof.compile import compile_ptx, why_unavailable
-from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.proof.contract import Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator
 from kernels_cupy.proof.ptx import PtxDevice, PtxFault
 from kernels_cupy.proof.ptx.parser import parse
-from kernels_cupy.proof.static_report import LADDER, kernel_of
+from kernels_cupy.proof.static_report import LADDER, launch_of
 
 WHY_NOT = why_unavailable()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no PTX can be made here: {WHY_NOT}")
@@ -116,7 +117,7 @@ def test_instructions_of_a_small_kernel_counted_by_hand():
 
 @pytest.mark.parametrize("name", ["3", "5", "prefill 1"])
 def test_line_numbers_change_no_instruction(name):
-    kernel = kernel_of(next(rung for rung in LADDER if rung.name == name), SMALL)
+    kernel, _ = launch_of(next(rung for rung in LADDER if rung.name == name), SMALL, 90)
 
     def instructions(text):
         return [(one.opcode, one.operands, one.guard) for one in parse(text).functions[kernel.function].instructions]

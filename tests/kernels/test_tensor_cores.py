@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from kernels.support import needs_emulator
-from torch import Tensor
 
 from bros_ref.model.attention import AttentionMetadata, dense_attention
 from kernels_cupy import tensor_core_shapes as shapes
-from kernels_cupy.launch_prefill import choose_kernel, prefill_attention
-from kernels_cupy.proof.contract import Batch, Heads, decode, prefill
+from kernels_cupy.device import Gpu
+from kernels_cupy.heads import Heads
+from kernels_cupy.launch import paged_attention
+from kernels_cupy.launch_prefill import TENSOR_CORES, prefill_attention, prefill_launch
+from kernels_cupy.proof.contract import Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator
 
 pytestmark = needs_emulator
@@ -128,7 +130,7 @@ def test_prefill_refuses_what_it_cannot_run() -> None:
     tables, lengths, reversed_ = batch.integers()
     with pytest.raises(TypeError, match="int32"):
         prefill_attention(device, batch.q, batch.k, batch.v, tables.long(), lengths, reversed_, starts, out)
-    with pytest.raises(ValueError, match="entries"):
+    with pytest.raises(ValueError, match="query_starts must be"):
         prefill_attention(device, batch.q, batch.k, batch.v, tables, lengths, reversed_, starts[:1], out)
     with pytest.raises(ValueError, match="contiguous"):
         prefill_attention(device, batch.q.transpose(0, 1).contiguous().transpose(0, 1), batch.k, batch.v, tables,
@@ -136,22 +138,52 @@ def test_prefill_refuses_what_it_cannot_run() -> None:
     with pytest.raises(TypeError, match="k_cache"):
         prefill_attention(device, batch.q, batch.k.float(), batch.v, tables, lengths, reversed_, starts, out)
     with pytest.raises(ValueError, match="16-byte"):
-        choose_kernel(HALF, 4, 2, 20, 16)
+        Heads(4, 2, 20, 16, HALF)
     with pytest.raises(ValueError, match="evenly"):
-        choose_kernel(HALF, 4, 3, 64, 16)
+        Heads(4, 3, 64, 16, HALF)
     with pytest.raises(TypeError, match="float64"):
-        choose_kernel(torch.float64, 4, 2, 64, 16)
+        Heads(4, 2, 64, 16, torch.float64)
+    with pytest.raises(ValueError, match="at most 256"):
+        Heads(4, 2, 512, 16, HALF)
+    with pytest.raises(ValueError, match="block_size"):
+        Heads(4, 2, 64, 0, HALF)
 
 
-def _tiles_of_warps(run: Callable[[Emulator], Tensor], heads: Heads) -> dict[tuple[int, int], float]:
-    """Tiles of K that each (block, warp) loaded, from the recorded accesses of a launch."""
-    device = Emulator(record=1_000_000)
-    run(device)
-    loaded = Counter[tuple[int, int]]()
-    for access in device.accesses:
-        if access.argument == 1:  # k_cache
-            loaded[access.block, access.warp] += access.size
-    return {who: size / (shapes.TILE_TOKENS * heads.head_dim * 2) for who, size in loaded.items()}
+@pytest.mark.parametrize(("arch", "dtype", "fast"), [(75, HALF, True), (75, BFLOAT, False), (80, BFLOAT, True),
+                                                     (90, torch.float32, False)])
+def test_prefill_takes_tensor_cores_where_the_gpu_has_them(arch: int, dtype: torch.dtype, fast: bool) -> None:
+    for head_dim in (64, 128, 256):
+        gpu = Gpu.of(arch)
+        kernel, shape = prefill_launch(Heads(4, 2, head_dim, 16, dtype), gpu, 100, 2)
+        assert (kernel.file == TENSOR_CORES) == fast
+        assert shape.shared_bytes <= gpu.shared_bytes
+
+
+class _Loads:
+    """Records what each warp of each launch loads from global memory: (block, warp) -> tiles of K and V of so many
+    bytes. A merge's share is counted in the same unit."""
+
+    def __init__(self, heads: Heads) -> None:
+        self.gpu = Gpu.of(90)
+        self.launches: list[dict[tuple[int, int], float]] = []
+        self._tile_bytes = 2 * shapes.TILE_TOKENS * heads.head_dim * 2
+
+    def launch(self, *arguments: Any) -> None:
+        device = Emulator(record=2_000_000)
+        device.launch(*arguments)
+        loaded = Counter[tuple[int, int]]()
+        for access in device.accesses:
+            if access.argument >= 0 and access.kind == "load":
+                loaded[access.block, access.warp] += access.size
+        self.launches.append({who: size / self._tile_bytes for who, size in loaded.items()})
+
+
+def _finish(batch: Batch, step: int, resident: int, num_splits: int | None = None) -> float:
+    """When the last block of a step and then of its merge has ended, in tiles, if `resident` blocks run at a time."""
+    device = _Loads(batch.heads)
+    paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), torch.empty_like(batch.q), step=step,
+                    num_splits=num_splits, num_sms=resident // 2)
+    return sum(_last_finish(launch, 1 + max(block for block, _ in launch), resident) for launch in device.launches)
 
 
 def _last_finish(tiles: dict[tuple[int, int], float], num_blocks: int, resident: int) -> float:
@@ -163,15 +195,15 @@ def _last_finish(tiles: dict[tuple[int, int], float], num_blocks: int, resident:
     return max(ends)
 
 
-@pytest.mark.parametrize(("lengths", "last"), [([700, 40, 90, 16, 300, 33], (5, 6, 11)), ([400] * 3, (5, 6, 7))],
-                         ids=["ragged", "small"])
-def test_step_5_ends_ragged_and_small_batches_earlier_than_any_split_of_step_4(
-        rng: np.random.Generator, lengths: list[int], last: tuple[int, int, int]) -> None:
-    heads, resident = Heads(8, 2, 16, 16, HALF), 8
-    batch = Batch.draw(rng, heads, [1] * len(lengths), lengths)
-    fours = [_last_finish(_tiles_of_warps(lambda device, n=n: decode(device, batch, 4, n), heads),
-                          2 * len(lengths) * n, resident) for n in (1, 2, 3, 4)]
-    five = max(_tiles_of_warps(lambda device: decode(device, batch, 5, num_sms=resident // 2), heads).values())
-    total = 2 * sum(-(-n // 16) for n in batch.context_lens)
-    assert five == -(-total // (4 * resident)) < min(fours), (five, fours)
-    assert (five, min(fours), max(fours)) == last, "the README says so"
+RAGGED, EVEN = [700, 40, 90, 16, 300, 33], [400] * 3
+
+
+@pytest.mark.parametrize(("lengths", "last"), [(RAGGED, (6.0, 7.3, 11.3)), (EVEN, (5.9, 7.1, 8.0))],
+                         ids=["ragged", "even"])
+def test_step_5_ends_before_any_split_of_step_4_merges_included(rng: np.random.Generator, lengths: list[int],
+                                                                last: tuple[float, float, float]) -> None:
+    batch = Batch.draw(rng, Heads(8, 2, 128, 16, HALF), [1] * len(lengths), lengths)
+    fours = [_finish(batch, 4, 8, n) for n in (1, 2, 3, 4)]
+    five = _finish(batch, 5, 8)
+    assert five < min(fours), (five, fours)
+    assert [round(tiles, 1) for tiles in (five, min(fours), max(fours))] == list(last), "the README says so"

@@ -194,6 +194,23 @@ def test_reclaim_spares_those_ordered_before():
     assert manager.offloaded_tokens["last"] == 4
 
 
+def test_a_table_entry_from_before_its_block_was_given_up_is_stale_even_for_the_same_owner():
+    manager, memory, be = pending_be(7)
+    sequence = manager._sequences["be"]
+    blocks, epochs = list(sequence.block_ids), list(sequence.epochs)
+    assert manager.swap_out("be")
+    memory.run_step([])
+    manager.begin_step([be])
+    assert manager.allocate_slots(be, 1) is not None
+    memory.run_step([(be, 1)])
+    assert sorted(sequence.block_ids) == sorted(blocks)
+    manager.check_integrity()
+    by_block = dict(zip(blocks, epochs, strict=True))
+    sequence.epochs[:] = [by_block[block_id] for block_id in sequence.block_ids]
+    with pytest.raises(CacheIntegrityError, match="epoch"):
+        manager.check_integrity()
+
+
 def break_double_free(manager):
     manager.pool.free_ids.append(manager.pool.free_ids[-1])
 

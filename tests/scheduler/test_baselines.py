@@ -153,6 +153,26 @@ def test_vllm_priority_ends_the_step_when_the_one_that_asks_is_the_worst():
     assert decider.output.preempted == {"be0": "recompute"}
 
 
+def test_a_vllm_priority_request_has_its_old_place_when_it_comes_back_and_ties_go_by_id():
+    decider = Decider("vllm-priority", 6, 16, max_num_seqs=3, max_num_batched_tokens=24, **CHUNKED)
+    for name, prompt_tokens, max_tokens in (("rt12", 1, 17), ("be13", 51, 15), ("be14", 17, 1)):
+        decider.add(name, prompt_tokens, max_tokens, arrival_s=0.0)
+    preempted = []
+    while "rt12" in decider.scheduler.requests:
+        decider.step()
+        preempted += decider.output.preempted
+    assert preempted == ["be13"]
+    assert decider.step() == {"be13": 24}, "both arrived at 0.0, and its id is the smaller one"
+
+
+def test_an_id_may_come_back_while_its_ended_request_is_still_queued():
+    decider = Decider("vllm-priority", max_num_seqs=1, **CHUNKED)
+    decider.add("rt0", max_tokens=1, arrival_s=0.0)
+    decider.abort(decider.add("be0", arrival_s=0.0))
+    decider.add("be0", max_tokens=1, arrival_s=0.0)
+    assert [list(decider.step()) for _ in range(3)] == [["rt0"], ["be0"], []]
+
+
 # -- the vLLM oracle ------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +184,6 @@ class Life:
     prompt: int
     output: int
     arrival_s: float
-    entry: int
     computed: int = 0
     made: int = 0
     blocks: int = 0
@@ -176,7 +195,8 @@ class Life:
 
 @dataclass
 class VLLMOracle:
-    """vLLM V1's scheduling rules on plain numbers: chunked prefill, no prefix cache, whole prompts at admission."""
+    """vLLM V1's scheduling rules on plain numbers: chunked prefill, no prefix cache, whole prompts at admission.
+    `reserve`: blocks that admission keeps free for those who run."""
 
     priority: bool
     free: int
@@ -185,17 +205,15 @@ class VLLMOracle:
     budget: int
     running: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
-    entries: int = 0
+    reserve: int = 0
 
     def add(self, name, prompt, output, arrival_s):
-        self._wait(Life(name, prompt, output, arrival_s, 0))
+        self._wait(Life(name, prompt, output, arrival_s))
 
     def _wait(self, life, front=False):
-        self.entries += 1
-        life.entry = self.entries
         self.waiting.insert(0 if front else len(self.waiting), life)
         if self.priority:
-            self.waiting.sort(key=lambda other: (*other.rank, other.entry))
+            self.waiting.sort(key=lambda other: (*other.rank, other.name))
 
     def _grow(self, life, tokens):
         missing = -(-(life.computed + tokens) // self.block_size) - life.blocks
@@ -231,7 +249,8 @@ class VLLMOracle:
             scheduled[life.name] = tokens
         while not preempted and self.waiting and len(self.running) < self.seats:
             life, left = self.waiting[0], self.budget - sum(scheduled.values())
-            if left == 0 or -(-(life.prompt + life.made) // self.block_size) > self.free:
+            needed = -(-(life.prompt + life.made) // self.block_size) + (self.reserve if self.running else 0)
+            if left == 0 or needed > self.free:
                 break
             tokens = min(life.prompt + life.made, left)
             assert self._grow(life, tokens)
@@ -246,25 +265,35 @@ class VLLMOracle:
         return scheduled, preempted
 
 
-@pytest.mark.parametrize("policy", ["vllm-fcfs", "vllm-priority"])
-@settings(max_examples=150)
-@given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 16), block_size=st.sampled_from([1, 2, 4]),
-       seats=st.integers(1, 6), budget=st.sampled_from([1, 3, 8, 64]))
-def test_vllm_decides_as_the_oracle_in_every_step(policy, seed, num_blocks, block_size, seats, budget):
+def decide_alike(policy, seed, num_blocks, block_size, seats, budget, reserve=0, arrivals=0.4):
     rng = random.Random(seed)
     decider = Decider(policy, num_blocks, block_size, max_num_seqs=seats, max_num_batched_tokens=budget, **CHUNKED)
-    oracle = VLLMOracle(policy == "vllm-priority", num_blocks, block_size, seats, budget)
+    oracle = VLLMOracle(policy != "vllm-fcfs", num_blocks, block_size, seats, budget, reserve=reserve)
     longest = num_blocks * block_size
     for step in range(60):
-        if rng.random() < 0.4:
+        if rng.random() < arrivals:
             prompt = rng.randint(1, longest - 1)
             name, output = f"{rng.choice(['rt', 'be'])}{step}", rng.randint(1, longest - prompt)
-            arrival_s = rng.random()
+            arrival_s = rng.choice([0.0, 0.5, rng.random()])  # ties, too
             decider.add(name, prompt, output, arrival_s=arrival_s)
             oracle.add(name, prompt, output, arrival_s)
         decided = decider.step()
         expected, preempted = oracle.step()
         assert (list(decided.items()), list(decider.output.preempted)) == (list(expected.items()), preempted)
+
+
+@pytest.mark.parametrize("policy", ["vllm-fcfs", "vllm-priority"])
+@settings(max_examples=150)
+@given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 16), block_size=st.sampled_from([1, 2, 4]),
+       seats=st.integers(1, 6), budget=st.sampled_from([1, 3, 8, 64]))
+def test_vllm_decides_as_the_oracle_in_every_step(policy, seed, num_blocks, block_size, seats, budget):
+    decide_alike(policy, seed, num_blocks, block_size, seats, budget)
+
+
+@settings(max_examples=50)
+@given(seed=st.integers(0, 2**32), num_blocks=st.sampled_from([99, 100, 101, 300]), budget=st.sampled_from([32, 400]))
+def test_vllm_with_a_watermark_decides_as_the_oracle_in_every_step(seed, num_blocks, budget):
+    decide_alike("vllm-priority-watermark", seed, num_blocks, 1, 5, budget, reserve=num_blocks // 100, arrivals=0.8)
 
 
 # -- TGI ------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ def test_both_classes_are_sent_and_counted(server, be_as_batch):
     assert run["errors"] == []
     assert len(done) == (6 if be_as_batch else 10)
     assert run["policy"] == "http"
+    assert 0 < run["engine_mean_ttft_ms"] < rt["mean_ttft_ms"]
+    assert run["http_added_ttft_ms"] == pytest.approx(rt["mean_ttft_ms"] - run["engine_mean_ttft_ms"])
     json.dumps(run, allow_nan=False)
 
 

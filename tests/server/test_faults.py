@@ -93,6 +93,28 @@ def test_a_failed_step_is_an_error_of_its_requests_and_of_nobody_else(slow):
     until(lambda: is_clean(slow))
 
 
+def test_an_engine_that_lost_a_rank_says_so_and_fails_no_batch(tmp_path):
+    from server.test_durability import batch_lines
+
+    from bros_ref.engine.ranks import RankFailed
+
+    class Lost(Slow):
+        def execute(self, output):
+            raise RankFailed("rank 1 died")
+
+    with running(tmp_path, runner=Lost) as server, openai_client(server) as client:
+        file = client.files.create(file=("a.jsonl", batch_lines(30)), purpose="batch")
+        batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        until(lambda: httpx.get(f"{server.url}/health").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="rank 1 died"):
+            client.completions.create(model=MODEL, prompt="x", max_tokens=3)
+        time.sleep(0.7)  # longer than a line waits before it is tried again
+        assert client.batches.retrieve(batch.id).request_counts.failed == 0
+    with running(tmp_path) as server, openai_client(server) as client:
+        until(lambda: client.batches.retrieve(batch.id).status == "completed")
+        assert client.batches.retrieve(batch.id).request_counts.completed == 30
+
+
 def test_a_fault_of_the_scheduler_ends_the_requests_and_not_the_server(slow, monkeypatch):
     with openai_client(slow) as client:
         real = slow.engine.scheduler.schedule
@@ -354,3 +376,15 @@ def test_pages_of_lists(server, client):
         client.files.delete(file_id)
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(files[0])
+
+
+def test_a_policy_that_turns_a_request_away_tells_its_client(tmp_path):
+    with running(tmp_path, policy="scorpio") as server, openai_client(server) as client:
+        with pytest.raises(openai.InternalServerError) as turned_away:
+            client.completions.create(model=MODEL, prompt="x", max_tokens=3,
+                                      extra_body={"slo": {"ttft_s": 0.001, "tpot_s": 1.0}})
+        assert (turned_away.value.status_code, turned_away.value.code) == (503, "rejected")
+        answer = client.completions.create(model=MODEL, prompt="x", max_tokens=3,
+                                           extra_body={"slo": {"ttft_s": 60, "tpot_s": 1.0}})
+        assert answer.usage.completion_tokens == 3
+        assert is_clean(server)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bros_ref.trace import REASONS, Trace
+from bros_ref.trace import REASONS, BlockView, Trace
 from bros_ref.trace.metrics import request_timings
-from bros_ref.viz.widgets.dashboard import Dashboard, Moments
+from bros_ref.viz.widgets.dashboard import Dashboard, Moments, seen_of_two_owners
 from tests.viz.factory import make_trace
 from tests.viz.test_player import pool_after
 
@@ -55,6 +55,22 @@ def test_the_page_carries_the_pool_of_each_moment():
             names = list(side.trace.requests)
             said = [(REASONS[reason], [names[i] for i in who]) for reason, *who in before]
             assert said == side.at(time_s)["left_out"]
+
+
+@pytest.mark.parametrize("trace", PAIR, ids=lambda trace: trace.policy)
+def test_two_owners_are_counted_from_what_changes(trace, monkeypatch):
+    """No whole pool is looked at, so a long run in a large pool costs what happened in it."""
+    counted = [sum((view.state == "shared") + view.overwritten for view in pool) for pool in trace.pools()]
+    changes = list(trace.pool_changes())
+    assert sum(map(len, changes)) < len(trace.steps) * trace.num_blocks / 2
+    pool = [BlockView() for _ in range(trace.num_blocks)]
+    for changed, expected in zip(changes, trace.pools(), strict=True):
+        for block_id, view in changed.items():
+            pool[block_id] = view
+        assert pool == expected
+    monkeypatch.setattr(Trace, "pools", None)
+    assert seen_of_two_owners(trace) == counted
+    Dashboard(trace, trace).data()
 
 
 def test_it_starts_where_two_owners_are_to_be_seen():

@@ -11,7 +11,6 @@ a requirement of the project: without it its rows are left out.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bros_ref.config import KVCacheConfig, SchedulerConfig
+from bros_ref.config import KVCacheConfig, SchedulerConfig, cdiv
 from bros_ref.engine.build import LoadedModel
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import ModelRunner
+from bros_ref.evaluation.bench.memory import PeakMemory
 from bros_ref.evaluation.bench.reference import transformers_llama
 from bros_ref.request import Request, RequestClass, SamplingParams
 from bros_ref.scheduler import make_scheduler
@@ -36,13 +36,14 @@ CASES = ("offline-32x128+64", "mixed-64", "decode-1", "prefill-512")
 
 @dataclass
 class EngineRow:
-    """One measured case. `ms_per_step` is an iteration of ours, or a token of a static batch."""
+    """One measured case. `ms_per_step` is an iteration of ours, or a token of a static batch. `peak_rss_bytes` is the
+    highest of this row's own runs (`memory.py`), with the weights of both systems in it; None if it is not known."""
 
     system: str
     case: str
     output_tok_s: float | None
     ms_per_step: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
 
 
 def mixed_lengths(count: int, seed: int) -> Lengths:
@@ -53,7 +54,7 @@ def mixed_lengths(count: int, seed: int) -> Lengths:
 
 def run_ours(loaded: LoadedModel, lengths: Lengths, seed: int) -> tuple[float, int]:
     """Seconds and steps to serve the requests, all at hand from the start. vllm-fcfs: no policy stands in the way."""
-    slots = sum(-(-(prompt + output) // 16) for prompt, output in lengths)
+    slots = sum(cdiv(prompt + output, 16) for prompt, output in lengths)
     kv_config = KVCacheConfig(min(slots, 1024))
     runner = ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype)
     config = SchedulerConfig(max_num_seqs=STATIC_BATCH, max_num_batched_tokens=1024, chunked_prefill=True)
@@ -130,20 +131,26 @@ def bench_engine(loaded: LoadedModel, cases: Sequence[str] = CASES, rounds: int 
     for case in cases:
         lengths = all_lengths[case]
         ours, theirs = [], []
+        our_peaks, their_peaks = list[int | None](), list[int | None]()
         for _ in range(rounds):
             if on_case is not None:
                 on_case(case)
-            ours.append(run_ours(loaded, lengths, seed))
+            with PeakMemory() as peak:
+                ours.append(run_ours(loaded, lengths, seed))
+            our_peaks.append(peak.bytes)
             if reference is not None:
-                theirs.append(run_reference(reference, lengths, loaded.config.vocab_size, seed))
+                with PeakMemory() as peak:
+                    theirs.append(run_reference(reference, lengths, loaded.config.vocab_size, seed))
+                their_peaks.append(peak.bytes)
         tokens = sum(output for _, output in lengths)
         seconds = statistics.median(run[0] for run in ours)
-        rows.append(EngineRow("bros_ref", case, tokens / seconds, 1e3 * seconds / ours[0][1], _peak_rss()))
+        rows.append(EngineRow("bros_ref", case, tokens / seconds, 1e3 * seconds / ours[0][1], _highest(our_peaks)))
         if theirs:
             seconds = statistics.median(theirs)
             steps = sum(max(output for _, output in lengths[i:i + STATIC_BATCH])
                         for i in range(0, len(lengths), STATIC_BATCH))
-            rows.append(EngineRow("transformers", case, tokens / seconds, 1e3 * seconds / steps, _peak_rss()))
+            rows.append(EngineRow("transformers", case, tokens / seconds, 1e3 * seconds / steps,
+                                  _highest(their_peaks)))
             ratios[case] = statistics.median(other / own[0] for own, other in zip(ours, theirs, strict=True))
     return {"rows": [vars(row) for row in rows], "speedup_over_transformers": ratios, **_against_the_machine(loaded)}
 
@@ -167,5 +174,5 @@ def _against_the_machine(loaded: LoadedModel) -> dict[str, float]:
             "matrix_flops_per_s": max(flops), "prefill512_share_of_matrix_rate": rate / max(flops)}
 
 
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _highest(peaks: Sequence[int | None]) -> int | None:
+    return max((peak for peak in peaks if peak is not None), default=None)

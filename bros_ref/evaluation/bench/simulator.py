@@ -3,8 +3,6 @@ trace file as long as published ones takes."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bros_ref.evaluation.bench.memory import PeakMemory
 from bros_ref.request import RequestClass
 from bros_ref.simulator.simulate import Arrivals, SimulationSettings, run
 from bros_ref.workload.files import read_workload
@@ -42,15 +41,16 @@ def bench_simulator(policies: Sequence[str], duration_s: float, rt_rate: float, 
 
 
 def _row(policy: str, settings: SimulationSettings, arrivals: Arrivals) -> dict[str, Any]:
-    start_s = time.process_time()
-    summary, _ = run(policy, settings, arrivals)
-    cpu_s = time.process_time() - start_s
+    with PeakMemory() as peak:
+        start_s = time.process_time()
+        summary, _ = run(policy, settings, arrivals)
+        cpu_s = time.process_time() - start_s
     request_steps = summary["scheduler"]["request_steps"]
     return {"policy": policy, "model": settings.model, "gpu": f"{settings.tp} x {settings.gpu}",
             "simulated_s": summary["duration_s"], "cpu_s": cpu_s, "request_steps": request_steps,
             "request_steps_per_s": request_steps / cpu_s, "requests": sum(
                 counted["arrived"] for counted in summary["classes"].values()),
-            "peak_rss_bytes": _peak_rss_bytes()}
+            "peak_rss_bytes": peak.bytes}
 
 
 def _file_row(policy: str, num_requests: int, seed: int) -> dict[str, Any]:
@@ -74,9 +74,3 @@ def write_azure_like(path: Path, num_requests: int, seed: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write("TIMESTAMP,ContextTokens,GeneratedTokens\n")
         file.writelines(lines)
-
-
-def _peak_rss_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

@@ -70,6 +70,18 @@ class Moments:
         return [(reason, groups[reason]) for reason in REASONS if reason in groups]
 
 
+def seen_of_two_owners(trace: Trace) -> list[int]:
+    """After each step, how many blocks are shared plus how many slots are overwritten, [steps]; O(changes)."""
+    of_block, total, totals = [0] * trace.num_blocks, 0, []
+    for changes in trace.pool_changes():
+        for block_id, view in changes.items():
+            now = (view.state == "shared") + view.overwritten
+            total += now - of_block[block_id]
+            of_block[block_id] = now
+        totals.append(total)
+    return totals
+
+
 class Dashboard:
     """Two runs behind one time slider.
 
@@ -117,7 +129,7 @@ class Dashboard:
         """The moment at which most slots of either pool have two owners; the first of equals."""
         scores = [0] * len(self.times_s)
         for side in self.sides:
-            seen = [sum((view.state == "shared") + view.overwritten for view in pool) for pool in side.trace.pools()]
+            seen = seen_of_two_owners(side.trace)
             for moment, time_s in enumerate(self.times_s):
                 scores[moment] += seen[side.step_at(time_s)] if 0 <= time_s < side.ends[-1] else 0
         return scores.index(max(scores))

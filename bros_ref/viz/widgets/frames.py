@@ -1,6 +1,6 @@
 """Pictures one steps through: a slider, play and a caption over a list of SVG stills, in one piece of HTML.
 
-The page carries all its pictures, so nothing is asked or fetched to move it (`widget.py`). Keyboard: the controls are
+The page carries all its pictures, so nothing is asked or fetched to move it (`html.py`). Keyboard: the controls are
 native. Where scripts do not run (a web viewer), the first picture is shown.
 """
 

@@ -1,7 +1,7 @@
 """The KV pool as a player: every block and slot at every step of a trace, in one piece of HTML.
 
 Pure functions of a trace, and a class that shows them. The page carries what changed in each step, not the pool of each
-step, so 2,000 blocks over hundreds of steps are small, and moving the slider asks no kernel (`widget.py` says why).
+step, so 2,000 blocks over hundreds of steps are small, and moving the slider asks no kernel (`html.py` says why).
 `static/pool.js` draws. Where scripts do not run, the map of the busiest step is shown (`kv_blocks.block_map`).
 """
 
@@ -39,16 +39,14 @@ def pool_changes(trace: Trace, moments: Sequence[int] | None = None) -> list[lis
         moments: ascending step indices, -1 for before the first: changes from each to the next. None: every step.
     """
     number = {request_id: i for i, request_id in enumerate(trace.requests)}
-    empty = [BlockView() for _ in range(trace.num_blocks)]
-    before, steps = empty, []
-    for pool in _at(trace.pools(), range(len(trace.steps)) if moments is None else moments, empty):
-        changes: list[int] = []
-        for block_id, (old, new) in enumerate(zip(before, pool, strict=True)):
-            if new is not old:  # untouched blocks keep their view
-                changes += [block_id, number.get(new.rt_owner or "", -1), new.rt_index, new.rt_fill,
-                            number.get(new.be_owner or "", -1), new.be_index, new.be_fill, new.overwritten]
-        steps.append(changes)
-        before = pool
+    step, of_steps, steps = -1, trace.pool_changes(), []
+    for moment in range(len(trace.steps)) if moments is None else moments:
+        changed: dict[int, BlockView] = {}
+        while step < moment:
+            step, changed = step + 1, changed | next(of_steps)
+        steps.append([value for block_id, view in sorted(changed.items()) for value in (
+            block_id, number.get(view.rt_owner or "", -1), view.rt_index, view.rt_fill,
+            number.get(view.be_owner or "", -1), view.be_index, view.be_fill, view.overwritten)])
     return steps
 
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-from kernels_cupy.device import FOLDER, Kernel
+from kernels_cupy.device import Kernel, source_text
 from kernels_cupy.proof.cache import cached
 
 HERE = Path(__file__).parent
@@ -50,10 +50,11 @@ def compiler() -> tuple[str, ...]:
                           "(apt-get install g++, conda install gxx) or pip install ziglang")
 
 
-def load(kernel: Kernel, instrumented: bool, sources: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
+def load(kernel: Kernel, arch: int, instrumented: bool, sources: Mapping[str, str]) -> tuple[ctypes.CDLL, Path]:
     """The kernel as a library, built if the cache does not have it.
 
     Args:
+        arch: compute capability, which the text may ask for as __CUDA_ARCH__.
         instrumented: every access is reported to the runtime; without it kernels run faster and unchecked.
         sources: texts that stand in for files of the same name.
 
@@ -61,7 +62,8 @@ def load(kernel: Kernel, instrumented: bool, sources: Mapping[str, str]) -> tupl
         CompilerMissing: see `compiler`.
         RuntimeError: the compiler refused the text; its message is included.
     """
-    path = _library(unit(kernel, sources), kernel.defines, instrumented)
+    defines = (*kernel.defines, ("__CUDA_ARCH__", f"{arch}0"))
+    path = _library(unit(kernel, sources), defines, instrumented)
     return _open(path), path
 
 
@@ -72,24 +74,8 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def unit(kernel: Kernel, sources: Mapping[str, str]) -> str:
     """The C++ text of a kernel: our header, the .cu file with local includes in place, and its entry point."""
-    text = _inline(kernel.file, sources, set())
-    return f'#include "cuda_emulation.h"\n{_rewrite_shared(text)}\nEMU_KERNEL({kernel.function})\n'
-
-
-def _inline(name: str, sources: Mapping[str, str], seen: set[str]) -> str:
-    seen.add(name)
-    lines = [f'#line 1 "{Path(name).name}"']
-    text = sources[name] if name in sources else (FOLDER / name).read_text()
-    for number, line in enumerate(text.splitlines(), 1):
-        if match := re.match(r'\s*#\s*include\s+"([^"]+)"', line):
-            if match[1] not in seen:
-                lines.append(_inline(match[1], sources, seen))
-            lines.append(f'#line {number + 1} "{Path(name).name}"')
-        elif re.match(r"\s*#\s*pragma\s+once", line):
-            lines.append("")
-        else:
-            lines.append(line)
-    return "\n".join(lines)
+    text = _rewrite_shared(source_text(kernel.file, sources))
+    return f'#include "cuda_emulation.h"\n{text}\nEMU_KERNEL({kernel.function})\n'
 
 
 _ALIGN = r"(?:(?:__align__|alignas)\s*\([^)]*\)\s*)?"

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernels_cupy.device import Argument, Dim3, Kernel
+from kernels_cupy.device import Argument, Dim3, Gpu, Kernel
 from kernels_cupy.proof.emulator.build import load
 from kernels_cupy.proof.emulator.faults import KernelFault, Location, locate
 from kernels_cupy.proof.emulator.stacks import reserve
 
 GAP_BYTES = 1 << 20  # of untouched address space on either side of a tensor's copy; costs no memory
-MAX_THREADS, MAX_SHARED_BYTES = 1024, 232 * 1024 - 5 * 1024  # 227 KiB: what a block may have on sm_90
+MAX_THREADS = 1024  # of a block
 STEP_LIMIT = 20_000_000  # basic blocks of a thread; 16,384 tokens in step 0 take a third of that
 ORDERS = {"forward": 0, "reverse": 1}
 _launching = threading.Lock()  # a library's runtime holds one launch at a time
@@ -107,9 +107,16 @@ class SiteCounters:
 
 @dataclass(frozen=True)
 class LaunchCounters:
-    """Memory traffic of a launch, per instruction, and its sums."""
+    """Memory traffic of a launch, per instruction, and its sums.
+
+    Attributes:
+        products: mma instructions.
+        copies_under_way: groups of a warp's asynchronous copies under way when it multiplies, the mean over products.
+    """
 
     sites: tuple[SiteCounters, ...]
+    products: int
+    copies_under_way: float
 
     def total(self, field: str, space: str, kind: str | None = None) -> int:
         """Sum of a field ("requests", "bytes" or "sectors") over all sites of a space, and of a kind if given."""
@@ -145,20 +152,22 @@ class Emulator:
         order: of the threads of a warp: "forward", "reverse", or a seed.
         sources: texts to use in place of files, by file name: for kernels that are not in the folder, and mutants.
         step_limit: basic blocks that a thread may execute; one that executes more is taken to hang.
+        arch: compute capability whose shared memory a block may have, and that the text finds as __CUDA_ARCH__.
 
     Attributes:
+        gpu: what launchers ask of the GPU that is emulated.
         counters: LaunchCounters of the last launch; None before, or without `counters=True`.
         accesses: list of Access of the last launch; empty without `record`.
     """
 
     def __init__(self, checks: bool = True, counters: bool = False, record: bool | int = False, cp_async: str = "late",
                  order: str | int = "forward", sources: Mapping[str, str] | None = None,
-                 step_limit: int = STEP_LIMIT) -> None:
+                 step_limit: int = STEP_LIMIT, arch: int = 90) -> None:
         if cp_async not in ("late", "early"):
             raise ValueError(f"cp_async must be 'late' or 'early', not {cp_async!r}")
         if not 0 < step_limit < 1 << 32:
             raise ValueError(f"step_limit must be between 1 and 2^32 - 1, not {step_limit}")
-        self.sources, self.step_limit = dict(sources or {}), step_limit
+        self.sources, self.step_limit, self.gpu = dict(sources or {}), step_limit, Gpu.of(arch)
         self.record_limit = 100_000 if record is True else int(record)
         self.checks = checks or counters or bool(record)
         self.count = counters
@@ -208,8 +217,8 @@ class Emulator:
             CompilerMissing, RuntimeError: the kernel could not be built.
             MemoryError: the system has no room for the threads' stacks, or for the checks' bookkeeping.
         """
-        _check_sizes(grid, block, shared_bytes)
-        library, path = load(kernel, self.checks, self.sources)
+        _check_sizes(grid, block, shared_bytes, self.gpu)
+        library, path = load(kernel, self.gpu.arch, self.checks, self.sources)
         _check_arguments(library, kernel, arguments)
         memory = _Memory(arguments, self.checks)
         regions = (_Region * max(len(memory.regions), 1))(*memory.regions)
@@ -247,11 +256,14 @@ class Emulator:
     def _collect(self, library: ctypes.CDLL, path: Path, threads: int) -> None:
         self.counters, self.accesses = None, []
         if self.count:
+            products = np.zeros(2, np.uint64)
+            library.emu_products(ctypes.c_void_p(products.ctypes.data))
             self.counters = LaunchCounters(tuple(
                 SiteCounters(locate(path, int(s["pc"])), "shared" if s["shared"] else "global", _KINDS[s["kind"]],
                              int(s["requests"]), int(s["bytes"]), int(s["sectors"]), int(s["worst"]),
                              float(s["cycles"] / s["phases"]) if s["phases"] else 0.0)
-                for s in _read(library.emu_sites, _SITE)))
+                for s in _read(library.emu_sites, _SITE)), int(products[0]),
+                float(products[1]) / max(int(products[0]), 1))
         if self.record_limit:
             self.accesses = [
                 Access(int(r["block"]), int(r["thread"]) // 32, int(r["thread"]) % 32, int(r["step"]),
@@ -309,11 +321,11 @@ class _Memory:
                 ctypes.memmove(start, region.base, region.bytes)
 
 
-def _check_sizes(grid: Dim3, block: Dim3, shared_bytes: int) -> None:
+def _check_sizes(grid: Dim3, block: Dim3, shared_bytes: int, gpu: Gpu) -> None:
     if min(*grid, *block) < 1 or int(np.prod(block)) > MAX_THREADS:
         raise ValueError(f"grid {grid}, block {block}: sizes must be at least 1, a block at most {MAX_THREADS} threads")
-    if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
-        raise ValueError(f"{shared_bytes} bytes of shared memory: 0 to {MAX_SHARED_BYTES} can be had")
+    if not 0 <= shared_bytes <= gpu.shared_bytes:
+        raise ValueError(f"{shared_bytes} bytes of shared memory: 0 to {gpu.shared_bytes} can be had on sm_{gpu.arch}")
 
 
 def _check_arguments(library: ctypes.CDLL, kernel: Kernel, arguments: Sequence[Argument]) -> None:

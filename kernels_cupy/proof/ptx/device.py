@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kernels_cupy.device import Argument, Dim3, Kernel
+from kernels_cupy.device import Argument, Dim3, Gpu, Kernel
 from kernels_cupy.proof.compile import compile_ptx
 from kernels_cupy.proof.ptx.arithmetic import Array
 from kernels_cupy.proof.ptx.decode import decode
@@ -29,7 +29,6 @@ THREADS_AT_ONCE = 1 << 14  # more need much memory and gain nothing
 MAX_BLOCK_THREADS = 1024
 TURN_LIMIT = 200_000  # steps 0 to 2 take one turn for each token of the longest context
 HALF_FORMATS = ("f16", "bf16", "f16x2", "bf16x2")
-SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}  # that a block may have
 _TYPES: dict[str, tuple[type, str]] = {
     "u64": (torch.Tensor, "a tensor"), "b64": (torch.Tensor, "a tensor"), "u32": (np.int32, "np.int32"),
     "s32": (np.int32, "np.int32"), "b32": (np.int32, "np.int32"), "f32": (np.float32, "np.float32")}
@@ -110,14 +109,14 @@ class PtxDevice:
         turn_limit: turns of a launch's threads after which it is taken to hang.
 
     Attributes:
+        gpu: what launchers ask of the GPU whose PTX is run.
         counters: PtxCounters of the last launch; None before, or without `counters=True`.
     """
 
     def __init__(self, arch: int = 80, counters: bool = False, sources: Mapping[str, str] | None = None,
                  turn_limit: int = TURN_LIMIT) -> None:
-        if arch not in SHARED_KB:
-            raise ValueError(f"arch must be one of {', '.join(map(str, SHARED_KB))}, not {arch}")
-        self.arch, self.count, self.sources, self.turn_limit = arch, counters, dict(sources or {}), turn_limit
+        self.gpu = Gpu.of(arch)
+        self.count, self.sources, self.turn_limit = counters, dict(sources or {}), turn_limit
         self.counters: PtxCounters | None = None
 
     def launch(self, kernel: Kernel, grid: Dim3, block: Dim3, shared_bytes: int, arguments: Sequence[Argument]) -> None:
@@ -129,7 +128,7 @@ class PtxDevice:
             ValueError, TypeError: the launch itself is impossible.
             CompileError, FileNotFoundError: as `compile_ptx`.
         """
-        text = compile_ptx(kernel, self.arch, self.sources, line_info=True)
+        text = compile_ptx(kernel, self.gpu.arch, self.sources, line_info=True)
         self.run(text, kernel.function, grid, block, shared_bytes, arguments)
 
     def run(self, text: str, function: str, grid: Dim3, block: Dim3, shared_bytes: int,
@@ -140,9 +139,9 @@ class PtxDevice:
         if min(*grid, *block) < 1 or threads > MAX_BLOCK_THREADS:
             raise ValueError(f"grid {grid}, block {block}: sizes must be at least 1, a block at most "
                              f"{MAX_BLOCK_THREADS} threads")
-        if not 0 <= program.shared_bytes + shared_bytes <= SHARED_KB[self.arch] * 1024:
-            raise ValueError(f"{program.shared_bytes} and {shared_bytes} bytes of shared memory: sm_{self.arch} has "
-                             f"{SHARED_KB[self.arch]} KiB for a block")
+        if not 0 <= program.shared_bytes + shared_bytes <= self.gpu.shared_bytes:
+            raise ValueError(f"{program.shared_bytes} and {shared_bytes} bytes of shared memory: sm_{self.gpu.arch} "
+                             f"has {self.gpu.shared_bytes} for a block")
         _check_arguments(program, arguments)
         memory = _GlobalMemory(arguments, module)
         constants = _constant_memory(module)

@@ -14,9 +14,6 @@ void* memcpy(void*, const void*, size_t);
 }
 
 #define BROS_EMULATOR 1
-#ifndef __CUDA_ARCH__
-#define __CUDA_ARCH__ 800
-#endif
 #define __global__
 #define __device__
 #define __host__

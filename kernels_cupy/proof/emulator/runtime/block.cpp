@@ -276,6 +276,7 @@ extern "C" __attribute__((visibility("default"))) int emu_launch(
     choose_order();
     bool ready = start_memory();
     start_counters();
+    start_products();
     for (uint32_t i = 0; ready && i < launch.num_blocks && !launch.failed; i++) {
         launch.block_id = i;
         block_index = {i % g.x, i / g.x % g.y, i / g.x / g.y};

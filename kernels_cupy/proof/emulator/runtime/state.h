@@ -130,6 +130,7 @@ bool in_shared(const void* address);
 void record_synchronisation();  // a block barrier
 void finish_copies(Lane& lane, uint32_t below_group);
 void run_matrix_op(Lane* warp_lanes, Op op, int detail);
+void start_products();
 
 void start_counters();
 void count(bool shared, Kind kind, uint64_t address, uint32_t size, uint32_t pc, int argument, uint64_t offset);

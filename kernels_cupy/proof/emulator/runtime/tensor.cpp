@@ -50,8 +50,23 @@ static void multiply(Lane* warp, bool bfloat) {
     }
 }
 
+// Products, and the groups of asynchronous copies under way at each: a kernel that waits for all it has just asked for
+// gives right answers, slowly.
+static uint64_t products[2];
+
+void start_products() { products[0] = products[1] = 0; }
+
+static void count_product(const Lane& lane) {
+    products[0]++;
+    for (size_t i = 0; i < lane.copies.size(); i++)
+        products[1] += i == 0 || lane.copies[i].group != lane.copies[i - 1].group;
+}
+
 void run_matrix_op(Lane* warp, Op op, int detail) {  // every address was checked when its lane came
-    if (op == MMA) return multiply(warp, detail);
+    if (op == MMA) {
+        count_product(warp[0]);
+        return multiply(warp, detail);
+    }
     int count = detail / 2;
     load_matrices(warp, count, detail & 1);
     if (launch.config.counters) count_matrix(warp, count, warp[0].wait_pc);
@@ -92,6 +107,10 @@ static void mma(float* d, const void* a, const void* b, bool bfloat, uint32_t pc
     collective(MMA, bfloat, 0xffffffffu, pc);
 }
 }  // namespace emu
+
+extern "C" __attribute__((visibility("default"))) void emu_products(uint64_t* out) {
+    out[0] = emu::products[0], out[1] = emu::products[1];
+}
 
 extern "C" {
 #define EMU_LDMATRIX(n)                                                                                              \

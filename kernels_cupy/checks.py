@@ -1,0 +1,84 @@
+"""What launchers check of their tensors before anything is launched, and `check_batch`, which looks at values.
+
+Kernels trust what lies in device memory (ids, lengths, slots), because reading it would wait for the device; so values
+are looked at where they are made, on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels_cupy.device import cdiv
+from kernels_cupy.heads import Heads
+
+VECTOR_BYTES = 16  # kernels load and store rows in pieces of so many bytes
+
+
+def check_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, block_tables: Tensor,
+                    **integers: tuple[Tensor, int]) -> Heads:
+    """Checks an attention launch and returns the sizes it is for.
+
+    Args:
+        q, out: [tokens, H, D]; k_cache, v_cache: [num_blocks, B, K, D]; block_tables: [S, max_blocks].
+        integers: further int32 tensors by name, each with the number of entries it must have.
+
+    Raises:
+        TypeError, ValueError: a tensor has the wrong dtype, shape, device or layout; the message names it.
+    """
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("out", out)):
+        check_vectors(name, tensor, q)
+    if q.dim() != 3 or out.shape != q.shape or k_cache.dim() != 4 or v_cache.shape != k_cache.shape \
+            or k_cache.shape[3] != q.shape[2] or block_tables.dim() != 2:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, out {tuple(out.shape)}, k_cache "
+                         f"{tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}, block_tables "
+                         f"{tuple(block_tables.shape)}")
+    check_integers("block_tables", block_tables, tuple(block_tables.shape), q)
+    for name, (tensor, length) in integers.items():
+        check_integers(name, tensor, (length,), q)
+    return Heads(q.shape[1], k_cache.shape[2], q.shape[2], k_cache.shape[1], q.dtype)
+
+
+def check_vectors(name: str, tensor: Tensor, like: Tensor, same_device: bool = True) -> None:
+    """Raises TypeError or ValueError unless the tensor has `like`'s dtype (and device), and rows that can be loaded 16
+    bytes at a time."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, expected {like.dtype}")
+    if not tensor.is_contiguous() or tensor.data_ptr() % VECTOR_BYTES or (same_device and tensor.device != like.device):
+        raise ValueError(f"{name} must be contiguous, start at a multiple of {VECTOR_BYTES} bytes, and lie on "
+                         f"{like.device}")
+
+
+def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:
+    """Raises TypeError or ValueError unless the tensor is contiguous int32 of this shape (and on `like`'s device)."""
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, not {tensor.dtype}")
+    if tensor.shape != shape or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous and of shape {shape}, not {tuple(tensor.shape)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{name} must lie on {like.device}, not on {tensor.device}")
+
+
+def row_vectors(rows: Tensor) -> int:
+    """16-byte pieces of one slot's row, [..., K, D]. Raises ValueError if it is not whole pieces."""
+    row_bytes = rows.shape[-2] * rows.shape[-1] * rows.element_size()
+    if row_bytes % VECTOR_BYTES:
+        raise ValueError(f"a slot of {row_bytes} bytes is not a whole number of {VECTOR_BYTES}-byte pieces")
+    return row_bytes // VECTOR_BYTES
+
+
+def check_batch(block_tables: Sequence[Sequence[int]], context_lens: Sequence[int], num_blocks: int,
+                block_size: int) -> None:
+    """Looks at what the kernels trust, on the host: ids within the cache, tables as long as their contexts.
+
+    Raises:
+        ValueError: it names the sequence and the number.
+    """
+    for i, (table, length) in enumerate(zip(block_tables, context_lens, strict=True)):
+        if length < 1 or len(table) * block_size < length:
+            raise ValueError(f"sequence {i}: {len(table)} blocks of {block_size} cannot hold {length} tokens, or it "
+                             "has none")
+        if wrong := [block for block in table[:cdiv(length, block_size)] if not 0 <= block < num_blocks]:
+            raise ValueError(f"sequence {i}: block {wrong[0]} is not one of 0..{num_blocks - 1}")

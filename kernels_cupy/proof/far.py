@@ -1,0 +1,66 @@
+"""Caches whose slots lie beyond 2^32 elements, though hardly any memory is used: does every address take 64 bits?
+
+A pool lies in a sparse temporary file, which takes room where it is touched: some gigabytes cost the pages of a few
+blocks. Offsets are chosen so that arithmetic in 32 bits comes out small and positive: it reads a wrong place in the
+pool, and nothing else. Checks would copy the tensors, so these run on an emulator without them, or on any other device
+that takes CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import tempfile
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kernels_cupy.checks import VECTOR_BYTES
+from kernels_cupy.device import Device, cdiv
+from kernels_cupy.launch import copy_slots, store_kv
+from kernels_cupy.proof.contract import Batch
+
+FAR = 1 << 32
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are touched. Raises OSError if the system has no sparse files so large."""
+    size = math.prod(shape) * dtype.itemsize
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
+
+
+def far_batch(batch: Batch) -> Batch:
+    """The same sequences, their blocks beyond FAR elements of the caches; slots of nobody hold zeros there."""
+    first = cdiv(FAR, batch.k[0].numel())
+    caches = []
+    for near in (batch.k, batch.v):
+        cache = lazy_zeros((first + len(near), *near.shape[1:]), near.dtype)
+        cache[first:] = near
+        caches.append(cache)
+    return replace(batch, k=caches[0], v=caches[1], tables=batch.tables + first,
+                   block_lists=[[first + block for block in blocks] for blocks in batch.block_lists])
+
+
+def check_far_store(device: Device) -> None:
+    """Raises AssertionError unless `store_kv` writes rows to slots beyond FAR pieces of 16 bytes."""
+    rows = torch.arange(1, 1 + 2 * 2 * 64).half().view(2, 2, 64)
+    first = cdiv(FAR, 2 * 64 * 2 // VECTOR_BYTES)
+    caches = [lazy_zeros((first // 16 + 1, 16, 2, 64), torch.float16) for _ in range(2)]
+    store_kv(device, rows, -rows, torch.tensor([first, first + 3], dtype=torch.int32), *caches)
+    for sign, cache in zip((1, -1), caches, strict=True):
+        assert torch.equal(cache.view(-1, 2, 64)[[first, first + 3]], sign * rows), "a row is not in its slot"
+
+
+def check_far_copies(device: Device) -> None:
+    """Raises AssertionError unless `copy_slots` reads and writes planes beyond FAR pieces of 16 bytes."""
+    slots, pairs = cdiv(FAR, 2 * 64 * 2 // VECTOR_BYTES), torch.tensor([[2, 5]], dtype=torch.int32)
+    far, near = lazy_zeros((1, 2, slots, 2, 64), torch.float16), torch.zeros(1, 2, 8, 2, 64, dtype=torch.float16)
+    far[:, :, 2] = torch.arange(1, 1 + 2 * 2 * 64).half().view(2, 2, 64)
+    copy_slots(device, far, near, pairs)
+    assert torch.equal(near[:, :, 5], far[:, :, 2]), "a slot was not read"
+    copy_slots(device, near, far, pairs.flip(1))
+    copy_slots(device, near * 2, far, torch.tensor([[5, 3]], dtype=torch.int32))
+    assert torch.equal(far[:, :, 3], 2 * near[:, :, 5]), "a slot was not written"
