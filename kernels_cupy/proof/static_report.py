@@ -207,7 +207,10 @@ def occupancy(used: Resources, threads: int, dynamic_shared: int, arch: int) -> 
     (max_threads, max_blocks), gpu = LIMITS[arch], Gpu.of(arch)
     warps = cdiv(threads, WARP)
     registers = cdiv(used.registers * WARP, REGISTER_UNIT) * REGISTER_UNIT * warps
-    shared = used.shared_bytes + dynamic_shared + gpu.reserved_bytes
+    static = used.shared_bytes
+    if arch >= 90 and static:  # there a binary counts the system's share in
+        static -= gpu.reserved_bytes
+    shared = static + dynamic_shared + gpu.reserved_bytes
     blocks = min(max_blocks, max_threads // threads, REGISTERS // registers, gpu.sm_shared_bytes // max(shared, 1))
     return blocks * warps / (max_threads // WARP)
 
