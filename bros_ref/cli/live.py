@@ -166,7 +166,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
 
 
 @app.command("serve-trace")
-def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file; repeat to merge several.")],
+def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload file, - for stdin; repeat to merge.")],
                 policy: Annotated[str, typer.Option()] = "bros", model: ModelOption = "smollm2",
                 device: DeviceOption = "auto", backend: BackendOption = "auto",
                 request_class: ClassOption = None, time_unit_s: TimeUnitOption = None,
