@@ -170,9 +170,12 @@ class SchedulerConfig:
     `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is what one step of
     waiting is worth when BE requests are ordered by the KV they must restore (our decision).
 
-    The last three are the paper's rules, which `bros-plus` changes (`scheduler/bros.py` says why): `batch_slow_start`
+    The next three are the paper's rules, which `bros-plus` changes (`scheduler/bros.py` says why): `batch_slow_start`
     is that cap, `rt_banks_time` whether an RT ahead of its TPOT may use that later, `rt_displaces_eagerly` whether an
     RT that needs room takes it from a less urgent RT at once.
+
+    `rt_slowdown` (our decision; BROS policies only): BE may make the latency of RT at most this many times what it
+    would be without BE; at least 1. None: only the deadlines bound it.
     """
 
     max_num_seqs: int = 256
@@ -186,12 +189,15 @@ class SchedulerConfig:
     batch_slow_start: bool = True
     rt_banks_time: bool = False
     rt_displaces_eagerly: bool = True
+    rt_slowdown: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_context_tokens", "base_batch_cap",
                      "be_max_wait_steps", "min_chunk_tokens"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"SchedulerConfig.{name} must be positive, got {getattr(self, name)}")
+        if self.rt_slowdown is not None and not 1 <= self.rt_slowdown < math.inf:
+            raise ValueError(f"rt_slowdown must be None or a finite number of at least 1, got {self.rt_slowdown!r}")
         if not self.be_aging_tokens_per_step >= 0:
             raise ValueError(f"be_aging_tokens_per_step must be at least 0, got {self.be_aging_tokens_per_step}")
 

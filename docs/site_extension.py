@@ -21,7 +21,9 @@ from plotly.offline import get_plotlyjs
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = ["architecture", "results", "paper-and-ours", "server", "testing", "faq"]
+FIRST = ["architecture", "results", "paper-and-ours", "server", "testing", "faq"]  # in the side bar; others follow
+GUIDES = sorted((path.stem for path in (ROOT / "docs").glob("*.md")),
+                key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
 PAGES = {  # file of the repository -> page of the site
     "README.md": "index.md", "notebooks/README.md": "book/index.md", "kernels_cupy/README.md": "kernels.md",
     "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md",
@@ -92,8 +94,10 @@ def site_links(text: str, source: str, folder: Path) -> str:
 
 
 def _with_blocks(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
-    """Shows what a module's docstring indents as it is written, and sets its lists off by the empty line they need."""
+    """Shows what a module's docstring indents as it is written, and sets its lists off by the empty line they need. A
+    vertical bar is no mark-up in any docstring."""
     if what != "module":
+        lines[:] = [_without_substitutions(line) for line in lines]
         return
     shown: list[str] = []
     for line in lines:
@@ -104,8 +108,12 @@ def _with_blocks(app: Sphinx, what: str, name: str, obj: object, options: Any, l
             shown += ["", "::", ""]
         elif block_ends or list_starts:
             shown.append("")
-        shown.append(line)
+        shown.append(line if line.startswith("    ") else _without_substitutions(line))
     lines[:] = shown
+
+
+def _without_substitutions(line: str) -> str:
+    return re.sub(r"`[^`]*`|\|", lambda match: match[0] if match[0] != "|" else r"\|", line)
 
 
 # -- notebooks --------------------------------------------------------------------------------------------------------
@@ -142,8 +150,8 @@ def shown_data(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_charts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    if "plotly-graph-div" in context.get("body", ""):
-        app.add_js_file("plotly.min.js", priority=100)
+    if "plotly-graph-div" in context.get("body", ""):  # in the head: the charts' own scripts run as the page is read
+        context["metatags"] += f'<script src="{context["pathto"]("_static/plotly.min.js", 1)}"></script>'
 
 
 # -- formulas ---------------------------------------------------------------------------------------------------------

@@ -101,9 +101,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
                   reversed[work.seq] ? 15 : 0};
     int warp_row = work.first_row + WARP_ROWS * warp;
     bool active = warp_row < work.rows;
-    int position[2 * ROW_TILES];
-#pragma unroll
-    for (int i = 0; i < 2 * ROW_TILES; i++) position[i] = first_position + (warp_row + lane / 4 + 8 * i) / GROUP;
+    auto position = [&](int i) {  // of this lane's row lane / 4 + 8 * i; asked for in masked tiles only, so not kept
+        return first_position + (warp_row + lane / 4 + 8 * i) / GROUP;
+    };
     auto element = [&](int i) {  // of q and out, where this warp's row i starts; -1 if it does not exist
         int row = warp_row + i;
         return row < work.rows
@@ -137,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
         int first_token = tile * KEYS;
         bool masked = first_token + KEYS - 1 > first_position + warp_row / GROUP;
         attend<2, PARTS>(rows, queries, stage, stage + PARTS * TILE, scale, lane, masked, [&](int m, int token, int half) {
-            return first_token + (token ^ s.flip) > position[2 * m + half]; });
+            return first_token + (token ^ s.flip) > position(2 * m + half); });
     }
 
     // 3. Divide and store.

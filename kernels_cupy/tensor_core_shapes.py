@@ -86,8 +86,11 @@ def prefill_rows(heads: Heads) -> int:
 
 
 def prefill_keys(heads: Heads, gpu: Gpu) -> int:
-    """Tokens of a ring stage of prefill 1: the most with which two blocks fit a multiprocessor, else the fewest."""
-    most = 64 if heads.head_dim <= 128 else 16
+    """Tokens of a ring stage of prefill 1: the most that registers hold without spilling and with which two blocks fit
+    a multiprocessor, else the fewest."""
+    most = 16
+    if heads.head_dim <= 128:
+        most = 64 if heads.head_dim <= 64 or gpu.arch == 90 else 32
     return next((keys for keys in (64, 32) if keys <= most and
                  2 * (_prefill_bytes(heads, keys) + gpu.reserved_bytes) <= gpu.sm_shared_bytes), 16)
 

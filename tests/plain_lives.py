@@ -1,6 +1,7 @@
-"""Requests as plain numbers, for oracles of scheduling rules: blocks are counted, and a batch is a dictionary. An oracle
-adds the order in which requests are tried and shares nothing with the policy but the latency model; `run_beside` steps
-both through the same life."""
+"""Requests as plain numbers, for oracles of scheduling rules: blocks are counted, and a batch is a dictionary.
+
+An oracle adds the order in which requests are tried and shares nothing with the policy but the latency model;
+`run_beside` steps both through the same life."""
 
 from __future__ import annotations
 

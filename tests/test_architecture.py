@@ -143,7 +143,10 @@ def circle(sources):
 CORE = ("scheduler", "kv_cache", "model", "engine", "request", "config", "trace")
 BESIDE_THE_CORE = (  # read one at a time, each on its own
     "bros_ref.scheduler.baselines", "bros_ref.trace.replay", "bros_ref.trace.perfetto", "bros_ref.trace.metrics",
-    "bros_ref.model.chat_template", "bros_ref.model.control_tokens", "bros_ref.model.special_tokens")
+    # readers of other people's files: mostly tables of the keys that are understood
+    "bros_ref.model.weights", "bros_ref.model.tokenizer", "bros_ref.model.chat_template",
+    "bros_ref.model.special_tokens", "bros_ref.model.control_tokens",
+    "bros_ref.engine.ranks")  # the processes of a split model
 MAX_CORE_LINES = 5_500
 
 

@@ -4,17 +4,10 @@ import os
 import random
 import time
 
-import pytest
 from lives import Life
 
 SECONDS = float(os.environ.get("LIVES_SECONDS", "20"))
 MIN_LIVES = 30  # however slow the machine
-FOUND = ()  # seeds that once showed a fault
-
-
-@pytest.mark.parametrize("seed", FOUND)
-def test_a_life_that_once_showed_a_fault(seed):
-    Life(seed).live()
 
 
 def test_random_lives_lose_no_token_no_text_no_block_and_no_end():

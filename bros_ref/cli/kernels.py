@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,49 @@ BEGIN, END = "<!-- ladder: written by `bros-ref kernels --write-readme` -->", "<
 QUICK_ARCHITECTURES = (80, 90)
 SHAPES = ("float16/64", "float16/80", "float16/96", "float16/256", "bfloat16/128", "float32/128")  # beside the ladder's
 LADDER_ARCHITECTURE = 90
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel for one architecture: the keys of the result JSON. None: not counted for this one.
+
+    Attributes:
+        name: the idea; `step` is the rung's own name.
+        max_error: the larger of both executions' errors against float64, that of the emulated text and `ptx_error`.
+        verified: both are within the contract.
+        sectors_over_minimum, reversed_sectors_over_minimum: memory sectors read, of the fewest possible.
+        warp_instructions_per_kib: executed per KiB of K and V, moves left out; `with_moves_per_kib` counts them.
+        main_loop_*: of the main loop's machine code.
+        direction_overhead: executed instructions more than with one direction known when compiling, a fraction.
+        issue_cap_estimate: GPU -> the share of its DRAM bandwidth at which issuing would limit.
+        measured_on_gpu: always None here: nothing is timed.
+    """
+
+    name: str
+    step: str
+    dtype: str
+    head_dim: int
+    arch: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    occupancy: float
+    max_error: float
+    ptx_error: float
+    verified: bool
+    sectors_over_minimum: float | None
+    reversed_sectors_over_minimum: float | None
+    warp_instructions_per_kib: float | None
+    with_moves_per_kib: float | None
+    main_loop_instructions_per_kib: float | None
+    direction_overhead: float | None
+    worst_bank_conflict: int | None
+    mma_instructions: int | None
+    mma_feeding_share: float | None
+    mma_per_shared_kib: float | None
+    main_loop_feeding_share: float | None
+    issue_cap_estimate: dict[str, float] | None
+    measured_on_gpu: None = None
 
 
 @app.command()
@@ -39,7 +83,7 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
     with progress(console, "compiling, emulating", len(jobs)) as advance:
         rows = [row for job in jobs for row in _rows(*job, seed, advance)]
     mutations = None if quick else _mutations(console)
-    console.print(kernels_table(rows))
+    console.print(kernels_table([vars(row) for row in rows]))
     console.print("Instr / KiB: warp instructions of its PTX that a whole kernel executed, moves left out, per KiB of "
                   "K and V. Loop: those of the main loop's machine code. Direction: executed instructions more than "
                   "with one direction known when compiling. On a GPU: not measured here.")
@@ -49,8 +93,8 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
     if write_readme:
         path = Path(kernels_cupy.__file__).parent / "README.md"
         write_text(path, with_ladder(path.read_text(encoding="utf-8"), rows))
-    write_json(json_path, "kernels", seed, kernels=rows, mutations=mutations)
-    if not all(row["verified"] and row["spill_bytes"] == 0 for row in rows):
+    write_json(json_path, "kernels", seed, kernels=[asdict(row) for row in rows], mutations=mutations)
+    if not all(row.verified and row.spill_bytes == 0 for row in rows):
         raise typer.Exit(1)
 
 
@@ -61,7 +105,7 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
     """Times every decode step on a GPU, against torch; without one it says so, and measures nothing."""
     import torch
 
-    from bros_ref.evaluation.bench.kernels import CASES, CudaTimer, bench_kernels, copy_bandwidth
+    from bros_ref.evaluation.bench.kernels import CASES, GraphTimer, bench_kernels, copy_bandwidth
     from kernels_cupy.gpu import CupyDevice, why_unavailable
     from kernels_cupy.heads import SCALARS, Heads
     from kernels_cupy.launch import STEPS, Problem, why_not
@@ -74,7 +118,7 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
         console.print(f"not measured here: {reason}")
         write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
         return
-    device, timer, heads = CupyDevice(), CudaTimer(), Heads(32, 8, head_dim, 16, known[dtype])
+    device, timer, heads = CupyDevice(), GraphTimer(), Heads(32, 8, head_dim, 16, known[dtype])
     longest = max(max(case.context_lens) for case in CASES) // heads.block_size
     steps = [step for step in STEPS if why_not(step, Problem(heads, 1, longest), device.gpu) is None]
     bandwidth = copy_bandwidth(timer, "cuda")
@@ -86,14 +130,14 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
                not_measured=None)
 
 
-def ladder_rows(seed: int, advance: Callable[[int], None] = lambda _: None) -> list[dict[str, Any]]:
+def ladder_rows(seed: int, advance: Callable[[int], None] = lambda _: None) -> list[KernelRow]:
     """The rows that the README's ladder shows: fp16, head_dim 128, one architecture."""
     from kernels_cupy.proof.static_report import LADDER
 
     return [row for rung in LADDER for row in _rows(rung, "float16", 128, (LADDER_ARCHITECTURE,), seed, advance)]
 
 
-def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
+def with_ladder(readme: str, rows: list[KernelRow]) -> str:
     """The README's text with the table between its markers rewritten from rows.
 
     Raises:
@@ -103,21 +147,21 @@ def with_ladder(readme: str, rows: list[dict[str, Any]]) -> str:
     if not pattern.search(readme):
         raise ValueError(f"kernels_cupy/README.md has no {BEGIN} ... {END}")
     header = ("| step | idea | sectors / minimum | warp instructions per KiB, executed | main loop, machine code | "
-              "registers | worst bank conflict | direction, instructions | mma and what feeds it | issuing would limit "
-              "at, of DRAM (A100, H100; estimate) | on a GPU |")
+              "registers | worst bank conflict | direction, instructions | mma per KiB of shared memory | "
+              "issuing would limit at, of DRAM (A100, H100; estimate) | on a GPU |")
     lines = [header, "|" + "---|" * 11]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows
-              if (row["dtype"], row["head_dim"], row["arch"]) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
+              if (row.dtype, row.head_dim, row.arch) == ("float16", 128, f"sm_{LADDER_ARCHITECTURE}")]
     return pattern.sub(lambda _: "\n".join([BEGIN, *lines, END]), readme)
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    caps, feeding = row["issue_cap_estimate"], row["mma_feeding_share"]
-    return [row["step"], row["name"], _number(row["sectors_over_minimum"], ".2f"),
-            _number(row["warp_instructions_per_kib"], ".0f"), _number(row["main_loop_instructions_per_kib"], ".0f"),
-            str(row["registers"]), _number(row["worst_bank_conflict"], "d"),
-            _number(row["direction_overhead"], "+.1%"), _number(feeding, ".0%") if row["mma_instructions"] else "-",
-            "-" if caps is None else ", ".join(map(_cap, caps.values())), "not measured here"]
+def _cells(row: KernelRow) -> list[str]:
+    caps = row.issue_cap_estimate
+    return [row.step, row.name, _number(row.sectors_over_minimum, ".2f"),
+            _number(row.warp_instructions_per_kib, ".0f"), _number(row.main_loop_instructions_per_kib, ".0f"),
+            str(row.registers), _number(row.worst_bank_conflict, "d"), _number(row.direction_overhead, "+.1%"),
+            _number(row.mma_per_shared_kib, ".1f"), "-" if caps is None else ", ".join(map(_cap, caps.values())),
+            "not measured here"]
 
 
 def _cap(share: float) -> str:
@@ -134,7 +178,7 @@ def _shape(text: str) -> tuple[str, int]:
 
 
 def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], seed: int,
-          advance: Callable[[int], None]) -> list[dict[str, Any]]:
+          advance: Callable[[int], None]) -> list[KernelRow]:
     """One row an architecture; what the emulator counts is the same for all. A row is verified if both executions are
     within the contract: that of the text on the emulator, and that of its PTX."""
     import numpy as np
@@ -158,22 +202,24 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
         row = compiled(rung, heads, arch)
         loop, run = row.loop, executed(rung, heads, arch) if on_ladder else None
         ptx_error = error_of(rung, heads, np.random.default_rng(seed), PtxDevice(arch))
-        rows.append({
-            "name": rung.idea, "step": rung.name, "dtype": dtype, "head_dim": head_dim, "arch": f"sm_{arch}",
-            "registers": row.used.registers, "spill_bytes": row.used.spill_bytes, "shared_bytes": row.used.shared_bytes,
-            "occupancy": row.occupancy, "max_error": max(error, ptx_error), "ptx_error": ptx_error,
-            "verified": verified(error, heads) and verified(ptx_error, heads),
-            "sectors_over_minimum": counted and counted.sectors_over_minimum,
-            "reversed_sectors_over_minimum": counted and counted.reversed_sectors_over_minimum,
-            "warp_instructions_per_kib": run and run.per_kib, "with_moves_per_kib": run and run.with_moves_per_kib,
-            "main_loop_instructions_per_kib": loop and loop.per_kib,
-            "direction_overhead": run and run.direction_overhead,
-            "worst_bank_conflict": counted and counted.worst_bank_conflict,
-            "mma_instructions": loop and loop.multiplications, "mma_feeding_share": run and run.feeding_share,
-            "main_loop_feeding_share": loop and loop.feeding_share,
-            "issue_cap_estimate": loop and {gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
-            if not rung.is_prefill else None,
-            "measured_on_gpu": None})
+        rows.append(KernelRow(
+            name=rung.idea, step=rung.name, dtype=dtype, head_dim=head_dim, arch=f"sm_{arch}",
+            registers=row.used.registers, spill_bytes=row.used.spill_bytes, shared_bytes=row.used.shared_bytes,
+            occupancy=row.occupancy, max_error=max(error, ptx_error), ptx_error=ptx_error,
+            verified=verified(error, heads) and verified(ptx_error, heads),
+            sectors_over_minimum=counted.sectors_over_minimum if counted else None,
+            reversed_sectors_over_minimum=counted.reversed_sectors_over_minimum if counted else None,
+            warp_instructions_per_kib=run.per_kib if run else None,
+            with_moves_per_kib=run.with_moves_per_kib if run else None,
+            main_loop_instructions_per_kib=loop.per_kib if loop else None,
+            direction_overhead=run.direction_overhead if run else None,
+            worst_bank_conflict=counted.worst_bank_conflict if counted else None,
+            mma_instructions=loop.multiplications if loop else None,
+            mma_feeding_share=run.feeding_share if run else None,
+            mma_per_shared_kib=run.mma_per_shared_kib if run else None,
+            main_loop_feeding_share=loop.feeding_share if loop else None,
+            issue_cap_estimate={gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
+            if loop and not rung.is_prefill else None))
     advance(1)
     return rows
 

@@ -86,6 +86,8 @@ def generate(prompt: str, model: ModelOption = "smollm2",
              temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
              top_p: float = 1.0, stop: StopOption = None,
              device: DeviceOption = "auto", backend: BackendOption = "auto", threads: ThreadsOption = 0,
+             control_tokens: Annotated[bool, typer.Option("--control-tokens", help=(
+                 "Control tokens that the prompt spells, such as <|im_end|>, are meant; default: text."))] = False,
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """One answer, streamed: the quickest sign of life."""
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner
@@ -94,9 +96,13 @@ def generate(prompt: str, model: ModelOption = "smollm2",
 
     if not prompt.strip():
         raise ValueError("the prompt is empty; give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt's character {error.start} is no text in this terminal's encoding") from error
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     loaded = _load(model, device, threads, seed, backend)
-    token_ids = loaded.tokenizer.chat(prompt)
+    token_ids = loaded.tokenizer.chat(prompt, control_tokens=control_tokens)
     longest = min(len(token_ids) + max_tokens, loaded.config.max_context_tokens)  # more is refused by the engine
     settings = LiveSettings(kv_blocks=-(-longest // 16), seed=seed)
     engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
@@ -160,7 +166,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
 
 
 @app.command("serve-trace")
-def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file; repeat to merge several.")],
+def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload file, - for stdin; repeat to merge.")],
                 policy: Annotated[str, typer.Option()] = "bros", model: ModelOption = "smollm2",
                 device: DeviceOption = "auto", backend: BackendOption = "auto",
                 request_class: ClassOption = None, time_unit_s: TimeUnitOption = None,
@@ -282,11 +288,11 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
              f"median of {seeds} rounds [95 % interval of the mean]")
     rows = [{"clock": how, **row} for row in interval_rows(runs)]
     console.print(median_table(rows, title))
+    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
+               rows=rows, runs=runs)
     if report is not None:
         first = [next(run for run in runs if run["policy"] == name) for name in names]
         write_report(report, traces, first, "Hybrid serving under KV pressure", {})
-    write_json(json_path, "bench hybrid", seed, clock=how, modelled_step=list(step) if how == "modelled" else None,
-               rows=rows, runs=runs)
 
 
 # -- what these commands share ----------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ PAPER_POLICIES = "vllm-fcfs,vllm-priority,bros-rr,bros"
 
 
 @app.command()
-def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workload file; repeat to merge files.")],
+def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a file, - for stdin; repeat to merge.")],
              gpu: GpuOption = "a100-40gb", model: ShapeOption = "opt-13b", tp: TpOption = 2,
              policies: Annotated[str, typer.Option(help="Comma-separated.")] = PAPER_POLICIES,
              rt_rate: Annotated[float, typer.Option(help="paper: RT requests per second.")] = 2.0,
@@ -50,7 +50,10 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
              rt_lengths: RtLengthsOption = None,
              be_batch: Annotated[int | None, typer.Option(min=0, help="paper: BE requests of a batch.")] = None,
              block_size: CountOption = 16, max_num_seqs: CountOption = 256, max_num_batched_tokens: CountOption = 2048,
-             chunked_prefill: ChunkedOption = None, request_class: ClassOption = None,
+             chunked_prefill: ChunkedOption = None,
+             rt_slowdown: Annotated[float | None, typer.Option(min=1, help="BROS: BE may make RT latency at most "
+                                                               "this many times what it is alone.")] = None,
+             request_class: ClassOption = None,
              time_unit_s: TimeUnitOption = None,
              seeds: Annotated[int, typer.Option(min=1, help="Runs a policy, seeds --seed, --seed + 1, ...")] = 1,
              processes: ProcessesOption = 0,
@@ -65,7 +68,7 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
 
     names, console, slo = parse_policies(policies), make_console(json_path), SLO(ttft_slo_s, tpot_slo_s)
     settings = SimulationSettings(gpu, model, tp, kv_tokens, block_size, max_num_seqs, max_num_batched_tokens,
-                                  chunked_prefill, seed)
+                                  chunked_prefill, seed, rt_slowdown)
     arrivals = _arrivals(workload, settings, rt_rate, duration_s, be_batch, slo, request_class, time_unit_s, rt_lengths)
     if seeds > 1 and "paper" not in workload:
         raise ValueError(f"--seeds {seeds}: a workload file has nothing random in it, so every run would be the same; "
@@ -81,9 +84,9 @@ def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workl
     intervals = interval_rows(runs)
     if seeds > 1:
         console.print(interval_table(intervals, f"Mean and 95 % interval over {seeds} seeds"))
+    write_json(json_path, "simulate", seed, runs=runs, intervals=intervals)
     if report is not None:
         _write_report(report, names, settings, arrivals, title)
-    write_json(json_path, "simulate", seed, runs=runs, intervals=intervals)
 
 
 def _arrivals(workload: list[str], settings: Any, rt_rate: float, duration_s: float | None, be_batch: int | None,
@@ -148,9 +151,9 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
     done = f"{result['seeds']} of {seeds} seeds" if result["seeds"] < seeds else f"{seeds} seed{'s' * (seeds > 1)}"
     console.print(figures_table(result["figures"], f"{done}, {result['duration_s']:,.0f} simulated seconds per run"))
     console.print(dominance_table(result["dominance"]))
-    write_reproduction(out / "report.html", result)
-    write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
     write_json(json_path, "reproduce", seed, **result)
+    write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
+    write_reproduction(out / "report.html", result)
     say(console, f"report: {out / 'report.html'}")
 
 

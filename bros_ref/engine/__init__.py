@@ -5,6 +5,7 @@ from bros_ref.engine.llm_engine import (
     LLMEngine,
     OnText,
     RequestRefused,
+    RequestsFailed,
     Runner,
     StepFailed,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "LLMEngine",
     "OnText",
     "RequestRefused",
+    "RequestsFailed",
     "Runner",
     "StepFailed",
 ]

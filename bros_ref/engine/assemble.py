@@ -33,6 +33,8 @@ class EngineLimits(Protocol):
     def chunked_prefill(self) -> bool | None: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def rt_slowdown(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def assemble_engine(policy: str, runner: Runner, facts: RunnerFacts, kv_config: 
         ValueError: unknown policy.
     """
     chunked = policy in CHUNKED_POLICIES if limits.chunked_prefill is None else limits.chunked_prefill
-    config = SchedulerConfig(limits.max_num_seqs, limits.max_num_batched_tokens, chunked, facts.max_context_tokens)
+    config = SchedulerConfig(limits.max_num_seqs, limits.max_num_batched_tokens, chunked, facts.max_context_tokens,
+                             rt_slowdown=limits.rt_slowdown)
     scheduler = make_scheduler(policy, config, kv_config, latency, facts.eos_token_ids)
     trace = None
     if trace_type is not None:

@@ -52,7 +52,8 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class LiveSettings:
-    """Sizes of a live run. `chunked_prefill` None: as the policy's original does, off for BROS."""
+    """Sizes of a live run. `chunked_prefill` None: as the policy's original does, off for BROS. `rt_slowdown`: see
+    `SchedulerConfig`."""
 
     kv_blocks: int = 256
     block_size: int = 16
@@ -60,6 +61,7 @@ class LiveSettings:
     max_num_batched_tokens: int = 256
     chunked_prefill: bool | None = None
     seed: int = 0
+    rt_slowdown: float | None = None
 
 
 def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto", tp: int = 1) -> LoadedModel:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from bros_ref.clock import Clock, WallClock
 from bros_ref.engine.detokenizer import TextStream
+from bros_ref.engine.interrupts import interrupts_held_back
 from bros_ref.request import Request, RequestStatus
 from bros_ref.scheduler.base import Scheduler
 from bros_ref.scheduler.output import SchedulerOutput
@@ -171,16 +172,18 @@ class LLMEngine:
         execute_s = self.clock.now_s()
         token_ids, errors = self._execute(output)
         end_s, cpu_s = self.clock.now_s(), time.thread_time()
-        ended = self.scheduler.update_from_output(output, token_ids, end_s, end_s - execute_s)
-        schedule_s += time.thread_time() - cpu_s
-        for index, error in errors.items():
-            ended.append(self._end(output.requests[index], error))
+        ended: list[Request] = []
         try:
-            if self.tokenizer is not None:
-                ended += self._read_text(output, token_ids)
+            with interrupts_held_back():
+                ended += self.scheduler.update_from_output(output, token_ids, end_s, end_s - execute_s)
+                schedule_s += time.thread_time() - cpu_s
+                ended += [self._end(output.requests[index], error) for index, error in errors.items()]
+                if self.tokenizer is not None:
+                    ended += self._read_text(output, token_ids)
             self._hand_out(ended)
         finally:
-            self._record(output, token_ids, ended, execute_s, end_s, schedule_s)
+            with interrupts_held_back():
+                self._record(output, token_ids, ended, execute_s, end_s, schedule_s)
         return ended
 
     # -- what a step consists of ------------------------------------------------------------------------------
@@ -189,7 +192,8 @@ class LLMEngine:
         try:
             return self.scheduler.schedule(now_s)
         except BaseException:  # half a decision is booked, and nobody knows which half
-            self.scheduler.restart()
+            with interrupts_held_back():
+                self.scheduler.restart()
             raise
 
     def _execute(self, output: SchedulerOutput) -> tuple[Sequence[int | None], Mapping[int, Exception]]:

@@ -18,8 +18,7 @@ SYSTEMS = {"opt-13b": SimulationSettings("a100-40gb", "opt-13b", 2),
            "opt-30b": SimulationSettings("a100-40gb", "opt-30b", 4),
            "llama-3-70b": SimulationSettings("a100-80gb", "llama-3-70b", 8)}
 RATES = (2.0, 4.0, 6.0, 8.0, 10.0)
-POLICIES = ("vllm-fcfs", "vllm-v0", "vllm-priority", "sglang-priority", "bros-rr", "bros", "bros-plus", "rt-only",
-            "be-only")
+POLICIES = ("vllm-fcfs", "vllm-priority", "sglang-priority", "bros-rr", "bros", "bros-plus", "rt-only", "be-only")
 BASELINES = ("vllm-fcfs", "vllm-v0", "vllm-priority", "vllm-priority-watermark", "sglang-priority", "scorpio",
              "qoserve", "xllm", "bros-rr")
 CONTENDERS = ("vllm-priority", "vllm-priority-watermark", "sglang-priority", "scorpio", "qoserve", "xllm", "bros",
@@ -53,7 +52,7 @@ def _paper_jobs(duration_s: float, rates: tuple[float, ...]) -> Iterable[Job]:
         for dataset in RT_LENGTHS:
             for rate in rates:
                 arrivals = PaperWorkload(rate, duration_s, _batch(settings), rt_lengths=dataset)
-                for policy in POLICIES:
+                for policy in (*POLICIES, "vllm-v0"):
                     yield Job(run_name(system, dataset, rate, policy), policy, settings, arrivals)
                 if dataset == "sharegpt":
                     alone = replace(arrivals, be_batch=0)

@@ -105,7 +105,12 @@ class BidirectionalKVCacheManager(KVCacheManager):
         num_preempted = len(swapped) + num_new - len(self.pool.free_ids)
         last_fill = wanted_slots - (self.blocks_for(wanted_slots) - 1) * size
         taken = self._find_preemptible(num_preempted, last_fill)
-        if taken is None or not self._host_has_room(taken, host_needed):
+        if taken is None:
+            return False
+        losing = taken
+        if self.unit == "slot" and taken and num_new and taken[-1][0].live(taken[-1][1]) + last_fill <= size:
+            losing = taken[:-1]  # the partly filled block fits between its best-effort owner's tokens: nothing is saved
+        if not self._host_has_room(losing, host_needed):
             return False
 
         # 3. Coarse units free the blocks first; the slot unit moves in beside their owners.
@@ -154,8 +159,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
         tail = len(table) - 1
         if tail >= 0 and tail not in moves:
             block, fill = blocks[table[tail]], sequence.fill(tail)
-            growth = min(num_new_tokens, self.block_size - fill)
-            if block.rt is not None and block.rt_fill + fill + growth > self.block_size:
+            if block.rt is not None and block.rt_fill + fill + num_new_tokens > self.block_size:
                 moves.append(tail)
         return moves, self.blocks_for(sequence.num_slots + num_new_tokens) - len(table)
 

@@ -74,8 +74,12 @@ class TemplateRenderer:
     def _exchange(self, request: str) -> str:
         if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
             self._owner = os.getpid()
-            self._child = subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, text=True,
-                                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+            try:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                    stderr=subprocess.DEVNULL, start_new_session=True)
+            except OSError as error:
+                raise TemplateFailedError(f"no process can be started to render it ({error})") from None
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         try:

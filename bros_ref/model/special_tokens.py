@@ -13,8 +13,9 @@ NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 CLASS_OF_FAMILY = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer",
                    "qwen3": "Qwen2Tokenizer", "opt": "GPT2Tokenizer"}
 _END = "<|endoftext|>"
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {  # what a class sets where the file has no such key
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "LlamaTokenizer": _LLAMA, "CodeLlamaTokenizer": _LLAMA,
     "Qwen2Tokenizer": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
     "GPT2Tokenizer": {"bos_token": _END, "eos_token": _END, "unk_token": _END}}
 
@@ -24,7 +25,8 @@ class TokenizerError(ValueError):
 
 
 def apply_options(tokenizer: RustTokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the tokens of `options` and sets what else they say, in place.
+    """Adds the tokens of `options` and sets what else they say, in place. A token that only the class names, and that
+    the vocabulary lacks, is left out: it would have no embedding.
 
     Returns:
         The special tokens by transformers' names, for chat templates; without those that are not set.
@@ -33,33 +35,38 @@ def apply_options(tokenizer: RustTokenizer, options: Mapping[str, Any]) -> dict[
         TokenizerError: it is to open texts with a token that is not named.
     """
     class_name = str(options.get("tokenizer_class", "")).removesuffix("Fast")
-    special: dict[str, Any] = {
-        name: text for name, text in _CLASS_DEFAULTS.get(class_name, {}).items()
-        if name not in options and tokenizer.token_to_id(text) is not None}
+    defaults = {name: text for name, text in _CLASS_DEFAULTS.get(class_name, {}).items()
+                if tokenizer.token_to_id(text) is not None}
+    named = {name: options.get(name, defaults.get(name)) for name in NAMES}
     extra = options.get("extra_special_tokens")  # a model's own, by names of its own
-    named = dict(extra) if isinstance(extra, Mapping) else {}
-    named |= {name: options[name] for name in NAMES if name in options}
-    special |= {name: text for name, token in named.items() if (text := _token_text(token))}
-    additional = [text for token in options.get("additional_special_tokens") or [] if (text := _token_text(token))]
+    extra = extra if isinstance(extra, Mapping) else {}
+    additional = options.get("additional_special_tokens") or []
+    special: dict[str, Any] = {name: text for name, token in (named | dict(extra)).items()
+                               if (text := _token_text(token))}
     if additional:
-        special["additional_special_tokens"] = additional
+        special["additional_special_tokens"] = [_token_text(token) for token in additional]
 
-    added = [AddedToken(**{key: value for key, value in token.items() if key != "__type"}) for _, token in sorted(
-        (options.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))]
-    known = {token.content for token in added} | {
-        token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    texts = dict.fromkeys([text for text in special.values() if isinstance(text, str)] + additional)
+    listed = sorted((options.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    added = [_added_token(token) for _, token in listed]
+    settled = {token.content for token in added}
+    if "added_tokens_decoder" not in options:  # then the tokenizer.json's own flags win over those of the config
+        settled |= {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens: dict[str, Any] = {}
+    for token in (*named.values(), *additional, *extra.values()):
+        if text := _token_text(token):
+            tokens.setdefault(text, token)
     for token in added:
-        token.special = token.special or token.content in texts
-    tokenizer.add_tokens(added + [AddedToken(text, special=True) for text in texts if text not in known])
+        token.special = token.special or token.content in tokens
+    tokenizer.add_tokens(added + [_added_token(token, special=True) for text, token in tokens.items()
+                                  if text not in settled])
 
     tokenizer.encode_special_tokens = bool(options.get("split_special_tokens", False))
-    before = tokenizer.pre_tokenizer
-    if before is not None and "add_prefix_space" in json.loads(before.__getstate__()):
-        before.add_prefix_space = bool(options.get("add_prefix_space", False))
-    if class_name == "LlamaTokenizer":
+    if _CLASS_DEFAULTS.get(class_name) is _LLAMA:
         frame_text(tokenizer, special, options.get("add_bos_token", "bos_token" in special),
                    options.get("add_eos_token", False))
+    if class_name != "LlamaTokenizer" and tokenizer.pre_tokenizer is not None and "add_prefix_space" in json.loads(
+            tokenizer.pre_tokenizer.__getstate__()):
+        tokenizer.pre_tokenizer.add_prefix_space = bool(options.get("add_prefix_space", False))
     return special
 
 
@@ -78,3 +85,8 @@ def _token_text(token: Any) -> str | None:
     """A special token is written as text, or as a dictionary that holds it."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+def _added_token(token: Any, **flags: bool) -> AddedToken:
+    fields = token if isinstance(token, dict) else {"content": token}
+    return AddedToken(**{key: value for key, value in fields.items() if key != "__type"} | flags)

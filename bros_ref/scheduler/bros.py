@@ -1,43 +1,40 @@
 """BROS (paper, sections 2 and 3): dynamic priority and greedy packing, solved anew every iteration.
 
-Maximise best-effort work, subject to: the predicted iteration fits the residual time of the most urgent RT (Eq. 6), at
-most `seats` requests, and the blocks suffice (Eq. 8). Greedy, in this order (the order is the paper's):
+Maximise best-effort work, subject to: the predicted iteration fits the residual time of the most urgent RT (Eq. 6), the
+batch has room (B_max), and the blocks suffice (Eq. 8). `BROSScheduler.pack` is the greedy answer, in numbered stages.
+Not being admitted *is* preemption: the request keeps its KV, and its slots may be shared or taken (`bidirectional.py`).
 
-    1. RT by ascending slack                              while the iteration stays within the tightest residual
-    2. RT that are late already                           they no longer set the bound (our decision)
-    3. BE by ascending KV to restore, less what waiting has earned          while it stays within that bound
+Slack = deadline - now - one average iteration. All requests share "now" and the average, so *the order by slack is the
+order by deadline*. Sorting what is almost sorted is nearly free (the paper polls two sorted queues for this reason).
 
-Not being picked *is* preemption: the request keeps its KV and its slots may be shared or taken (`bidirectional.py`).
+Ours, where the paper is silent or where measurements gave a reason to differ:
 
-Slack = due - now - one average iteration, where `due` is the deadline less the iterations needed before the last one.
-All candidates share "now" and the average, so *slack order is the order of `due`*, and sorting what is almost sorted
-already is nearly free (the paper polls two sorted queues for the same reason).
-
-Ours, where the paper is silent:
-- An iteration is also short enough for a typical *new* RT, arriving as it starts, to meet its TTFT.
-- The paper's step 3 (batch full: swap the slackest RT for a BE) happens before the seat is taken: seats fill in slack
-  order, so the last seat is the slackest RT's; it is offered to BE if that RT can afford two iterations, and is the
-  RT's again if no BE can take it.
-- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *starving*. Each step the
+- An RT is *late* if even its whole remaining prefill, run alone, would miss the deadline. It bounds nothing and comes
+  after those that can be saved, but before BE, so it may also take a seat that an RT on time has left.
+- The step budget leaves time for a typical *new* RT that arrives as the step starts. An empty batch may exceed every
+  budget, so the machine never idles. An RT without blocks does not bound the step, for it cannot run in it.
+- The paper fills the batch, and then swaps its slackest RT for a BE. Here seats fill in slack order, so the RT whose
+  turn is the last seat is the slackest. It stands aside if it can wait two steps, and takes the seat if no BE can.
+- The last resort for an RT without blocks is to swap out RT (paper); BE or RT are recomputed if the host store is full.
+- **BE never starves.** A BE that holds KV and has not run for N = `be_max_wait_steps` steps is *starving*. Each step,
   starving BE are offered a place before all other BE, the longest-waiting first, until one of them is admitted: a seat
-  is kept for it, it is exempt from the budgets of time and tokens, and it may take the blocks of all other BE. So a
-  starving BE runs at the latest in the S-th step in which its KV fits into the blocks that RT leave, where S is how many
-  BE held KV when it began to starve. If no BE holds KV, the head of the BE queue is offered the place after N steps.
-  Newcomers are admitted in order of arrival. Of the late RT that have waited N steps, at most one per step is exempt
-  from the budgets likewise.
-- An empty batch may exceed every budget, so the machine never idles; and an RT for which there are no blocks does not
-  bound the iteration, since it cannot run however short that is.
+  is kept for it, it is exempt from the budgets of time and tokens, and it may take the blocks of all other BE. So it
+  runs at the latest in the S-th step in which its KV fits beside that of RT, where S is the number of BE that held KV
+  when it began to starve. If no BE holds KV, the head of the BE queue is offered the place after N steps.
+  Of the late RT that have waited N steps, at most one per step is exempt from the budgets likewise.
+- `rt_slowdown` bounds how much BE may slow RT down (`_slowed_s`).
 
 `bros-plus` is this class with four rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
 
-- Prompts are cut to what the deadlines leave, where the paper's form leaves a long BE prompt out until no RT is near.
+- Prompts are cut to what the deadlines leave. In the paper's form a long BE prompt waits until no RT is near, and long
+  RT prompts delay each other: where RT prompts have thousands of tokens, use `bros-plus`.
 - No cap bounds the batch besides the deadlines.
 - An RT banks the time it is ahead: TPOT is a mean, so token k is due at first token + k * TPOT (nine tenths of it), if
-  that is later than the paper's last token + TPOT. Whoever is ahead can sit out for a burst of others, and be on time.
-- RT displace RT as late as they can. In the paper's form whoever comes first in slack order takes blocks from the one
-  with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross PCIe
-  in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two more
-  iterations, and one that has not started displaces only RT that can wait as long as its TTFT.
+  that is later than the paper's last token + TPOT. An RT that is ahead can sit out for others, and still be on time.
+- RT displace RT as late as they can. In the paper's form the RT that comes first in slack order takes blocks from the
+  one with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross
+  PCIe in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two
+  more iterations, and one that has not started displaces only RT that can wait as long as its TTFT.
 """
 
 from __future__ import annotations
@@ -67,7 +64,7 @@ class BROSScheduler(Scheduler):
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
         self._starving_be: list[Request] = []  # the longest-waiting first, until they were offered a place in a step
-        self._batch_cap = min(self.config.base_batch_cap, self.config.max_num_seqs)
+        self._batch_cap = 0
         self._typical_prompt_tokens = 0.0
         self._typical_ttft_s = math.inf
 
@@ -138,7 +135,7 @@ class BROSScheduler(Scheduler):
                 shortest_refused = min(shortest_refused, request.num_tokens)
 
         # 3. A starving BE (our decision), exempt from the budget, which now has to leave time for an RT that arrives.
-        rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s())
+        rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s(), self._slowed_s())
         self._admit_starving_be(step_budget_s)
 
         # 4. Pending BE, by ascending KV to restore [paper].
@@ -172,10 +169,11 @@ class BROSScheduler(Scheduler):
         self.kv.begin_step(self._be_order)
 
     def _adapt_batch_cap(self) -> None:
-        """TCP slow start (paper): double while no RT deadline binds, back to the base at once when one does, that is
-        if one kept anybody out of the last batch."""
+        """TCP slow start (paper): begin at the base, double while no RT deadline binds, and go back to the base at once
+        when one does, that is if one kept anybody out of the last batch."""
         base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
-        self._batch_cap = base if DEADLINE in self.output.left_out.values() else min(2 * self._batch_cap, ceiling)
+        bound = DEADLINE in self.output.left_out.values()
+        self._batch_cap = base if bound else max(base, min(2 * self._batch_cap, ceiling))
         self.max_batch_size = self._batch_cap if self.config.batch_slow_start else ceiling
 
     # -- real-time --------------------------------------------------------------------------------------------
@@ -267,13 +265,23 @@ class BROSScheduler(Scheduler):
         left_s = self._typical_ttft_s - own_s
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
+    def _slowed_s(self) -> float:
+        """How long BE may make an iteration with RT in it. Alone, the RT would take what they add up to now. A request
+        that stretches every iteration by (x - 1) * c0 makes it at most x times as long, since no iteration is shorter
+        than c0; a share of the whole iteration would also stretch the prefills of RT, and overshoots."""
+        if self.config.rt_slowdown is None or not self.output.requests:
+            return math.inf
+        stretch_s = (self.config.rt_slowdown - 1) * self.latency.c0
+        return (self.latency.predict(self.output.features) + stretch_s) * self.latency.safety
+
     def _a_decode_fits(self, step_budget_s: float) -> bool:
         return (self.executing_s + self.latency.c1) * self.latency.safety <= step_budget_s
 
     # -- shortage ---------------------------------------------------------------------------------------------
 
     def can_admit(self, request: Request) -> bool:
-        """An RT takes room from BE, and a due BE from other BE; the rest need empty blocks for the whole prompt."""
+        """An RT takes room from BE, and a starving BE begins with what there is; others need the whole prompt's blocks.
+        """
         return request.is_rt or request in self._starving_be or super().can_admit(request)
 
     def takes_part_of_a_chunk(self, request: Request) -> bool:

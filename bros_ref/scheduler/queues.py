@@ -47,19 +47,19 @@ class FIFOQueue:
 
 
 class PriorityQueue:
-    """Ordered by `by_class_and_arrival`, then by entry."""
+    """Ordered by class, arrival and request id, as vLLM's: a request that comes back has the place it had before."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[bool, float], int, Request]] = []
-        self._ticket = count()
+        self._heap: list[tuple[tuple[bool, float], str, int, Request]] = []
+        self._ticket = count()  # an ended request may still be here when another one comes with its id
 
     def push(self, request: Request) -> None:
-        heapq.heappush(self._heap, (by_class_and_arrival(request), next(self._ticket), request))
+        heapq.heappush(self._heap, (by_class_and_arrival(request), request.request_id, next(self._ticket), request))
 
     def head(self) -> Request | None:
-        while self._heap and self._heap[0][2].status.is_end:
+        while self._heap and self._heap[0][3].status.is_end:
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][3] if self._heap else None
 
     def pop(self) -> None:
         heapq.heappop(self._heap)

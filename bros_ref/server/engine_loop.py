@@ -28,6 +28,7 @@ from bros_ref.server.generation import Ended, Generation, Piece
 Result = TypeVar("Result")
 FINISH_REASONS = {RequestStatus.FINISHED_LENGTH: "length", RequestStatus.FINISHED_STOP: "stop"}
 SHUTTING_DOWN = "the server is shutting down; try again when it is back"
+REJECTED = "the scheduling policy turned this request away: it could not be served within its targets"
 GateKeeper = Callable[[LLMEngine, Request, int], APIError | None]
 log = logging.getLogger(__name__)
 
@@ -196,6 +197,8 @@ class EngineLoop:
             log.exception("the engine failed outside a forward pass")
             self._abort_all(APIError(500, f"the engine failed with {type(bug).__name__}", code="engine_failed"))
             return
+        for request_id in self._engine.aborted & self._live.keys():  # a policy that rejects turned them away
+            self._end(self._live[request_id], "aborted", APIError(503, REJECTED, code="rejected"))
         self._hand_out(ended)
 
     def _hand_out(self, ended: list[Request]) -> None:

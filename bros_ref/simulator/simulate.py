@@ -36,7 +36,7 @@ Arrivals = PaperWorkload | tuple[WorkloadItem, ...]
 @dataclass(frozen=True)
 class SimulationSettings:
     """What is simulated. `kv_tokens` None: what the GPUs' memory leaves. `chunked_prefill` None: as the policy's
-    original does, off for BROS (paper).
+    original does, off for BROS (paper). `rt_slowdown`: see `SchedulerConfig`.
 
     Raises:
         ValueError: an unknown GPU or model, a model that does not fit, a pool below one block.
@@ -51,6 +51,7 @@ class SimulationSettings:
     max_num_batched_tokens: int = 2048
     chunked_prefill: bool | None = None
     seed: int = 0
+    rt_slowdown: float | None = None
 
     @property
     def cost(self) -> CostModel:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from bros_ref.files import write_text
 from bros_ref.kv_cache.blocks import BlockView
@@ -84,9 +84,11 @@ class Trace:
             ValueError: it is not a trace, is cut short, or has another schema; the message names the file.
         """
         path = Path(path)
+        if path.exists() and not path.is_file():  # a device may never end, a pipe may never begin
+            raise ValueError(f"{path}: not a file; expected JSON written by Trace.save")
         try:
             data = path.read_bytes()
-            content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+            content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data, parse_constant=_no_number)
         except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a trace, or cut short: {error}; expected JSON written by Trace.save "
                              "(gzipped if and only if the name ends in .gz)") from error
@@ -178,6 +180,10 @@ def _rename_fields(content: dict[str, Any]) -> None:
             for old, new in RENAMED.items():
                 if old in step:
                     step[new] = step.pop(old)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _plain(record: Any) -> dict[str, Any]:

@@ -235,7 +235,7 @@ MUTANTS = [
     Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "token >= tokens", "numerics"),
     Mutant("step 4", STEP_4, "(token ^ s.flip) >= tokens", "(token ^ s.flip) > tokens", "numerics"),
     Mutant("step 5", STEP_5, "((lane / 4 + 8 * half) ^ flip) >= tokens", "(lane / 4 + 8 * half) >= tokens", "numerics"),
-    Mutant("prefill 1", PREFILL_1, "> position[2 * m + half]", ">= position[2 * m + half]", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "> position(2 * m + half)", ">= position(2 * m + half)", "numerics"),
     Mutant("prefill 1", PREFILL_1, "(token ^ s.flip) > position", "token > position", "numerics"),
     Mutant("prefill 1", PREFILL_1, "last_row / GROUP + 1,", "last_row / GROUP + 2,", "foreign slot"),
     Mutant("prefill 0", PREFILL_0, "query_starts[seq + 1] - 1 - token", "query_starts[seq + 1] - 2 - token",
@@ -290,7 +290,7 @@ MUTANTS += [
            "tops[warp] = top, sums[warp] = sum;", "uninitialised read"),
     Mutant("step 5, long", STEP_5, "if (first == last) return;", "", "numerics"),
     # 32 rows of a warp
-    Mutant("prefill 1", PREFILL_1, "position[2 * m + half]", "position[half]", "numerics"),
+    Mutant("prefill 1", PREFILL_1, "position(2 * m + half)", "position(half)", "numerics"),
     Mutant("prefill 1", PREFILL_1, "nullptr : q + element(16 * m + i)", "nullptr : q + element(i)", "numerics"),
     Mutant("prefill 1", PREFILL_1, "warp * ROW_TILES + m) * TILE", "warp * ROW_TILES) * TILE", "numerics"),
     Mutant("prefill 1", PREFILL_1, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "foreign slot"),

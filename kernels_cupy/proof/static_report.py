@@ -207,7 +207,10 @@ def occupancy(used: Resources, threads: int, dynamic_shared: int, arch: int) -> 
     (max_threads, max_blocks), gpu = LIMITS[arch], Gpu.of(arch)
     warps = cdiv(threads, WARP)
     registers = cdiv(used.registers * WARP, REGISTER_UNIT) * REGISTER_UNIT * warps
-    shared = used.shared_bytes + dynamic_shared + gpu.reserved_bytes
+    static = used.shared_bytes
+    if arch >= 90 and static:  # there a binary counts the system's share in
+        static -= gpu.reserved_bytes
+    shared = static + dynamic_shared + gpu.reserved_bytes
     blocks = min(max_blocks, max_threads // threads, REGISTERS // registers, gpu.sm_shared_bytes // max(shared, 1))
     return blocks * warps / (max_threads // WARP)
 
@@ -260,6 +263,8 @@ class Executed:
             are given out. None for a prefill, which reads K and V once for many queries.
         with_moves_per_kib: all of them.
         classes: warp instructions by class.
+        mma_per_shared_kib: tensor-core instructions (m16n8k16) per KiB that warps store to shared memory and load from
+            it; None without tensor cores.
         direction_overhead: how many more (without moves) than the same text executes with one direction known when
             compiling.
     """
@@ -269,6 +274,7 @@ class Executed:
     per_kib: float | None
     with_moves_per_kib: float | None
     classes: Mapping[str, int]
+    mma_per_shared_kib: float | None
     direction_overhead: float
 
     @property
@@ -297,8 +303,14 @@ def executed(rung: Rung, heads: Heads, arch: int) -> Executed:
     classes, base = counters.classes(), run(plain, without_direction(rung)).classes()
     kib = 2 * tokens * heads.num_kv_heads * heads.head_dim * heads.dtype.itemsize / 1024
     return Executed(tokens, queries, None if rung.is_prefill else _without_moves(classes) / kib,
-                    None if rung.is_prefill else counters.instructions / kib, classes,
+                    None if rung.is_prefill else counters.instructions / kib, classes, _mma_per_shared_kib(counters),
                     _without_moves(classes) / _without_moves(base) - 1)
+
+
+def _mma_per_shared_kib(counters: PtxCounters) -> float | None:
+    products = counters.classes().get("tensor core")
+    copied = sum(one.bytes for one in counters.traffic if one.opcode.startswith("cp.async"))
+    return products and products / ((counters.total("bytes", "shared") + copied) / 1024)
 
 
 def _without_moves(classes: Mapping[str, int]) -> int:

@@ -27,7 +27,8 @@ SCHEDULER_KEYS = {"steps", "mean_us_per_step", "p99_us_per_step", "us_per_reques
 
 def bros_ref(*arguments, cache=None):
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(cache or "/nonexistent")}
-    return subprocess.run([sys.executable, "-m", "bros_ref", *map(str, arguments)], capture_output=True, text=True,
+    words = [word if isinstance(word, bytes) else str(word) for word in arguments]
+    return subprocess.run([sys.executable, "-m", "bros_ref", *words], capture_output=True, text=True,
                           timeout=300, env=environment)
 
 
@@ -43,6 +44,7 @@ def workload(tmp_path):
     (["nonsense"], "nonsense"),
     (["generate"], "prompt"),
     (["generate", " "], "empty"),
+    (["generate", b"caf\xe9", "--model", "random:llama"], "character 3 is no text"),
     (["generate", "hi", "--model", "no-such-model"], "no-such-model"),
     (["generate", "hi", "--max-tokens", "0"], "--max-tokens"),
     (["generate", "hi", "--model", "random:llama", "--device", "tpu"], "--device"),

@@ -55,20 +55,24 @@ def workload(tmp_path: Path) -> Path:
 # -- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C comes in the fifth step, of a model that is profiled in no time."""
+def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    """Ctrl-C comes in this step, of a model that is profiled in no time."""
     from bros_ref.engine import model_runner
 
     count, sample = itertools.count(1), model_runner.sample
 
     def interrupt(*arguments: object) -> object:
-        if next(count) == 5:
+        if next(count) == last:
             raise KeyboardInterrupt
         return sample(*arguments)
 
     monkeypatch.setattr(model_runner, "sample", interrupt)
     monkeypatch.setattr("bros_ref.engine.profile.profile", lambda *_: [(StepFeatures(1), 0.01)] * 4)
+
+
+@pytest.fixture
+def interrupted_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_in_step(monkeypatch, 5)
 
 
 def has_part_of_a_run(path: Path) -> bool:
@@ -94,6 +98,14 @@ def test_an_interrupted_demo_saves_what_it_has(tmp_path, monkeypatch, capsys, in
     assert json.loads((tmp_path / "summary.json").read_text())["interrupted"] is True
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "summary.json",
                                                                  "trace-vllm-priority.json"]
+
+
+def test_an_interrupt_in_the_first_step_leaves_a_trace_of_what_arrived(tmp_path, monkeypatch, capsys):
+    interrupt_in_step(monkeypatch, 1)
+    assert call(monkeypatch, "demo", *TOY, "--out", tmp_path) == 130
+    trace = Trace.load(tmp_path / "trace-vllm-priority.json")
+    assert trace.requests
+    assert len(trace.steps) <= 1
 
 
 def test_an_interrupted_bench_saves_what_it_has(tmp_path, monkeypatch, capsys, interrupted_run):

@@ -224,6 +224,8 @@ def test_a_pool_without_a_size_is_sized_to_the_memory_and_said(capsys):
     assert llm.trace.num_blocks > 1000
     assert f"{llm.trace.num_blocks:,} blocks" in capsys.readouterr().err
     assert f"{llm.trace.num_blocks:,} KV blocks" in repr(llm)
+    assert f"{4 * llm.trace.num_blocks:,} on the host" in repr(llm)
+    assert "on the host" not in repr(checksum_llm(policy="vllm-fcfs"))
 
 
 def test_little_memory_makes_a_small_pool_and_a_small_host_store(monkeypatch):

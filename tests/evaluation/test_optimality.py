@@ -16,6 +16,7 @@ from bros_ref.evaluation.optimality import (
     clairvoyant_be_tokens,
     distribution,
     iteration_gaps,
+    recorded_gaps,
     rt_work_share,
     served_be_tokens,
     small_instance,
@@ -50,6 +51,20 @@ def test_greedy_is_compared_with_an_optimum_that_it_can_reach_but_not_exceed():
     assert gaps["states"] > 20
     assert 0 < gaps["p5"] <= gaps["mean"] <= 1
     assert gaps["share_optimal"] > 0
+
+
+def test_what_the_optimum_does_not_see_is_counted():
+    """A pool so small that KV moves and requests give way, and more newcomers than the program is offered."""
+    setting = SimulationSettings("a100-80gb", "llama-2-7b", 1, kv_tokens=4_000, max_num_seqs=32)
+    ratios, omitted = recorded_gaps(setting, PaperWorkload(6.0, 5.0, 60))
+    assert ratios
+    assert omitted.keys() <= {"states_with_copies", "states_with_preemption", "states_with_offloaded_be",
+                              "states_with_more_newcomers"}
+    assert omitted["states_with_copies"] > 0
+    assert 0 < omitted["states_with_more_newcomers"] <= len(ratios)
+    assert ratios == iteration_gaps(setting, PaperWorkload(6.0, 5.0, 60))
+    ample = recorded_gaps(SimulationSettings("a100-80gb", "llama-2-7b", 1), PaperWorkload(3.0, 3.0, 8))[1]
+    assert not ample, "with memory to spare and few newcomers nothing is omitted"
 
 
 def test_a_distribution_counts_every_state():

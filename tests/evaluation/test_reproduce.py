@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bros_ref.cli.live import main
 from bros_ref.evaluation import reproduce
 from bros_ref.evaluation.dominance import BE_MARGIN, RT_MARGIN, dominance
 from bros_ref.evaluation.reproduce import AGAINST_V0, FIGURES, PaperFigure, compare, reproduce_paper, verdict
@@ -216,3 +217,12 @@ def test_a_budget_too_short_for_anything_says_how_much_would_do(monkeypatch):
     StoppedClock(monkeypatch, run_s=0.1)
     with pytest.raises(ValueError, match=r"--minutes 1 is too short for 5 seeds.*needs about \d+"):
         reproduce_paper(600.0, 0, seeds=5, minutes=1)
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_a_budget_must_be_a_time(tmp_path, monkeypatch, capsys, minutes):
+    monkeypatch.setattr("sys.argv", ["bros-ref", "reproduce", "--out", str(tmp_path), "--minutes", minutes])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    assert "--minutes must be a positive finite number" in capsys.readouterr().err

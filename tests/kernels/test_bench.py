@@ -10,7 +10,14 @@ from kernels.support import needs_emulator
 from typer.testing import CliRunner
 
 from bros_ref.cli.live import app
-from bros_ref.evaluation.bench.kernels import Case, bench_kernels, copy_bandwidth
+from bros_ref.evaluation.bench.kernels import (
+    Case,
+    PrefillCase,
+    bench_copies,
+    bench_kernels,
+    bench_prefill,
+    copy_bandwidth,
+)
 from bros_ref.evaluation.bench.peers import peers
 from kernels_cupy.device import FOLDER
 from kernels_cupy.gpu import why_unavailable
@@ -44,6 +51,27 @@ def test_a_wrong_kernel_is_not_timed():
     wrong = (FOLDER / file).read_text().replace("total[i] / sum", "total[i]")
     with pytest.raises(ArithmeticError, match="step 1 is off by"):
         bench_kernels(Emulator(sources={file: wrong}), once, HEADS, 0, "cpu", 1e9, cases=RAGGED, steps=(1,))
+
+
+@needs_emulator
+def test_prefills_are_verified_and_their_operations_counted():
+    cases = (PrefillCase("prompts", 2, 20, 20), PrefillCase("chunks", 2, 3, 20))
+    rows = bench_prefill(Emulator(), once, HEADS, 0, "cpu", cases)
+    assert [(row["case"], row["system"]) for row in rows] == [
+        ("prompts", "prefill"), ("prompts", "torch SDPA, dense"), ("chunks", "prefill")]
+    visible = 2 * (18 + 19 + 20)
+    assert rows[2]["tflop_per_s"] == pytest.approx(4 * visible * 8 * 64 / 2e-6 / 1e12)
+    file = "prefill_attention_1_tensor_cores.cu"
+    wrong = (FOLDER / file).read_text().replace("rows.out[j][2 * h] * scale", "rows.out[j][2 * h]")
+    with pytest.raises(ArithmeticError, match="prefill is off by"):
+        bench_prefill(Emulator(sources={file: wrong}), once, HEADS, 0, "cpu", cases)
+
+
+@needs_emulator
+def test_copies_count_each_byte_once():
+    rows = bench_copies(Emulator(), once, HEADS, "cpu", layers=2, slots=5)
+    assert [row["case"] for row in rows] == ["on the device"]
+    assert rows[0]["gb_per_s"] == pytest.approx(2 * 2 * 5 * 2 * 64 * 2 / 2e-6 / 1e9)
 
 
 class FakePeers:

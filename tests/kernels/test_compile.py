@@ -12,6 +12,7 @@ import kernels_cupy
 from bros_ref.cli.kernels import ladder_rows, with_ladder
 from kernels_cupy.device import Kernel
 from kernels_cupy.heads import Heads
+from kernels_cupy.launch import DECODE_STEPS
 from kernels_cupy.proof.compile import (
     CompileError,
     Resources,
@@ -28,14 +29,37 @@ HALF = Heads(8, 2, 128, 16, torch.float16)
 BY_NAME = {rung.name: rung for rung in LADDER}
 
 
-@pytest.mark.parametrize("arch", [75, 80, 120])
+@pytest.mark.parametrize(("arch", "head_dim"), [(75, 64), (75, 128), (75, 256), (80, 128), (90, 64), (90, 128),
+                                                (120, 128)])
 @pytest.mark.parametrize("name", BY_NAME)
-def test_nothing_spills(name, arch):
-    if not BY_NAME[name].supports(HALF, arch):
-        pytest.skip(f"step {name} is not for sm_{arch}")
-    row = compiled(BY_NAME[name], HALF, arch)
+def test_nothing_that_would_be_launched_spills_or_does_not_fit(name, arch, head_dim):
+    heads = Heads(8, 2, head_dim, 16, torch.float16)
+    if not BY_NAME[name].supports(heads, arch):
+        pytest.skip(f"step {name} is not for head_dim {head_dim} on sm_{arch}")
+    row = compiled(BY_NAME[name], heads, arch)
     assert row.used.spill_bytes == 0
     assert row.occupancy > 0
+
+
+def test_what_the_t4_runs_is_what_the_launchers_say():
+    wide, bfloat = Heads(8, 2, 256, 16, torch.float16), Heads(8, 2, 64, 16, torch.bfloat16)
+    runs = {heads: [name for name in BY_NAME if BY_NAME[name].supports(heads, 75)] for heads in (HALF, wide, bfloat)}
+    assert runs[HALF] == ["0", "1", "2", "3", "4", "prefill 0", "prefill 1"]
+    assert runs[wide] == ["1", "2", "3", "prefill 0", "prefill 1"]
+    assert runs[bfloat] == ["0", "1", "2", "3", "prefill 0"]
+
+
+@pytest.mark.parametrize(("arch", "reserved"), [(80, 0), (90, 1024)])
+def test_step_2_has_the_static_shared_memory_that_its_launcher_adds(arch, reserved):
+    used = compiled(BY_NAME["2"], HALF, arch).used
+    assert used.shared_bytes - reserved == DECODE_STEPS[2].static_bytes(HALF)
+
+
+def test_a_product_of_the_prefill_needs_half_the_shared_memory_of_one_in_step_4():
+    four, prefill = (executed(BY_NAME[name], HALF, 90).mma_per_shared_kib for name in ("4", "prefill 1"))
+    assert prefill > 2 * four
+    assert prefill > 4, "more than an A100's tensor cores can use"
+    assert executed(BY_NAME["3"], HALF, 90).mma_per_shared_kib is None
 
 
 @pytest.mark.parametrize("file", ["store_kv", "copy_slots"])
@@ -97,6 +121,7 @@ def test_the_main_loop_may_have_a_part_behind_its_end_and_is_not_the_one_that_on
 @pytest.mark.parametrize(("used", "threads", "shared", "arch", "wanted"), [
     (Resources(32, 0, 0), 128, 0, 80, 1.0), (Resources(128, 0, 0), 128, 0, 80, 0.25),
     (Resources(32, 0, 0), 128, 160 * 1024, 80, 4 / 64), (Resources(32, 0, 0), 32, 0, 86, 16 / 48),
-    (Resources(32, 0, 0), 128, 200 * 1024, 80, 0.0)])
+    (Resources(32, 0, 0), 128, 200 * 1024, 80, 0.0), (Resources(32, 0, 18 * 1024), 128, 20 * 1024, 90, 6 * 4 / 64),
+    (Resources(32, 0, 17 * 1024), 128, 20 * 1024, 80, 4 * 4 / 64)])
 def test_occupancy(used, threads, shared, arch, wanted):
     assert occupancy(used, threads, shared, arch) == pytest.approx(wanted)

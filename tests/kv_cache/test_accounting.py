@@ -194,6 +194,165 @@ def test_reclaim_spares_those_ordered_before():
     assert manager.offloaded_tokens["last"] == 4
 
 
+def test_an_rt_front_does_not_overwrite_a_best_effort_request_that_runs_in_this_step():
+    manager, memory, be = pending_be(6)
+    rt = make_request("rt", True)
+    manager.allocate_slots(rt, 1)
+    memory.run_step([(rt, 1)])  # R0 _ B5 B4
+    manager.begin_step([be])
+    assert manager.allocate_slots(be, 1) is not None  # R0 B6 B5 B4
+    before = manager.snapshot()
+    assert manager.allocate_slots(rt, 1) is None
+    assert manager.snapshot() == before
+    assert not manager._changes.copies
+    memory.run_step([(be, 1)])
+
+
+@pytest.mark.parametrize("num_host_blocks", [0, 1])
+def test_an_rt_front_moves_on_over_best_effort_tokens_only_as_the_host_has_room_for_them(num_host_blocks):
+    manager = bidirectional(2, 4, num_host_blocks=num_host_blocks)
+    memory, be, rt = ShadowMemory(manager), make_request("be", False), make_request("rt", True)
+    for request, count in ((be, 6), (rt, 2)):
+        manager.begin_step([be] if request is rt else [])
+        manager.allocate_slots(request, count)
+        memory.run_step([(request, count)])
+    for _ in range(2):  # the second token of the same block needs no second host block
+        manager.begin_step([be])
+        before = manager.snapshot()
+        assert (manager.allocate_slots(rt, 1) is not None) == (num_host_blocks == 1)
+        if num_host_blocks:
+            memory.run_step([(rt, 1)])
+        else:
+            assert manager.snapshot() == before
+        manager.check_integrity()
+
+
+def test_the_partly_filled_block_of_an_rt_is_the_shared_one_so_that_only_one_block_is_touched():
+    manager, memory, _be = pending_be(10, num_blocks=3)  # B0..B3 | B4..B7 | B8 B9 _ _
+    be_table = list(manager.block_table("be"))
+    rt = make_request("rt", True)
+    assert manager.allocate_slots(rt, 6) == [be_table[1], be_table[2]]
+    assert manager.offloaded_tokens["be"] == 4
+    assert manager.host.num_blocks - manager.host.num_unused == 1
+    memory.run_step([(rt, 6)])
+
+
+def filled_by(*counts, num_blocks):
+    """A manager whose pool best-effort requests "be0", "be1", ... of so many tokens have filled; and those requests, of
+    which none runs in the step that has begun."""
+    manager = bidirectional(num_blocks, 4)
+    memory, all_be = ShadowMemory(manager), [make_request(f"be{i}", False) for i in range(len(counts))]
+    manager.begin_step()
+    for be, count in zip(all_be, counts, strict=True):
+        manager.allocate_slots(be, count)
+    memory.run_step(list(zip(all_be, counts, strict=True)))
+    assert manager.num_free_blocks == 0
+    manager.begin_step(all_be)
+    return manager, memory, all_be
+
+
+def test_an_rt_shares_with_the_best_effort_request_ordered_last():
+    manager, _memory, _ = filled_by(2, 2, 2, num_blocks=3)
+    assert manager.allocate_slots(make_request("rt", True), 1) == manager.block_table("be2")
+    assert manager.allocate_slots(make_request("rt2", True), 1) == manager.block_table("be1")
+    assert not manager.offloaded_tokens
+
+
+def test_an_rt_finds_a_free_middle_behind_full_blocks_of_others():
+    manager, _memory, _ = filled_by(2, 4, 4, num_blocks=3)
+    assert manager.allocate_slots(make_request("rt", True), 1) == manager.block_table("be0")
+    assert not manager.offloaded_tokens
+
+
+def test_a_victim_gives_its_newest_blocks_first_and_the_last_in_order_gives_all_before_another_gives_any():
+    manager, _memory, _ = filled_by(8, 8, num_blocks=4)
+    tables = [list(manager.block_table(name)) for name in ("be0", "be1")]
+    assert manager.allocate_slots(make_request("rt", True), 4) == [tables[1][1]]
+    assert manager.allocate_slots(make_request("rt2", True), 4) == [tables[1][0]]
+    assert manager.offloaded_tokens == {"be1": 8}
+    assert manager.allocate_slots(make_request("rt3", True), 4) == [tables[0][1]]
+
+
+def test_a_victim_that_only_shares_frees_blocks_for_nobody_but_the_one_it_shares_with():
+    manager, _memory, _ = filled_by(2, 4, num_blocks=2)
+    manager.allocate_slots(make_request("rt", True), 2)  # beside be0
+    assert manager.frees_blocks_for("be1", "other"), "it has a block of its own"
+    assert manager.frees_blocks_for("be0", "rt")
+    assert not manager.frees_blocks_for("be0", "other")
+
+
+@pytest.mark.parametrize("make", [bidirectional, lambda *sizes: KVCacheManager(KVCacheConfig(*sizes))])
+def test_a_token_that_stays_in_its_block_is_appended_without_looking_at_the_pool(make):
+    manager, be = make(4, 16), make_request("be", False)
+    manager.begin_step()
+    manager.allocate_slots(be, 3)
+    manager.pool = None
+    for _ in range(13):
+        manager.begin_step([be])
+        assert manager.allocate_slots(be, 1) is not None
+    with pytest.raises(AttributeError):
+        manager.allocate_slots(be, 1)
+
+
+def test_a_reset_forgets_everything_and_says_so():
+    manager, memory, be = pending_be(8)
+    manager.allocate_slots(make_request("rt", True), 3)
+    manager.reset()
+    assert (manager.num_used_blocks, manager.offloaded_tokens) == (0, {})
+    assert manager.host.num_unused == manager.host.num_blocks
+    changes = manager.take_changes()
+    assert not changes.copies
+    assert sorted(changes.block_changes) == [["be", -1, -1], ["rt", -1, -1]]
+    memory.forget(be)
+    manager.begin_step()
+    manager.allocate_slots(be, 8)
+    memory.run_step([(be, 8)])
+    manager.check_integrity()
+
+
+def test_a_host_block_is_not_given_out_while_a_copy_to_it_is_still_to_be_made():
+    """A step may swap out and yet run nobody; its copies then wait for the next step that runs."""
+    manager, memory, [_, last] = filled_by(4, 4, num_blocks=2)
+    assert manager.swap_out("be0")
+    manager.free("be0")
+    manager.begin_step([last])
+    assert manager.swap_out("be1")
+    memory.run_step([])
+    manager.begin_step([last])
+    assert manager.allocate_slots(last, 1) is not None
+    memory.run_step([(last, 1)])
+    assert manager.host.num_unused == manager.host.num_blocks
+
+
+def test_a_full_host_store_does_not_keep_an_rt_out_of_a_free_middle():
+    manager = bidirectional(1, 4, num_host_blocks=0)
+    memory, be, rt = ShadowMemory(manager), make_request("be", False), make_request("rt", True)
+    manager.begin_step()
+    manager.allocate_slots(be, 2)
+    memory.run_step([(be, 2)])
+    manager.begin_step([be])
+    assert manager.allocate_slots(rt, 3) is None, "its third token would overwrite one"
+    assert manager.allocate_slots(rt, 2) is not None
+    memory.run_step([(rt, 2)])
+
+
+def test_a_table_entry_from_before_its_block_was_given_up_is_stale_even_for_the_same_owner():
+    manager, memory, be = pending_be(7)
+    sequence = manager._sequences["be"]
+    blocks, epochs = list(sequence.block_ids), list(sequence.epochs)
+    assert manager.swap_out("be")
+    memory.run_step([])
+    manager.begin_step([be])
+    assert manager.allocate_slots(be, 1) is not None
+    memory.run_step([(be, 1)])
+    assert sorted(sequence.block_ids) == sorted(blocks)
+    manager.check_integrity()
+    by_block = dict(zip(blocks, epochs, strict=True))
+    sequence.epochs[:] = [by_block[block_id] for block_id in sequence.block_ids]
+    with pytest.raises(CacheIntegrityError, match="epoch"):
+        manager.check_integrity()
+
+
 def break_double_free(manager):
     manager.pool.free_ids.append(manager.pool.free_ids[-1])
 

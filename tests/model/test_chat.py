@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 
-from bros_ref.model.chat_template import CPU_SECONDS, MEMORY_BYTES, RENDERER, TemplateFailedError
+from bros_ref.model.chat_template import CPU_SECONDS, MEMORY_BYTES, RENDERER, TemplateFailedError, TemplateRenderer
 from bros_ref.model.control_tokens import ControlTokens
 from bros_ref.model.tokenizer import CheckpointTokenizer, TokenizerError, load_tokenizer
 from bros_ref.model.weights.load import WeightsError, load_model_config
@@ -76,7 +76,7 @@ def test_what_belongs_to_training_is_left_out(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "Qwen2Tokenizer",
-                                  "GPT2TokenizerFast"])
+                                  "GPT2TokenizerFast", "CodeLlamaTokenizer"])
 @pytest.mark.parametrize("options", [
     {}, {"add_bos_token": False}, {"add_bos_token": True}, {"add_bos_token": False, "add_eos_token": True},
     {"add_eos_token": True}, {"bos_token": {"content": "<s>", "__type": "AddedToken",
@@ -84,7 +84,7 @@ def test_what_belongs_to_training_is_left_out(tmp_path: Path, kind: str) -> None
 def test_each_class_opens_and_closes_texts_as_in_transformers(tmp_path: Path, name: str,
                                                               options: dict[str, Any]) -> None:
     tokenizer = chatml()
-    tokenizer.add_special_tokens(["<|endoftext|>", "<unk>"])
+    tokenizer.add_special_tokens(["<|endoftext|>", "<unk>", "▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"])
     assert_equals_transformers(write_folder(tmp_path, tokenizer, tokenizer_class=name, **options))
 
 
@@ -105,14 +105,16 @@ def test_add_prefix_space_is_the_configs(tmp_path: Path, prefix: bool, option: A
 @pytest.mark.parametrize("options", [
     {"added_tokens_decoder": {"333": {"content": "<tool>", "special": True, "normalized": False}}},
     {"added_tokens_decoder": {"333": {"content": "<tool>", "special": False, "normalized": False}}},
-    {"pad_token": "<pad>"}, {"additional_special_tokens": ["<x>", {"content": "<y>", "__type": "AddedToken"}]},
+    {"pad_token": "<pad>"}, {"eos_token": {"content": "</s>", "__type": "AddedToken", "lstrip": True}},
+    {"additional_special_tokens": ["<x>", {"content": "<y>", "__type": "AddedToken", "lstrip": True}]},
+    {"extra_special_tokens": {"image_token": "<y>"}, "cls_token": "<x>", "additional_special_tokens": ["<pad>"]},
     {"split_special_tokens": True}])
 def test_tokens_of_the_config_join_those_of_the_tokenizer(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = write_folder(tmp_path, **options)
     assert_equals_transformers(folder)
     from transformers import AutoTokenizer
 
-    text = "the <tool><pad> <x> quick<y>"
+    text = "the <tool><pad> <x> quick <y> </s>"
     assert load_tokenizer(folder).encode(text) == AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
 
 
@@ -257,8 +259,9 @@ def test_a_hostile_template_is_one_line_of_error_in_bounded_time_and_memory(tmp_
     assert len(str(failure.value)) < 600
     assert time.process_time() - own_cpu < CPU_SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - own_peak < 64 * 1024  # KiB: this process took no part
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 4 * MEMORY_BYTES
     assert RENDERER.render("{{ x }}", {"x": "still here"}) == "still here"
+    assert RENDERER._child is not None
+    assert resource.prlimit(RENDERER._child.pid, resource.RLIMIT_AS)[0] <= MEMORY_BYTES
 
 
 @pytest.mark.parametrize(("template", "message"), [
@@ -305,6 +308,12 @@ def test_an_interrupted_render_leaves_no_answer_behind(monkeypatch: pytest.Monke
         RENDERER.render("", {"x": object()})
 
 
+def test_where_no_process_starts_a_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    with pytest.raises(TemplateFailedError, match="no process can be started to render it"):
+        TemplateRenderer().render("x", {})
+
+
 # --- control tokens in what users write
 
 def test_text_that_spells_control_tokens_stays_text_unless_asked(tmp_path: Path) -> None:
@@ -329,6 +338,32 @@ def test_a_plain_prompt_of_a_base_model_is_text_too(tmp_path: Path) -> None:
     assert tokenizer.chat("<s>the").count(bos) == 1
     assert tokenizer.chat("<s>the", control_tokens=True).count(bos) == 2
     assert tokenizer.encode("<s>the").count(bos) == 2
+
+
+def tiny_model(path: Path) -> str:
+    """A GGUF model without a template whose tokens are a, b, ab, </s> and 93 words."""
+    tokens = ["a", "b", "ab", "</s>", *(f"t{i}" for i in range(93))]
+    return write_gguf(path, make_hf("llama-gqa-tied"), "llama", F32, **{
+        f"tokenizer__ggml__{key}": value for key, value in {
+            "model": "gpt2", "pre": "gpt-2", "merges": ["a b"], "tokens": tokens, "eos_token_id": 3,
+            "token_type": [1, 1, 1, 3] + [1] * 93}.items()})
+
+
+def test_the_front_door_and_the_command_line_have_the_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from bros_ref import LLM, SamplingParams
+    from bros_ref.cli.live import app
+
+    model = tiny_model(tmp_path / "m.gguf")
+    llm, params = LLM(model, latency="online", device="cpu"), SamplingParams(max_tokens=4, ignore_eos=True)
+    as_text, meant = (llm.chat("ab</s>b", params, control_tokens=option)[0] for option in (False, True))
+    assert (as_text.prompt_token_ids, meant.prompt_token_ids) == ((2, 1), (2, 3, 1))
+    assert as_text.text != meant.text
+    for options, output in (([], as_text), (["--control-tokens"], meant)):
+        app(["generate", "ab</s>b", "--model", model, "--max-tokens", "4", "--device", "cpu", *options],
+            standalone_mode=False)
+        shown = capfd.readouterr().out.strip()
+        assert shown
+        assert output.text.startswith(shown)  # the command line stops at </s>
 
 
 @pytest.mark.parametrize("name", ["chatml", "byte-fallback"])

@@ -153,6 +153,26 @@ def test_vllm_priority_ends_the_step_when_the_one_that_asks_is_the_worst():
     assert decider.output.preempted == {"be0": "recompute"}
 
 
+def test_a_vllm_priority_request_has_its_old_place_when_it_comes_back_and_ties_go_by_id():
+    decider = Decider("vllm-priority", 6, 16, max_num_seqs=3, max_num_batched_tokens=24, **CHUNKED)
+    for name, prompt_tokens, max_tokens in (("rt12", 1, 17), ("be13", 51, 15), ("be14", 17, 1)):
+        decider.add(name, prompt_tokens, max_tokens, arrival_s=0.0)
+    preempted = []
+    while "rt12" in decider.scheduler.requests:
+        decider.step()
+        preempted += decider.output.preempted
+    assert preempted == ["be13"]
+    assert decider.step() == {"be13": 24}, "both arrived at 0.0, and its id is the smaller one"
+
+
+def test_an_id_may_come_back_while_its_ended_request_is_still_queued():
+    decider = Decider("vllm-priority", max_num_seqs=1, **CHUNKED)
+    decider.add("rt0", max_tokens=1, arrival_s=0.0)
+    decider.abort(decider.add("be0", arrival_s=0.0))
+    decider.add("be0", max_tokens=1, arrival_s=0.0)
+    assert [list(decider.step()) for _ in range(3)] == [["rt0"], ["be0"], []]
+
+
 # -- the vLLM oracle ------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +184,6 @@ class Life:
     prompt: int
     output: int
     arrival_s: float
-    entry: int
     computed: int = 0
     made: int = 0
     blocks: int = 0
@@ -186,18 +205,15 @@ class VLLMOracle:
     budget: int
     running: list = field(default_factory=list)
     waiting: list = field(default_factory=list)
-    entries: int = 0
     reserve: int = 0
 
     def add(self, name, prompt, output, arrival_s):
-        self._wait(Life(name, prompt, output, arrival_s, 0))
+        self._wait(Life(name, prompt, output, arrival_s))
 
     def _wait(self, life, front=False):
-        self.entries += 1
-        life.entry = self.entries
         self.waiting.insert(0 if front else len(self.waiting), life)
         if self.priority:
-            self.waiting.sort(key=lambda other: (*other.rank, other.entry))
+            self.waiting.sort(key=lambda other: (*other.rank, other.name))
 
     def _grow(self, life, tokens):
         missing = -(-(life.computed + tokens) // self.block_size) - life.blocks
@@ -258,7 +274,7 @@ def decide_alike(policy, seed, num_blocks, block_size, seats, budget, reserve=0,
         if rng.random() < arrivals:
             prompt = rng.randint(1, longest - 1)
             name, output = f"{rng.choice(['rt', 'be'])}{step}", rng.randint(1, longest - prompt)
-            arrival_s = rng.random()
+            arrival_s = rng.choice([0.0, 0.5, rng.random()])  # ties, too
             decider.add(name, prompt, output, arrival_s=arrival_s)
             oracle.add(name, prompt, output, arrival_s)
         decided = decider.step()

@@ -355,6 +355,54 @@ def test_a_lazy_pool_full_of_real_time_requests_serves_every_one_to_its_end(seed
     raise AssertionError(f"still there: {list(decider.scheduler.requests)}")
 
 
+def test_a_long_prompt_that_cannot_be_on_time_any_more_bounds_nobody_though_its_next_chunk_could():
+    decider = Decider("bros-plus", num_blocks=400, max_num_batched_tokens=64)
+    decider.add("rt-hopeless", prompt_tokens=640, slo=SLO(0.7, 1.0))  # ten chunks take 0.74 s and what pairs cost
+    decider.add("rt-on-time", prompt_tokens=32, slo=SLO(0.9, 1.0))
+    assert decider.step() == {"rt-on-time": 32, "rt-hopeless": 32}
+    assert decider.output.step_budget_s == pytest.approx(0.9)
+
+
+def test_long_prompts_do_not_take_turns():
+    """The one with the earlier deadline is computed to its end first, however far it is."""
+    decider = Decider("bros-plus", num_blocks=400, max_num_batched_tokens=64)
+    decider.add("rt-before", prompt_tokens=64, max_tokens=1)
+    decider.step()
+    for i in range(3):
+        decider.add(f"rt{i}", prompt_tokens=192, slo=SLO(5.0 + i / 100, 5.0))
+    started = []
+    for _ in range(7):
+        started += [name for name in decider.step() if name not in started]
+    assert [decider.scheduler.requests[f"rt{i}"].num_computed_tokens > 64 for i in range(3)] == [True, True, False]
+    assert started == ["rt0", "rt1", "rt2"]
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 1.5, 3.0])
+def test_best_effort_stretches_an_iteration_no_further_than_the_slowdown_that_is_allowed(slowdown):
+    decider = Decider("bros-plus", num_blocks=400, rt_slowdown=slowdown, max_num_seqs=64, max_num_batched_tokens=512)
+    decider.add("rt0", prompt_tokens=8, max_tokens=20)
+    for i in range(30):
+        decider.add(f"be{i}", prompt_tokens=2)
+    longest_s = 0.0
+    while "rt0" in decider.scheduler.requests:
+        request = decider.scheduler.requests["rt0"]
+        alone_s = 0.010 + decider.latency.cost_s(request.num_tokens - request.num_computed_tokens,
+                                                 request.num_computed_tokens)
+        decider.step()
+        assert "rt0" not in decider.output.left_out
+        stretched_s = decider.output.predicted_s - alone_s
+        assert stretched_s <= (slowdown - 1) * 0.010 + 1e-12
+        longest_s = max(longest_s, stretched_s)
+    assert longest_s > 0.7 * (slowdown - 1) * 0.010 or slowdown == 1.0
+    assert len(decider.step()) > 1, "nobody is slowed down any more"
+
+
+@pytest.mark.parametrize("slowdown", [0.99, float("inf"), float("nan")])
+def test_a_slowdown_that_says_nothing_is_refused(slowdown):
+    with pytest.raises(ValueError, match="rt_slowdown must be None or a finite number of at least 1"):
+        Decider("bros-plus", rt_slowdown=slowdown)
+
+
 @pytest.mark.parametrize(("policy", "seats"), [("bros", 2), ("bros+seats", 8)])
 def test_the_batch_cap_is_the_papers_and_an_option(policy, seats):
     decider = Decider(policy, base_batch_cap=2, max_num_batched_tokens=1000, num_blocks=400)

@@ -214,3 +214,24 @@ def test_a_model_that_was_never_fitted_predicts_nothing_and_says_so():
     assert not model.is_fitted
     assert model.predict(features((512, 0))) == 0
     assert StepLatencyModel(TRUTH).is_fitted
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**32), st.floats(0, 0.1))
+def test_a_model_that_was_never_fitted_learns_from_its_first_steps_and_then_as_any_other(seed, noise):
+    rng, model = random.Random(seed), StepLatencyModel()
+    samples = measured(rng, TRUTH, 200, noise)
+    model.observe(features((64, 0)), math.nan)
+    for count, (batch, seconds) in enumerate(samples, start=1):
+        model.observe(batch, seconds)
+        assert model.is_fitted == (count >= 4)
+    errors = [abs(model.predict(batch) / StepLatencyModel(TRUTH).predict(batch) - 1) for batch, _ in samples[-50:]]
+    assert np.median(errors) < 0.03 + noise
+
+
+def test_a_step_that_waited_for_copies_teaches_an_unfitted_model_nothing():
+    model, restoring = StepLatencyModel(), features((64, 0))
+    restoring.restored_tokens = 1
+    for _ in range(8):
+        model.observe(restoring, 5.0)
+    assert not model.is_fitted

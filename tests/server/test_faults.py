@@ -376,3 +376,15 @@ def test_pages_of_lists(server, client):
         client.files.delete(file_id)
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(files[0])
+
+
+def test_a_policy_that_turns_a_request_away_tells_its_client(tmp_path):
+    with running(tmp_path, policy="scorpio") as server, openai_client(server) as client:
+        with pytest.raises(openai.InternalServerError) as turned_away:
+            client.completions.create(model=MODEL, prompt="x", max_tokens=3,
+                                      extra_body={"slo": {"ttft_s": 0.001, "tpot_s": 1.0}})
+        assert (turned_away.value.status_code, turned_away.value.code) == (503, "rejected")
+        answer = client.completions.create(model=MODEL, prompt="x", max_tokens=3,
+                                           extra_body={"slo": {"ttft_s": 60, "tpot_s": 1.0}})
+        assert answer.usage.completion_tokens == 3
+        assert is_clean(server)

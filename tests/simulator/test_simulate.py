@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from bros_ref.clock import VirtualClock
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine
+from bros_ref.engine.assemble import RunnerFacts, assemble_engine
 from bros_ref.engine.model_runner import ModelRunner
 from bros_ref.engine.serve import serve
 from bros_ref.model.checksum import ChecksumModel
@@ -23,6 +24,7 @@ from bros_ref.scheduler import POLICIES, make_scheduler
 from bros_ref.simulator.cost_model import CostModel, gpu_named, model_named
 from bros_ref.simulator.runner import SimulatedRunner, fit_to
 from bros_ref.simulator.simulate import (
+    HOST_STORE_BYTES,
     Job,
     SimulationSettings,
     Zeros,
@@ -217,3 +219,33 @@ def test_bros_plus_cuts_prompts_where_whole_ones_miss_deadlines(seed):
     assert cut["be"]["output_throughput"] > 2 * whole["be"]["output_throughput"]
     assert cut["rt"]["slo_attainment"] >= whole["rt"]["slo_attainment"] - 0.02
 
+
+@pytest.mark.parametrize("policy", ["bros", "bros-plus"])
+def test_without_a_latency_model_deadlines_count_after_the_first_steps(policy):
+    """Six RT per second with targets that only the deadlines' bound on the iteration keeps."""
+    settings = SimulationSettings("a100-40gb", "opt-13b", 2, seed=1)
+    workload = PaperWorkload(6.0, 40.0, 66, SLO(0.2, 0.05))
+
+    def on_time(latency, learns=True):
+        cost, clock = settings.cost, VirtualClock()
+        facts = RunnerFacts(settings.model, "simulated", cost.model.kv_bytes_per_token, cost.model.max_context_tokens)
+        engine = assemble_engine(policy, SimulatedRunner(cost, clock), facts, settings.kv_config, settings, clock,
+                                 latency=latency, trace_type=StreamedTrace)
+        if not learns:
+            engine.scheduler.latency.observe = lambda features, actual_s: None
+        serve(engine, workload.build(1), request_of_length, 40.0)
+        return summarise(engine.trace)["classes"]["rt"]["slo_attainment"]
+
+    never, online, fitted = on_time(None, learns=False), on_time(None), on_time(fit_to(settings.cost))
+    assert fitted > never + 0.3
+    assert online > fitted - 0.1
+
+
+@pytest.mark.parametrize(("model", "gpu", "tp"), [("opt-13b", "a100-40gb", 2), ("llama-3-70b", "a100-80gb", 8)])
+def test_the_host_store_is_four_pools_within_its_bound(model, gpu, tp):
+    settings = SimulationSettings(gpu, model, tp)
+    config, bytes_per_block = settings.kv_config, settings.cost.model.kv_bytes_per_token * settings.block_size
+    assert config.host_blocks in (4 * config.num_blocks, int(HOST_STORE_BYTES // bytes_per_block))
+    assert config.host_blocks * bytes_per_block <= HOST_STORE_BYTES
+    trace = simulated_engine("bros", settings).trace
+    assert trace.environment["host_blocks"] == config.host_blocks

@@ -93,6 +93,7 @@ def header(**changes: object) -> dict[str, object]:
     (header(schema=99), "trace schema 99.*reads schemas 1 to 2"),
     (header(colour="red"), "header: unknown field 'colour'"),
     ({"kind": KIND, "schema": 1}, "header: .*policy"),
+    ('{"kind": NaN}', "not a trace, or cut short: NaN is no JSON number"),
     (header(steps={}), "expected `requests` .* `steps` a list"),
     (header(steps=[7]), "step 0: expected a JSON object, got int"),
     (header(steps=[{"step": 0}]), "step 0: .*start_s"),
@@ -104,6 +105,12 @@ def test_a_bad_file_is_one_clear_error(tmp_path: Path, content: object, says: st
     with pytest.raises(ValueError, match=r"bad\.json: " + says) as raised:
         Trace.load(path)
     assert type(raised.value) is ValueError
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
+def test_what_may_never_end_is_not_read(path: str) -> None:
+    with pytest.raises(ValueError, match=f"{path}: not a file"):
+        Trace.load(path)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 9, 11, 200, -1])

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.request import SLO, Request, RequestClass, SamplingParams
-from bros_ref.scheduler import make_scheduler
+from bros_ref.scheduler import CHUNKED_POLICIES, make_scheduler
 from bros_ref.scheduler.base import Scheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
 
@@ -39,15 +39,16 @@ class SteadyState:
     def __init__(self, policy: str, running: int, waiting: int) -> None:
         blocks_each = 96  # room for 1,536 tokens: nobody finishes or runs short while being measured
         config = SchedulerConfig(max_num_seqs=running, max_num_batched_tokens=1 << 20, base_batch_cap=running,
-                                 chunked_prefill=policy.startswith(("vllm", "sglang")))
+                                 chunked_prefill=policy in CHUNKED_POLICIES)
         self.scheduler: Scheduler = make_scheduler(policy, config, KVCacheConfig(running * blocks_each + 64),
                                                    StepLatencyModel(STEP_LATENCY))
         self.truth = StepLatencyModel(STEP_LATENCY)
         self.running, self.now_s = running, 0.0
         for i in range(running):
             self._add(f"running{i}", is_rt=i % 2 == 0)
-        while self.step() < running or any(r.num_tokens - r.num_computed_tokens > 1 for r in self.scheduler.running):
-            pass
+        while len(self.scheduler.running) < running or any(
+                r.num_tokens - r.num_computed_tokens > 1 for r in self.scheduler.running):
+            self.step()
         for i in range(waiting):
             self._add(f"waiting{i}", is_rt=False)
 

@@ -156,14 +156,14 @@ def _rope_theta(path: Path, raw: dict[str, Any], rope: dict[str, Any]) -> Any:
 
 
 def _rope_scaling(path: Path, rope: dict[str, Any], max_context: int) -> RopeScaling | None:
-    kind = rope.get("type", rope.get("rope_type", "default"))  # transformers prefers "type" when both are there
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _SCALING_KEYS:
         raise WeightsError(f"{path}: rope_scaling of type {kind!r} is not supported, only linear, llama3 and yarn")
     understood = {"type", "rope_type", "rope_theta"} | _SCALING_KEYS[kind]
     unknown = [key for key, value in rope.items() if key not in understood and value is not None]
-    if unknown or ("factor" in rope and not {"type", "rope_type"} & {*rope}):
+    if unknown or rope.get("type", kind) != kind or ("factor" in rope and not {"type", "rope_type"} & {*rope}):
         raise WeightsError(f"{path}: rope_scaling = {rope!r} is not understood"
-                           + (f" ({', '.join(unknown)} in type {kind!r})" if unknown else " (it names no type)"))
+                           + (f" ({', '.join(unknown)} in type {kind!r})" if unknown else " (it must name one type)"))
     if kind == "default":
         return None
     factor = rope["factor"]
