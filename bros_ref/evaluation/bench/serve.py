@@ -149,14 +149,14 @@ def request_body(target: Target, item: WorkloadItem, index: int, seed: int) -> d
 async def _send_all(target: Target, singles: Sequence[WorkloadItem], batch: Sequence[WorkloadItem], seed: int,
                     on_done: Callable[[], None]) -> tuple[list[Answer], dict[str, Any] | None]:
     answers = [Answer(f"{item.request_class.value}-{index}", item) for index, item in enumerate(singles)]
+    bodies = [request_body(target, item, index, seed) for index, item in enumerate(singles)]
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(headers=target.headers, timeout=TIMEOUT_S, limits=limits) as client:
         start_s = time.perf_counter()
         batch_run = asyncio.create_task(_send_batch(client, target, batch, seed)) if batch else None
 
-        async def one(index: int, answer: Answer) -> None:
+        async def one(answer: Answer, body: dict[str, Any]) -> None:
             await asyncio.sleep(max(0.0, answer.item.arrival_s - (time.perf_counter() - start_s)))
-            body = request_body(target, answer.item, index, seed)
             try:
                 await _stream(client, target, answer, body, start_s)
             except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -164,7 +164,7 @@ async def _send_all(target: Target, singles: Sequence[WorkloadItem], batch: Sequ
             answer.ended_s = time.perf_counter() - start_s
             on_done()
 
-        await asyncio.gather(*(one(index, answer) for index, answer in enumerate(answers)))
+        await asyncio.gather(*map(one, answers, bodies))
         return answers, None if batch_run is None else await batch_run
 
 
