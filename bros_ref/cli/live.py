@@ -31,6 +31,7 @@ from bros_ref.cli.common import (
     RefitOption,
     RequestsOption,
     SeedOption,
+    SplitOption,
     StopOption,
     ThreadsOption,
     TimeUnitOption,
@@ -85,7 +86,8 @@ def generate(prompt: str, model: ModelOption = "smollm2",
              max_tokens: CountOption = 64,
              temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
              top_p: float = 1.0, stop: StopOption = None,
-             device: DeviceOption = "auto", backend: BackendOption = "auto", threads: ThreadsOption = 0,
+             device: DeviceOption = "auto", backend: BackendOption = "auto", tp: SplitOption = 1,
+             threads: ThreadsOption = 0,
              control_tokens: Annotated[bool, typer.Option("--control-tokens", help=(
                  "Control tokens that the prompt spells, such as <|im_end|>, are meant; default: text."))] = False,
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
@@ -101,7 +103,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt's character {error.start} is no text in this terminal's encoding") from error
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
-    loaded = _load(model, device, threads, seed, backend)
+    loaded = _load(model, device, threads, seed, backend, tp)
     token_ids = loaded.tokenizer.chat(prompt, control_tokens=control_tokens)
     longest = min(len(token_ids) + max_tokens, loaded.config.max_context_tokens)  # more is refused by the engine
     settings = LiveSettings(kv_blocks=-(-longest // 16), seed=seed)
@@ -122,8 +124,9 @@ def generate(prompt: str, model: ModelOption = "smollm2",
 @app.command()
 def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm-priority,bros",
          out: OutOption = Path("out/demo"),
-         model: ModelOption = "smollm2", device: DeviceOption = "auto", threads: ThreadsOption = 0,
-         refit: RefitOption = False, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+         model: ModelOption = "smollm2", device: DeviceOption = "auto", tp: SplitOption = 1,
+         threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
+         json_path: JsonOption = None) -> None:
     """The main job: a real model serves urgent questions and a batch of documents, under KV pressure, per policy."""
     from bros_ref.cli.tables import results_table
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner, request_from_item
@@ -133,7 +136,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     from bros_ref.viz.figures.report import write_report
 
     names, console = parse_policies(policies), make_console(json_path)
-    loaded = _load(model, device, threads, seed)
+    loaded = _load(model, device, threads, seed, tp=tp)
     items = demo_items(loaded, seed)
     settings = LiveSettings(kv_blocks=pool_blocks(items, 8, 16), max_num_seqs=8, max_num_batched_tokens=256,
                             chunked_prefill=True, seed=seed)
@@ -178,7 +181,7 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload fi
                 until_s: Annotated[float, typer.Option(min=0.0, help="Stop after this many seconds.")] = float("inf"),
                 trace_path: Annotated[Path | None, typer.Option("--trace", callback=output_file,
                                                                 help="Save the trace here.")] = None,
-                threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
+                tp: SplitOption = 1, threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
                 json_path: JsonOption = None) -> None:
     """The live engine on a workload file, wall clock."""
     from bros_ref.cli.tables import results_table
@@ -199,7 +202,7 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload fi
     if not items:
         raise ValueError(f"policy {name} serves one class only, and the workload has no request of it")
     settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
-    loaded = _load(model, device, threads, seed, backend)
+    loaded = _load(model, device, threads, seed, backend, tp)
     runner = make_runner(loaded, settings)
     latency = _fit(runner, max_num_seqs, loaded.name, refit, console)
     engine = make_engine(name, loaded, runner, settings, latency)
@@ -298,14 +301,18 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
 # -- what these commands share ----------------------------------------------------------------------------------------
 
 
-def _load(model: str, device: str, threads: int, seed: int, backend: str = "auto") -> Any:
+def _load(model: str, device: str, threads: int, seed: int, backend: str = "auto", tp: int = 1) -> Any:
     import torch
 
     from bros_ref.engine.build import load_model
+    from bros_ref.engine.ranks import RankFailed
 
     if threads:
         torch.set_num_threads(threads)
-    return load_model(model, device, seed, backend)
+    try:
+        return load_model(model, device, seed, backend, tp)
+    except RankFailed as error:
+        raise ValueError(f"--tp {tp}: {error}") from error
 
 
 def _fit(runner: Any, max_num_seqs: int, name: str, refit: bool, console: Console) -> Any:

@@ -20,6 +20,7 @@ from bros_ref.cli.common import (
     ModelOption,
     RefitOption,
     SeedOption,
+    SplitOption,
     ThreadsOption,
     TimeUnitOption,
     TpotOption,
@@ -50,7 +51,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
           block_size: CountOption = 16, max_num_seqs: CountOption = 8,
           max_num_batched_tokens: CountOption = 256, chunked_prefill: ChunkedOption = None,
           device: DeviceOption = "auto", backend: BackendOption = "auto",
-          tp: Annotated[int, typer.Option(min=1, help="Devices that the model is split over.")] = 1,
+          tp: SplitOption = 1,
           threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0) -> None:
     """An OpenAI-compatible server: interactive calls are real-time; flex calls and batches are best-effort."""
     import torch

@@ -251,3 +251,17 @@ def test_bench_simulator_reports_cpu_time():
         assert row["peak_rss_bytes"] > 1_000_000
     assert [row["model"] for row in rows] == ["opt-13b", "llama-3-8b"]
     assert rows[1]["requests"] == 40, "the trace file's, all of them"
+
+
+def test_a_model_split_over_two_processes_answers_as_one():
+    command = ("generate", "hello", "--model", "random:llama", "--max-tokens", "6", "--json", "-")
+    whole, split = bros_ref(*command), bros_ref(*command, "--tp", "2")
+    assert whole.returncode == split.returncode == 0, split.stderr
+    assert json.loads(split.stdout)["text"] == json.loads(whole.stdout)["text"]
+
+
+def test_a_model_that_does_not_divide_is_one_line():
+    result = bros_ref("generate", "hello", "--model", "random:llama", "--tp", "5")
+    assert result.returncode == 2
+    assert "tp can be one of" in result.stderr
+    assert "Traceback" not in result.stderr
