@@ -13,7 +13,7 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint soak lab serve notebooks docs book kernels bench lock clean
+.PHONY: demo test lint soak lab serve notebooks docs book kernels gpu-day bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -57,6 +57,10 @@ kernels: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Everything that only a GPU can show, in one go; results go to docs/gpu.md.
+gpu-day: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python tools/gpu_day.py --out out/gpu --docs
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/bros-ref bench scheduler

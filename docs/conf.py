@@ -10,6 +10,8 @@ copyright = "2026, the authors of bros_ref; Apache-2.0"
 extensions = ["sphinx.ext.apidoc", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb",
               "site_extension"]
 
+exclude_patterns = ["files"]  # copies of files that pages link to
+
 html_theme = "furo"
 html_title = "bros_ref"
 html_static_path = ["static"]

@@ -117,7 +117,8 @@ def workspace(device: torch.device, floats: int) -> Tensor:
     """
     current = _workspaces.get(device)
     if current is None or current.numel() < floats:
-        current = _workspaces[device] = torch.empty(max(floats, 1), dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # a caller's mode would stick to the tensor, which others use too
+            current = _workspaces[device] = torch.empty(max(floats, 1), dtype=torch.float32, device=device)
     return current
 
 

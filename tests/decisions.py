@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from harness import TOY_LATENCY
 
 from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import make_scheduler
-from bros_ref.scheduler.latency_model import StepLatencyModel
+from bros_ref.scheduler.latency_model import StepFeatures, StepLatencyModel
 from bros_ref.scheduler.output import SchedulerOutput
 
 EASY = SLO(1e6, 1e6)  # never binds
@@ -38,12 +39,26 @@ class Decider:
 
     def decide(self) -> dict[str, int]:
         """The next decision, not yet computed: request id -> tokens."""
+        ran_last = bool(self.output.requests)
         self.output = self.scheduler.schedule(self.now_s)
+        self._check_sums(ran_last)
         for request_id in self.output.rejected:  # as the engine does
             self.abort(self.scheduler.requests[request_id])
         self.kv.check_integrity()
         return {request.request_id: count for request, count in
                 zip(self.output.requests, self.output.num_scheduled_tokens, strict=True)}
+
+    def _check_sums(self, ran_last: bool) -> None:
+        """What the scheduler has added up while it packed is what its batch adds up to."""
+        output, sums = self.output, StepFeatures(restored_tokens=self.output.features.restored_tokens)
+        for request, count in zip(output.requests, output.num_scheduled_tokens, strict=True):
+            sums.add(count, request.num_computed_tokens)
+        assert output.features == sums
+        assert self.scheduler.executing_s == pytest.approx(self.latency.executing_s(sums), abs=1e-12)
+        if ran_last and output.requests:  # else the copies of a step that ran nobody may be among these
+            assert sums.restored_tokens == len(output.kv_changes.copies.restore)
+        assert output.num_behind == len(self.scheduler.requests) - len(output.requests) - len(output.left_out)
+        assert not output.left_out.keys() & {request.request_id for request in output.requests}
 
     def compute(self) -> list[Request]:
         """Computes the last decision; returns who ended with it."""

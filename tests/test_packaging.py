@@ -86,12 +86,27 @@ def declared(extras):
     return names
 
 
+class Imports(ast.NodeVisitor):
+    """Top-level names of all imports that run, wherever they stand; what only type checkers see is left out."""
+
+    def __init__(self, source):
+        self.found = set()
+        self.visit(ast.parse(source))
+
+    def visit_If(self, node):
+        if "TYPE_CHECKING" not in ast.dump(node.test):
+            self.generic_visit(node)
+
+    def visit_Import(self, node):
+        self.found |= {alias.name.split(".")[0] for alias in node.names}
+
+    def visit_ImportFrom(self, node):
+        if node.module and node.level == 0:
+            self.found.add(node.module.split(".")[0])
+
+
 def third_party(source):
-    found = {name.split(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)
-             for name in (alias.name for alias in node.names)}
-    found |= {node.module.split(".")[0] for node in ast.walk(ast.parse(source))
-              if isinstance(node, ast.ImportFrom) and node.module and node.level == 0}
-    return found - sys.stdlib_module_names - {"bros_ref", "kernels_cupy"}
+    return Imports(source).found - sys.stdlib_module_names - {"bros_ref", "kernels_cupy"}
 
 
 def test_every_import_is_declared_for_its_room():

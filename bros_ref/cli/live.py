@@ -86,6 +86,8 @@ def generate(prompt: str, model: ModelOption = "smollm2",
              temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
              top_p: float = 1.0, stop: StopOption = None,
              device: DeviceOption = "auto", backend: BackendOption = "auto", threads: ThreadsOption = 0,
+             control_tokens: Annotated[bool, typer.Option("--control-tokens", help=(
+                 "Control tokens that the prompt spells, such as <|im_end|>, are meant; default: text."))] = False,
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """One answer, streamed: the quickest sign of life."""
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner
@@ -100,7 +102,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
         raise ValueError(f"the prompt's character {error.start} is no text in this terminal's encoding") from error
     sampling = SamplingParams(max_tokens, temperature, top_p, seed, tuple(stop or ()))
     loaded = _load(model, device, threads, seed, backend)
-    token_ids = loaded.tokenizer.chat(prompt)
+    token_ids = loaded.tokenizer.chat(prompt, control_tokens=control_tokens)
     longest = min(len(token_ids) + max_tokens, loaded.config.max_context_tokens)  # more is refused by the engine
     settings = LiveSettings(kv_blocks=-(-longest // 16), seed=seed)
     engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
@@ -164,7 +166,7 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
 
 
 @app.command("serve-trace")
-def serve_trace(workload: Annotated[list[Path], typer.Option(help="Workload file; repeat to merge several.")],
+def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload file, - for stdin; repeat to merge.")],
                 policy: Annotated[str, typer.Option()] = "bros", model: ModelOption = "smollm2",
                 device: DeviceOption = "auto", backend: BackendOption = "auto",
                 request_class: ClassOption = None, time_unit_s: TimeUnitOption = None,

@@ -40,7 +40,7 @@ PAPER_POLICIES = "vllm-fcfs,vllm-priority,bros-rr,bros"
 
 
 @app.command()
-def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a workload file; repeat to merge files.")],
+def simulate(workload: Annotated[list[str], typer.Option(help="paper, or a file, - for stdin; repeat to merge.")],
              gpu: GpuOption = "a100-40gb", model: ShapeOption = "opt-13b", tp: TpOption = 2,
              policies: Annotated[str, typer.Option(help="Comma-separated.")] = PAPER_POLICIES,
              rt_rate: Annotated[float, typer.Option(help="paper: RT requests per second.")] = 2.0,

@@ -155,12 +155,16 @@ class LLM:
 
     def chat(self, messages: str | Conversation | Sequence[Conversation],
              params: SamplingParams | Sequence[SamplingParams] | None = None,
-             slo: SLO | Sequence[SLO | None] | None = None, *, use_tqdm: bool = True) -> list[RequestOutput]:
+             slo: SLO | Sequence[SLO | None] | None = None, *, use_tqdm: bool = True,
+             control_tokens: bool = False) -> list[RequestOutput]:
         """The assistant's next turn in one conversation or in each of several, through the model's chat template. A
-        plain text is a conversation of one user's turn. Otherwise as `generate`."""
+        plain text is a conversation of one user's turn. Text that spells a control token stays text unless
+        `control_tokens` is set. Otherwise as `generate`."""
         one = isinstance(messages, str) or (len(messages) > 0 and isinstance(messages[0], Mapping))
         several: Sequence[Any] = [messages] if one else messages
-        return self._run([self._loaded.tokenizer.chat(conversation) for conversation in several], params, slo, use_tqdm)
+        chat = self._loaded.tokenizer.chat
+        return self._run([chat(conversation, control_tokens=control_tokens) for conversation in several], params, slo,
+                         use_tqdm)
 
     def stream(self, prompt: Prompt | Conversation, params: SamplingParams | None = None, slo: SLO | None = None,
                ) -> Iterator[str]:

@@ -120,17 +120,18 @@ class CheckpointTokenizer:
 
     def chat(self, messages: Messages, *, control_tokens: bool = False) -> list[int]:
         """A model without a chat template is no chat model: it continues a plain prompt, and refuses messages."""
-        if self._template is None and not isinstance(messages, str):
-            raise TokenizerError(f"{self._origin} has no chat template; give the prompt as one plain text")
-        plain = self._template is None  # a template writes its special tokens itself; a plain prompt gets them here
+        if self._template is None:
+            if not isinstance(messages, str):
+                raise TokenizerError(f"{self._origin} has no chat template; give the prompt as one plain text")
+            return self.encode(messages) if control_tokens else self.encode_plain(messages)
         try:
             hidden, stand_ins = (messages, {}) if control_tokens else self._control_tokens.hide(messages)
         except RecursionError:
             raise TokenizerError("the messages are nested too deeply") from None
-        text = _whole(str(hidden) if plain else self.render(hidden))
+        text = _whole(self.render(hidden))  # which has its special tokens already
         if stand_ins:
-            return self._control_tokens.encode(text, stand_ins, add_special_tokens=plain)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=plain).ids
+            return self._control_tokens.encode(text, stand_ins, add_special_tokens=False)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     @cached_property

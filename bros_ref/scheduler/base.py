@@ -129,20 +129,20 @@ class Scheduler:
         # 1. A seat, and tokens: a decode takes one, a prefill is cut to what fits if it may be.
         if len(requests) >= self.max_batch_size:
             return self.refuse(request, BATCH_CAP)
-        context = request.num_computed_tokens
+        context, spare_s = request.num_computed_tokens, step_budget_s / latency.safety - self.executing_s
         count = request.num_tokens - context
         if count == 1:
             if features.new_tokens >= self.max_step_tokens and not exempt:
                 return self.refuse(request, TOKEN_BUDGET)
             cost_s = latency.c1 + latency.c3 * context
         else:
-            count, reason = self._fit_prefill(request, count, step_budget_s, exempt)
+            count, reason = self._fit_prefill(request, count, spare_s, exempt)
             if reason is not ADMITTED:
                 return self.refuse(request, reason)
             cost_s = latency.cost_s(count, context)
 
         # 2. The most urgent deadline still holds with it in the batch; so do its copies from the host.
-        if (self.executing_s + cost_s) * latency.safety > step_budget_s and requests and not exempt:
+        if cost_s > spare_s and requests and not exempt:
             return self.refuse(request, DEADLINE)
         restored = kv.offloaded_tokens.get(request.request_id, 0) if kv.offloaded_tokens else 0
         if restored and requests and not exempt and not self._restore_fits(restored, step_budget_s):
@@ -186,8 +186,7 @@ class Scheduler:
         self.output.left_out.setdefault(request.request_id, reason)
         return reason
 
-    def _fit_prefill(self, request: Request, wanted: int, step_budget_s: float,
-                     exempt: bool) -> tuple[int, Admission]:
+    def _fit_prefill(self, request: Request, wanted: int, spare_s: float, exempt: bool) -> tuple[int, Admission]:
         """Tokens of a prefill to compute now, at most `wanted`, and ADMITTED; or 0 and why not."""
         features, config = self.output.features, self.config
         tokens_left = self.max_step_tokens - features.new_tokens
@@ -201,8 +200,7 @@ class Scheduler:
         count = min(wanted, tokens_left)
         if count <= 0:
             return 0, TOKEN_BUDGET
-        if step_budget_s < math.inf:
-            spare_s = step_budget_s / self.latency.safety - self.executing_s
+        if spare_s < math.inf:
             fitting = self.latency.max_new_tokens(spare_s, request.num_computed_tokens)
             if fitting < count:
                 smallest = min(count, config.min_chunk_tokens)

@@ -82,7 +82,8 @@ class Planner:
             raise APIError(400, f"n times the number of prompts is {choices * len(prompts)}; at most {MAX_CHOICES} "
                                 "choices fit one call, send several", "n", "invalid_value")
         request_class, slo, tier = self._service(body, headers)
-        call_id = f"{prefix}-{secrets.token_hex(16)}"
+        secret = secrets.token_hex(16)
+        call_id = f"{prefix}-{secret}"
         requests: list[Request] = []
         for prompt in prompts:
             limit = self._max_new_tokens(len(prompt), max_tokens)
@@ -91,7 +92,8 @@ class Planner:
                     limit, 1.0 if body.temperature is None else body.temperature,
                     1.0 if body.top_p is None else body.top_p, None if body.seed is None else body.seed + choice,
                     body.stops, body.ignore_eos, body.presence_penalty or 0.0, body.frequency_penalty or 0.0, logprobs)
-                requests.append(Request(f"{call_id}-{len(requests)}", request_class, prompt, sampling, arrival_s, slo))
+                name = f"{secret[:12]}-{len(requests)}"
+                requests.append(Request(name, request_class, prompt, sampling, arrival_s, slo))
         return Plan(call_id, int(time.time()), body.model, tuple(requests), tier, sum(map(len, prompts)))
 
     def _check_model(self, body: SamplingBody) -> None:

@@ -216,8 +216,7 @@ class EngineLoop:
             self._last_token_s[request.request_id] = request.last_token_s
             text, logprobs = self._texts.pop(request.request_id, ""), tuple(request.logprobs)
             request.logprobs.clear()
-            if text or logprobs:
-                news.append((generation, Piece(text, logprobs)))
+            news.append((generation, Piece(text, logprobs)))
         if news:
             _to_loop(news[0][0].loop, [lambda: self._push(news)])
         for request_id in ended_ids & self._live.keys():

@@ -17,7 +17,8 @@ from bros_ref.server.errors import APIError
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step added: new text (perhaps none yet), and the log-probabilities of the new tokens if wanted."""
+    """What one token added: new text, none while a character is not whole or a stop string may have begun, and its
+    log-probabilities if wanted. A token without text is passed on too: clients measure by what arrives."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()

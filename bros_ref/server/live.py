@@ -4,7 +4,6 @@ trace. One frame serves all viewers, and is made in the engine's thread between 
 from __future__ import annotations
 
 import asyncio
-import json
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -23,7 +22,7 @@ from bros_ref.server.metrics import Metrics
 from bros_ref.server.recent import RecentTrace
 from bros_ref.server.service import EventStream, event
 from bros_ref.viz.figures.style import REASON_LABELS
-from bros_ref.viz.widgets.html import packed_fills
+from bros_ref.viz.widgets.html import packed_fills, script_json
 from bros_ref.viz.widgets.player import COLOURS, POOL_LABELS, POOL_LOOKS
 from bros_ref.viz.widgets.schedule_player import SchedulePlayer
 
@@ -143,6 +142,5 @@ def dashboard_page(trace: RecentTrace, model_id: str) -> str:
             "policy": trace.policy, "looks": packed_fills(POOL_LOOKS), "labels": POOL_LABELS}
     scripts = "\n".join(static.joinpath(name).read_text(encoding="utf-8")
                         for name in ("controls.js", "pool.js", "live.js"))
-    packed = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    return static.joinpath("live.html").read_text(encoding="utf-8").replace("/*DATA*/", packed).replace(
-        "/*SCRIPT*/", scripts)
+    page = static.joinpath("live.html").read_text(encoding="utf-8").replace("/*SCRIPT*/", scripts)
+    return page.replace("/*DATA*/", script_json(data))

@@ -137,6 +137,8 @@ async def _stream(service: Service, plan: Plan, shape: ResponseShape) -> EventSt
         yield {"type": "response.content_part.added", **where, "part": part("")}
         async for _, item in call.items():
             if not isinstance(item, Ended):
+                if not item.text:
+                    continue
                 choice.text += item.text
                 yield {"type": "response.output_text.delta", **where, "delta": item.text, "logprobs": []}
             elif item.error is not None:

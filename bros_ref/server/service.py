@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HTTPRequest
@@ -26,6 +27,7 @@ from bros_ref.server.settings import ServerSettings
 from bros_ref.server.shapes import ChatShape, Choice, CompletionShape
 
 Result = TypeVar("Result")
+SHORT_BODY_BYTES = 8192  # about a millisecond of tokenizing
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -61,11 +63,16 @@ class Service:
         return CompletionShape(plan, self.planner.tokenizer)
 
     async def plan(self, body: ChatBody | CompletionBody, headers: dict[str, str]) -> Plan:
-        """Plans in a thread, for a long prompt takes long to tokenize. Raises APIError."""
+        """The plan of a call. A long prompt is tokenized in a thread, so that it delays nobody; for a short one the
+        change of threads would take longer than the work. Raises APIError."""
         arrival_s = self.loop.now_s()
+        make: Callable[[], Plan]
         if isinstance(body, ChatBody):
-            return await asyncio.to_thread(self.planner.chat, body, headers, arrival_s)
-        return await asyncio.to_thread(self.planner.completion, body, headers, arrival_s)
+            make = partial(self.planner.chat, body, headers, arrival_s)
+        else:
+            make = partial(self.planner.completion, body, headers, arrival_s)
+        length = headers.get("content-length", "")
+        return make() if length.isdecimal() and int(length) <= SHORT_BODY_BYTES else await asyncio.to_thread(make)
 
     async def begin(self, plan: Plan) -> Call:
         """Gives all requests of a plan to the engine. Raises APIError if one was refused; then none runs."""

@@ -55,7 +55,7 @@ TABLES = {
     "medians": tables.median_table(INTERVALS, "t"),
     "scheduler": tables.scheduler_table([{"policy": policy, "running": BIG, "waiting": BIG, "us_per_step": BIG,
                                           "us_per_request_step": BIG} for policy in known_policies()], {"bros": BIG}),
-    "serve": tables.serve_table(RUNS[0], "t"),
+    "serve": tables.serve_table({**RUNS[0], "http_added_ttft_ms": BIG}, "t"),
     "engine": tables.engine_table(ENGINE),
     "simulator": tables.simulator_table([{
         "policy": policy, "model": "llama-3-70b", "gpu": "h200-141gb", "requests": BIG, "simulated_s": BIG,

@@ -66,6 +66,14 @@ def test_a_second_launch_allocates_nothing(rng, monkeypatch):
     batch.check(out)
 
 
+def test_a_workspace_that_grew_in_inference_mode_serves_everybody(rng, monkeypatch):
+    monkeypatch.setattr("kernels_cupy.launch._workspaces", {})
+    batch = ragged(rng, SMALL)
+    with torch.inference_mode():
+        decode(Emulator(), batch, 3, 2)
+    batch.check(decode(Emulator(), batch, 3, 2))  # it fills the workspace with NaN first
+
+
 @pytest.mark.parametrize("num_splits", [2, 3, 7])
 def test_pieces_merge_to_the_whole_even_if_some_are_empty(num_splits, rng):
     batch = ragged(rng, SMALL)

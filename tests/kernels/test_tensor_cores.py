@@ -195,6 +195,20 @@ def _last_finish(tiles: dict[tuple[int, int], float], num_blocks: int, resident:
     return max(ends)
 
 
+def test_the_blocks_of_a_prompt_that_see_most_begin_first(rng: np.random.Generator) -> None:
+    batch = Batch.draw(rng, Heads(4, 1, 64, 16, HALF), [192], [192])
+    device = _Loads(batch.heads)
+    prefill_attention(device, batch.q, batch.k, batch.v, *batch.integers(), batch.starts, torch.empty_like(batch.q))
+    loaded = Counter[int]()
+    for (block, _), tiles in device.launches[0].items():
+        loaded[block] += round(16 * tiles)
+    blocks = [loaded[block] for block in range(max(loaded) + 1)]
+    with_rows = [tiles for tiles in blocks if tiles > max(blocks) / 10]  # one block finds no rows
+    assert len(with_rows) == 6
+    assert with_rows == sorted(with_rows, reverse=True)
+    assert with_rows[0] > 2 * with_rows[-1]
+
+
 RAGGED, EVEN = [700, 40, 90, 16, 300, 33], [400] * 3
 
 

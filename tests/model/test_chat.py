@@ -340,6 +340,32 @@ def test_a_plain_prompt_of_a_base_model_is_text_too(tmp_path: Path) -> None:
     assert tokenizer.encode("<s>the").count(bos) == 2
 
 
+def tiny_model(path: Path) -> str:
+    """A GGUF model without a template whose tokens are a, b, ab, </s> and 93 words."""
+    tokens = ["a", "b", "ab", "</s>", *(f"t{i}" for i in range(93))]
+    return write_gguf(path, make_hf("llama-gqa-tied"), "llama", F32, **{
+        f"tokenizer__ggml__{key}": value for key, value in {
+            "model": "gpt2", "pre": "gpt-2", "merges": ["a b"], "tokens": tokens, "eos_token_id": 3,
+            "token_type": [1, 1, 1, 3] + [1] * 93}.items()})
+
+
+def test_the_front_door_and_the_command_line_have_the_option(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from bros_ref import LLM, SamplingParams
+    from bros_ref.cli.live import app
+
+    model = tiny_model(tmp_path / "m.gguf")
+    llm, params = LLM(model, latency="online", device="cpu"), SamplingParams(max_tokens=4, ignore_eos=True)
+    as_text, meant = (llm.chat("ab</s>b", params, control_tokens=option)[0] for option in (False, True))
+    assert (as_text.prompt_token_ids, meant.prompt_token_ids) == ((2, 1), (2, 3, 1))
+    assert as_text.text != meant.text
+    for options, output in (([], as_text), (["--control-tokens"], meant)):
+        app(["generate", "ab</s>b", "--model", model, "--max-tokens", "4", "--device", "cpu", *options],
+            standalone_mode=False)
+        shown = capfd.readouterr().out.strip()
+        assert shown
+        assert output.text.startswith(shown)  # the command line stops at </s>
+
+
 @pytest.mark.parametrize("name", ["chatml", "byte-fallback"])
 @given(data=st.data())
 def test_guarded_and_plain_encoding_agree_on_text_without_control_tokens(name: str, data: st.DataObject) -> None:

@@ -34,7 +34,7 @@ class XLLMOracle(Oracle):
         """Whether it was taken, in part or whole."""
         if life.name in self.preempted:
             return False
-        spare_s, tokens = budget_s - self.executing_s(), life.left
+        spare_s, tokens = budget_s / self.latency.safety - self.executing_s(), life.left
         if tokens == 1:
             if self.batch and (self.tokens >= self.budget or self.latency.cost_s(1, life.computed) > spare_s):
                 return False

@@ -369,7 +369,7 @@ def test_pages_of_lists(server, client):
         if not page.has_next_page():
             break
         page = page.get_next_page()
-    assert seen[:5] == files[::-1]
+    assert [file_id for file_id in seen if file_id in files] == files[::-1]  # batches of other tests make files too
     with pytest.raises(openai.BadRequestError):
         client.files.list(after="file-nowhere")
     for file_id in files:

@@ -41,6 +41,8 @@ def test_a_stream_is_the_whole_answer_in_pieces(client, include_usage):
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
     assert text == expected(ByteTokenizer().chat("hello"), 40)
+    assert sum(choice.delta.content is not None and choice.delta.role is None
+               for chunk in chunks for choice in chunk.choices) == 40  # a chunk for each token, with text or without
     reasons = [choice.finish_reason for chunk in chunks for choice in chunk.choices if choice.finish_reason]
     assert reasons == ["length"]
     if include_usage:

@@ -103,6 +103,16 @@ def test_no_text_breaks_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert chart.rstrip().endswith("};"), "to its end"
 
 
+@pytest.mark.parametrize("text", [*HOSTILE, "/*SCRIPT*/"])
+def test_a_model_s_name_breaks_no_dashboard_of_the_server(text: str) -> None:
+    pytest.importorskip("fastapi")
+    from bros_ref.server.live import dashboard_page
+
+    page = dashboard_page(make_trace(), text)
+    [data] = carried(after(page.split("<body>", 1)[1].removesuffix("</body>\n</html>\n")))
+    assert data["model"] == text
+
+
 json_data = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: (
     st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)), max_leaves=8)
 

@@ -35,6 +35,7 @@ from bros_ref.workload.generate import WorkloadItem, merge, open_loop, poisson_a
 
 RT_LENGTHS, BE_LENGTHS = (64, 32), (512, 128)  # prompt and output tokens, those of `bench hybrid`
 PROMPT_IDS = (3, 250)  # token ids that every vocabulary has
+WARM_UP = WorkloadItem(0.0, RequestClass.REAL_TIME, 8, 2, SLO(60.0, 60.0))
 BATCH_POLL_S = 0.2
 TIMEOUT_S = 3600.0
 
@@ -101,9 +102,11 @@ def find_target(base_url: str, api_key: str, model: str | None, ignore_eos: bool
 
 def bench_serve(target: Target, items: Sequence[WorkloadItem], seed: int, *, be_as_batch: bool = False,
                 on_done: Callable[[], None] | None = None) -> tuple[dict[str, Any], Trace]:
-    """Sends the workload. Returns one element of "runs", and the trace of what the client saw."""
+    """Sends the workload, after one short request that counts nowhere: the first of a server, and of a client, is slow.
+    Returns one element of "runs", and the trace of what the client saw."""
     batch = [item for item in items if be_as_batch and item.slo is None]
     singles = [item for item in items if not (be_as_batch and item.slo is None)]
+    asyncio.run(_send_all(target, [WARM_UP], [], seed, lambda: None))
     before = _engine_ttft(target)
     answers, batch_result = asyncio.run(_send_all(target, singles, batch, seed, on_done or (lambda: None)))
     after = _engine_ttft(target)
@@ -146,14 +149,14 @@ def request_body(target: Target, item: WorkloadItem, index: int, seed: int) -> d
 async def _send_all(target: Target, singles: Sequence[WorkloadItem], batch: Sequence[WorkloadItem], seed: int,
                     on_done: Callable[[], None]) -> tuple[list[Answer], dict[str, Any] | None]:
     answers = [Answer(f"{item.request_class.value}-{index}", item) for index, item in enumerate(singles)]
+    bodies = [request_body(target, item, index, seed) for index, item in enumerate(singles)]
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(headers=target.headers, timeout=TIMEOUT_S, limits=limits) as client:
         start_s = time.perf_counter()
         batch_run = asyncio.create_task(_send_batch(client, target, batch, seed)) if batch else None
 
-        async def one(index: int, answer: Answer) -> None:
+        async def one(answer: Answer, body: dict[str, Any]) -> None:
             await asyncio.sleep(max(0.0, answer.item.arrival_s - (time.perf_counter() - start_s)))
-            body = request_body(target, answer.item, index, seed)
             try:
                 await _stream(client, target, answer, body, start_s)
             except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -161,7 +164,7 @@ async def _send_all(target: Target, singles: Sequence[WorkloadItem], batch: Sequ
             answer.ended_s = time.perf_counter() - start_s
             on_done()
 
-        await asyncio.gather(*(one(index, answer) for index, answer in enumerate(answers)))
+        await asyncio.gather(*map(one, answers, bodies))
         return answers, None if batch_run is None else await batch_run
 
 
@@ -183,7 +186,7 @@ async def _stream(client: httpx.AsyncClient, target: Target, answer: Answer, bod
                 answer.error = str(chunk["error"].get("message"))
                 return
             for choice in chunk["choices"]:
-                if choice.get("text"):
+                if choice.get("text") or choice.get("finish_reason") is None:  # a token may have no text of its own
                     answer.chunk_times_s.append(time.perf_counter() - start_s)
                 answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
             if chunk.get("usage"):

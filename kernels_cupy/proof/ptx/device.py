@@ -141,7 +141,7 @@ class PtxDevice:
                              f"{MAX_BLOCK_THREADS} threads")
         if not 0 <= program.shared_bytes + shared_bytes <= self.gpu.shared_bytes:
             raise ValueError(f"{program.shared_bytes} and {shared_bytes} bytes of shared memory: sm_{self.gpu.arch} "
-                             f"has {self.gpu.shared_bytes} for a block")
+                             f"has {self.gpu.shared_bytes // 1024} KiB for a block")
         _check_arguments(program, arguments)
         memory = _GlobalMemory(arguments, module)
         constants = _constant_memory(module)
