@@ -75,8 +75,7 @@ class QoServeOracle(Oracle):
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 16), block_size=st.sampled_from([2, 4, 16]),
        seats=st.integers(1, 6), budget=st.sampled_from([8, 64, 4000]))
 def test_qoserve_decides_as_the_oracle_in_every_step(seed, num_blocks, block_size, seats, budget):
-    run_beside(QoServeOracle, "qoserve", seed, num_blocks=num_blocks, block_size=block_size, seats=seats, budget=budget,
-               slos=((0.3, 0.05), (0.1, 0.02), (3.0, 0.4)))
+    run_beside(QoServeOracle, "qoserve", seed, num_blocks=num_blocks, block_size=block_size, seats=seats, budget=budget)
 
 
 @settings(max_examples=15)
@@ -84,7 +83,7 @@ def test_qoserve_decides_as_the_oracle_in_every_step(seed, num_blocks, block_siz
 def test_qoserve_chooses_chunks_as_the_oracle_does(seed):
     """Long prompts in an ample pool: the total changes with the slack."""
     run_beside(QoServeOracle, "qoserve", seed, num_blocks=400, block_size=16, seats=8, budget=4000, steps=40,
-               slos=((0.5, 0.3), (1.0, 0.7), (3.0, 1.5)))
+               slos=((0.513711, 0.301713), (1.009313, 0.721107), (3.000917, 1.513709)))
 
 
 def test_the_oracle_lives_meet_shortage():

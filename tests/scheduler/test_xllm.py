@@ -87,8 +87,7 @@ class XLLMOracle(Oracle):
 @given(seed=st.integers(0, 2**32), num_blocks=st.integers(4, 16), block_size=st.sampled_from([2, 4, 16]),
        seats=st.integers(1, 6), budget=st.sampled_from([8, 64, 400]))
 def test_xllm_decides_as_the_oracle_in_every_step(seed, num_blocks, block_size, seats, budget):
-    run_beside(XLLMOracle, "xllm", seed, num_blocks=num_blocks, block_size=block_size, seats=seats, budget=budget,
-               slos=((0.3, 0.05), (0.1, 0.02), (3.0, 0.4)))
+    run_beside(XLLMOracle, "xllm", seed, num_blocks=num_blocks, block_size=block_size, seats=seats, budget=budget)
 
 
 def test_the_oracle_lives_meet_shortage():
