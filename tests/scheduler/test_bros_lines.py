@@ -10,7 +10,6 @@ import pytest
 from decisions import EASY, Decider
 
 from bros_ref.request import SLO, RequestStatus
-from bros_ref.scheduler import make_scheduler
 from bros_ref.trace import BATCH_CAP, DEADLINE, NO_BLOCKS, TOKEN_BUDGET
 
 # -- the order of best-effort -----------------------------------------------------------------------------------------
