@@ -38,7 +38,7 @@ def prefill_s(latency: StepLatencyModel, num_tokens: int) -> float:
 
 
 def hopeless(queue: Sequence[tuple[int, float]], latency: StepLatencyModel) -> list[bool]:
-    """Which requests to reject, of (prompt tokens, seconds left of the TTFT) in order; a rejected one delays no other."""
+    """Which requests to reject, of (prompt tokens, seconds left of TTFT) in order; a rejected one delays no other."""
     rejected, ahead = [], 0
     for prompt_tokens, remaining_s in queue:
         ahead += prompt_tokens
