@@ -1,11 +1,11 @@
-"""The front door: a model under a policy, in a few lines.
+"""The public API: a model under a policy, in a few lines.
 
     llm = LLM("smollm2", policy="bros-plus")
     llm.generate("The capital of France is", slo=SLO(0.5, 0.1))[0].text        # someone waits: real-time
     llm.generate(documents, SamplingParams(max_tokens=128))                    # a batch job: best-effort
 
 Names and defaults are those of vLLM's `LLM` where it has them. What it adds: `slo` makes a request real-time, and
-`trace` and `metrics()` say what the scheduler decided and what came of it. It is not thread-safe: one engine, one
+`trace` and `metrics()` say what the scheduler decided and what resulted. It is not thread-safe: one engine, one
 thread. Everything it does goes through `LLMEngine.add_request`, `step` and `abort`.
 """
 
@@ -62,7 +62,7 @@ class RequestOutput:
 
     @classmethod
     def of(cls, request: Request, text: str) -> RequestOutput:
-        """What came of a request that has ended."""
+        """The output of a request that has ended."""
         first_s, last_s, count = request.first_token_s, request.last_token_s, len(request.output_token_ids)
         ttft_s = None if first_s is None else first_s - request.arrival_s
         tpot_s = None if first_s is None or last_s is None or count < 2 else (last_s - first_s) / (count - 1)
@@ -91,7 +91,7 @@ class LLM:
         device, backend: see `bros_ref.engine.build.load_model`.
 
     Attributes:
-        engine: what does the work; for those who want to step through it.
+        engine: the `LLMEngine` underneath, for stepping through it by hand.
 
     Raises:
         ValueError: a value that is out of its range or unknown; the message says what is possible.
@@ -240,7 +240,7 @@ class LLM:
         return [outputs[request.request_id] for request in requests]
 
     def _step(self) -> list[str]:
-        """Ids of the requests that ended in one step, by whatever cause."""
+        """Ids of the requests that ended in one step, for any reason."""
         try:
             ended = [request.request_id for request in self.engine.step()]
         except StepFailed as failure:
