@@ -92,6 +92,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
                  "Control tokens that the prompt spells, such as <|im_end|>, are meant; default: text."))] = False,
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """One answer, streamed: the quickest sign of life."""
+    from bros_ref.config import cdiv
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner
     from bros_ref.request import Request, RequestClass, SamplingParams
     from bros_ref.trace.metrics import summarise
@@ -106,7 +107,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
     loaded = _load(model, device, threads, seed, backend, tp)
     token_ids = loaded.tokenizer.chat(prompt, control_tokens=control_tokens)
     longest = min(len(token_ids) + max_tokens, loaded.config.max_context_tokens)  # more is refused by the engine
-    settings = LiveSettings(kv_blocks=-(-longest // 16), seed=seed)
+    settings = LiveSettings(kv_blocks=cdiv(longest, 16), seed=seed)
     engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
     request = Request("prompt", RequestClass.BEST_EFFORT, token_ids, sampling)
     out, pieces = sys.stderr if json_path == "-" else sys.stdout, list[str]()

@@ -67,10 +67,12 @@ def build_rank(spec: RankSpec, parallel: TensorParallel) -> tuple[Decoder, Param
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=f"file://{spec.store}",
                             rank=parallel.rank, world_size=spec.size,
-                            timeout=datetime.timedelta(seconds=spec.timeout_s))
+                            timeout=datetime.timedelta(seconds=START_TIMEOUT_S))
     parameters = load_weights(spec.model, spec.dtype, device, spec.seed, parallel.shard)
     model = Decoder(parallel.config, parameters, spec.dtype, device, attention_backend(spec.backend, spec.device),
                     FastestLinear(parameters.values()), parallel)
+    dist.barrier()  # all ranks have their part: from here on none may take long
+    parallel.group = dist.new_group(timeout=datetime.timedelta(seconds=spec.timeout_s))
     return model, parameters, device
 
 
@@ -111,7 +113,11 @@ class Ranks:
                 theirs.close()
                 self._pipes.append(ours)
                 self._processes.append(process)
-            self.model, self.parameters, self.device = build_rank(spec, parallel)
+            try:
+                self.model, self.parameters, self.device = build_rank(spec, parallel)
+            except RuntimeError:  # another rank left the group: it says why
+                self._expect("ready", END_TIMEOUT_S)
+                raise
             self._expect("ready", START_TIMEOUT_S)
         except RankFailed:
             raise

@@ -41,6 +41,7 @@ class TensorParallel:
         rank, size: this rank and how many there are.
         config: the whole model's.
         progress: one counter per rank in shared memory, of the exchanges a rank has entered; None where nobody watches.
+        group: the processes to exchange with; None: torch.distributed's default group.
         num_exchanges, exchanged_bytes: all_reduces and gathers so far, and the bytes of this rank's operands in them.
 
     Raises:
@@ -51,6 +52,7 @@ class TensorParallel:
     size: int
     config: ModelConfig
     progress: MutableSequence[int] | None = None
+    group: dist.ProcessGroup | None = None
     num_exchanges: int = field(default=0, init=False)
     exchanged_bytes: int = field(default=0, init=False)
 
@@ -123,7 +125,7 @@ class TensorParallel:
         """The sum of all ranks' x, in place."""
         if self.size > 1:
             with self._exchange(x):
-                dist.all_reduce(x)
+                dist.all_reduce(x, group=self.group)
         return x
 
     def gather_logits(self, logits: Tensor) -> Tensor:
@@ -134,7 +136,7 @@ class TensorParallel:
         padded = F.pad(logits, (0, share - logits.shape[1])).contiguous()  # a gather takes equal parts
         parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
         with self._exchange(padded):
-            dist.gather(padded, parts)
+            dist.gather(padded, parts, group=self.group)
         return logits if parts is None else torch.cat(parts, dim=1)[:, :self.config.vocab_size]
 
     @contextmanager

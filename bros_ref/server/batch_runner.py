@@ -13,6 +13,7 @@ import logging
 import sqlite3
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class BatchRunner:
         self._running: dict[Key, asyncio.Task[LineResult | None]] = {}
         self._attempts: Counter[Key] = Counter()
         self._wake = asyncio.Event()
+        self._stopping = False
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -53,8 +55,9 @@ class BatchRunner:
         """Stores what is finished and leaves the rest for the next start."""
         if self._task is None:
             return
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._stopping = True  # no cancellation: it can be lost where it meets the end of a wait (Python 3.11)
+        self.wake()
+        await self._task
         self._task = None
         finished = [task.result() for task in self._running.values() if task.done() and not task.cancelled()]
         for task in self._running.values():
@@ -73,7 +76,7 @@ class BatchRunner:
     # -- one round after another ------------------------------------------------------------------------------
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             self._wake.clear()
             try:
                 await self._store_results()
@@ -88,10 +91,8 @@ class BatchRunner:
                 log.exception("a round of the batch runner failed")
                 await asyncio.sleep(RETRY_S)
                 continue
-            try:
-                await asyncio.wait_for(self._wake.wait(), TICK_S)
-            except TimeoutError:
-                continue
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 0 if self._stopping else TICK_S)
 
     async def _advance(self, job: Job) -> None:
         """Takes a batch as far as it goes now."""

@@ -74,16 +74,16 @@ def engine_of_two(ranks_to_end, timeout_s):
 
 
 @pytest.mark.parametrize(("sign", "said"), [(signal.SIGKILL, "rank 1 ended with exit code -9"),
-                                            (signal.SIGSTOP, "rank 1 did not answer within 2 s")])
+                                            (signal.SIGSTOP, "rank 1 did not answer within 5 s")])
 def test_a_rank_that_dies_or_hangs_is_named_and_nobody_waits_for_ever(ranks_to_end, sign, said):
-    ranks, engine = engine_of_two(ranks_to_end, timeout_s=2.0)
+    ranks, engine = engine_of_two(ranks_to_end, timeout_s=5.0)
     engine.add_request(Request("a", RequestClass.BEST_EFFORT, PROMPTS[0], SamplingParams(max_tokens=50)))
     engine.step()
     os.kill(ranks._processes[0].pid, sign)
     start_s = time.monotonic()
     with pytest.raises(StepFailed, match=said) as caught:
         step_to_the_end(engine)
-    assert time.monotonic() - start_s < 30
+    assert time.monotonic() - start_s < 60
     assert isinstance(caught.value.__cause__, RankFailed)
     assert not engine.has_unfinished
     engine.scheduler.kv.check_integrity()

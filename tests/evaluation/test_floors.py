@@ -25,12 +25,11 @@ def test_a_reference_is_the_better_of_both_forms(policy):
     assert reference_rank(best) == min(ranks)
 
 
-def test_no_policy_with_best_effort_work_beside_has_more_on_time_than_the_floor():
-    floor = run("rt-only", SETTINGS, MIXED)[0]["classes"]["rt"]
+def test_no_policy_with_best_effort_work_beside_serves_real_time_better_than_the_floor():
+    """Better: more on time, or as many at a lower latency. Whoever is late for many may well be fast for the others."""
+    floor = reference_rank(run("rt-only", SETTINGS, MIXED)[0])
     for policy in ("bros", "bros-plus", "vllm-priority"):
-        rt = run(policy, SETTINGS, MIXED)[0]["classes"]["rt"]
-        assert rt["slo_attainment"] <= floor["slo_attainment"]
-        assert rt["normalized_latency_ms_per_token"] >= floor["normalized_latency_ms_per_token"]
+        assert reference_rank(run(policy, SETTINGS, MIXED)[0] | {"policy": "rt-only"}) >= floor
 
 
 def test_the_rank_prefers_users_on_time_then_speed_then_work():

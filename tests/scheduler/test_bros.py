@@ -436,3 +436,26 @@ def test_long_prompts_that_do_not_fit_together_all_end(policy):
                 break
             decider.step()
         assert not decider.scheduler.requests, f"seed {seed}: {sorted(decider.scheduler.requests)} never end"
+
+
+def test_the_batch_cap_begins_at_its_base_and_doubles():
+    decider = Decider("bros", base_batch_cap=2)
+    for i in range(8):
+        decider.add(f"be{i}")
+    assert [len(decider.step()) for _ in range(3)] == [2, 4, 8]
+
+
+def test_waiting_is_counted_from_arrival():
+    decider = Decider("bros")
+    for _ in range(5):
+        decider.step()
+    assert decider.add("be0").last_step == 5
+
+
+@pytest.mark.parametrize(("safety", "admitted"), [(1.0, True), (2.0, False)])
+def test_predictions_are_multiplied_by_the_safety_factor_before_they_meet_a_deadline(safety, admitted):
+    decider = Decider("bros")
+    decider.latency.safety = safety
+    decider.add("rt0", slo=SLO(0.1, 0.1))
+    decider.add("be0", prompt_tokens=40)  # 51 ms for its tokens, 8 ms for their pairs
+    assert ("be0" in decider.decide()) is admitted

@@ -5,6 +5,7 @@ BROS_REF_KILLS says how many kills (10 without it; 100 is the figure the project
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -143,3 +144,22 @@ def test_a_database_that_is_none_is_named(tmp_path):
     (tmp_path / "store.sqlite").write_bytes(b"no database at all" * 100)
     with pytest.raises(StoreError, match="cannot be used"):
         Store(tmp_path)
+
+
+def test_a_stop_at_any_moment_of_a_batch_is_heard(tmp_path):
+    """In one loop, many times: a stop that meets the end of a wait used to be lost, and the server hung."""
+    import asyncio
+
+    from server.support import make_state
+
+    async def start_and_stop(round_: int) -> None:
+        state, _ = make_state(tmp_path / str(round_))
+        await state.start()
+        file = state.files.add("local", "a", io.BytesIO(batch_lines(30)))
+        state.batches.create("local", "/v1/completions", file["id"], None)
+        state.runner.wake()
+        await asyncio.sleep(0.002 * round_)
+        await asyncio.wait_for(state.stop(), 20)
+
+    for round_ in range(12):
+        asyncio.run(start_and_stop(round_))

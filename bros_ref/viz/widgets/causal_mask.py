@@ -13,6 +13,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from bros_ref.config import cdiv
 from bros_ref.viz.figures.style import FONT, GRID, INK, LOST_COLOUR, MUTED, PAPER, RT_COLOUR
 from bros_ref.viz.widgets.html import notebook_output, script_json
 
@@ -51,7 +52,7 @@ class MaskSetting:
     @property
     def num_slots(self) -> int:
         """Slots of the sequence's blocks, its own or not."""
-        return -(-self.context // self.block_size) * self.block_size
+        return cdiv(self.context, self.block_size) * self.block_size
 
 
 def position_in(setting: MaskSetting, slot: int) -> int:
