@@ -113,7 +113,7 @@ class Dashboard:
                 "sides": [self._side_data(side) for side in self.sides]}
 
     def _side_data(self, side: Moments) -> dict[str, Any]:
-        """One run at every moment; requests left out are listed where they change, by indices of reasons and requests."""
+        """One run at every moment; requests left out are listed where they change, by reason and request indices."""
         moments = [side.at(time_s) for time_s in self.times_s]
         number = {request_id: i for i, request_id in enumerate(side.trace.requests)}
         before: object = None
