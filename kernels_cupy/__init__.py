@@ -1,1 +1,1 @@
-"""Paged-attention CUDA kernels as plain text, one launcher, three devices to run them on. Never imports bros_ref."""
+"""Paged-attention CUDA kernels as plain text, one launcher, and three devices that run them. Never imports bros_ref."""

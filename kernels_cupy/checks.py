@@ -1,7 +1,7 @@
-"""What launchers check of their tensors before anything is launched, and `check_batch`, which looks at values.
+"""What launchers check of their tensors before a launch, and `check_batch`, which checks values.
 
-Kernels trust what lies in device memory (ids, lengths, slots), because reading it would wait for the device; so values
-are looked at where they are made, on the host.
+Launchers do not check values in device memory (ids, lengths, slots), because reading them would wait for the device; so
+values are checked where they are made, on the host.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def check_integers(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tens
 
 
 def row_vectors(rows: Tensor) -> int:
-    """16-byte pieces of one slot's row, [..., K, D]. Raises ValueError if it is not whole pieces."""
+    """16-byte pieces of one slot's row, [..., K, D]. Raises ValueError if the row is not a multiple of 16 bytes."""
     row_bytes = rows.shape[-2] * rows.shape[-1] * rows.element_size()
     if row_bytes % VECTOR_BYTES:
         raise ValueError(f"a slot of {row_bytes} bytes is not a whole number of {VECTOR_BYTES}-byte pieces")
@@ -71,7 +71,7 @@ def row_vectors(rows: Tensor) -> int:
 
 def check_batch(block_tables: Sequence[Sequence[int]], context_lens: Sequence[int], num_blocks: int,
                 block_size: int) -> None:
-    """Looks at what the kernels trust, on the host: ids within the cache, tables as long as their contexts.
+    """Checks on the host the values that the kernels trust: ids within the cache, tables as long as their contexts.
 
     Raises:
         ValueError: it names the sequence and the number.

@@ -1,5 +1,5 @@
-"""What a launch is, said once: a kernel's source and constants, what must be known of a GPU, and the one call every
-device answers.
+"""What a launch is: a kernel's source and constants, the properties of a GPU that launchers need, and the method that
+every device has.
 
 Three devices stand behind `Device`: a GPU through CuPy (`gpu.py`), the CPU emulator that compiles the same text with a
 C++ compiler (`proof/emulator/`), and the interpreter of the PTX that NVRTC emits (`proof/ptx/`). This file knows no
@@ -44,7 +44,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What launchers must know of a GPU.
+    """The properties of a GPU that launchers need.
 
     Attributes:
         arch: compute capability, e.g. 80.
@@ -73,7 +73,7 @@ class Gpu:
 
 
 class Device(Protocol):
-    """Runs kernels. A device checks nothing that the launchers check; it may check much that a GPU cannot."""
+    """Runs kernels. A device does not repeat the launchers' checks, but may check what a GPU cannot."""
 
     gpu: Gpu
 

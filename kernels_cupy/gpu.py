@@ -1,7 +1,7 @@
 """The GPU device: CuPy compiles the very same .cu text and launches it on torch's current stream, on torch's memory.
 
-Not measured here: no GPU was at hand when this was written. The kernels, their grids and their arguments are proven by
-the emulator, this file by a stand-in for CuPy; what only a GPU can prove is that CuPy does what it says.
+Not measured here: no GPU was available when this was written. The kernels, their grids and their arguments are tested
+on the emulator, and this file with a stand-in for CuPy; only a GPU can show that CuPy behaves as documented.
 """
 
 from __future__ import annotations

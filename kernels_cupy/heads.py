@@ -1,4 +1,4 @@
-"""The sizes that an attention kernel is compiled for, and the constants that its text gets from them."""
+"""The sizes that an attention kernel is compiled for, and the compile-time constants derived from them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _workspaces: dict[torch.device, Tensor] = {}
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of a decode launch, all that grids depend on."""
+    """The sizes of a decode launch, which determine the grid."""
 
     heads: Heads
     num_seqs: int
@@ -98,8 +98,8 @@ def best_step(problem: Problem, gpu: Gpu) -> int:
 
 
 def choose_splits(problem: Problem, num_sms: int) -> int:
-    """Pieces to cut every sequence into: the fewest whose waves of thread blocks are nearly as full as any choice's,
-    and no more than leave each piece MIN_BLOCKS_PER_SPLIT blocks of the longest table."""
+    """Pieces to split every sequence into: the fewest whose waves of thread blocks are nearly as full as with the best
+    choice, but so few that each piece has MIN_BLOCKS_PER_SPLIT blocks of the longest table."""
     blocks = problem.num_seqs * problem.heads.num_kv_heads
     most = max(1, problem.max_blocks // MIN_BLOCKS_PER_SPLIT)
 
@@ -134,7 +134,7 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
         context_lens: [S] int32, tokens visible, the new one included; at least 1.
         reversed: [S] int32, not 0 if the sequence fills its blocks from the right.
         step: rung of the ladder, 0 to 5; None takes the best that serves these sizes on the device.
-        num_splits: pieces a sequence is cut into (steps 3 and 4); None lets `choose_splits` say.
+        num_splits: pieces that a sequence is split into (steps 3 and 4); None lets `choose_splits` decide.
         scale: of the scores; D ** -0.5 if None.
         num_sms: multiprocessors to fill; the device's if None.
 
@@ -172,7 +172,7 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
 
 def _launch_balanced(device: Device, p: Problem, pointers: tuple[Tensor, ...], factor: np.float32,
                      blocks: int) -> None:
-    """Step 5: a fixed grid, whatever the batch looks like."""
+    """Step 5: a fixed grid for every batch."""
     scratch = workspace(pointers[0].device, tensor_cores.decode_5_workspace(p.heads, blocks))
     workers, num_seqs = np.int32(tensor_cores.decode_5_workers(p.heads, blocks)), np.int32(p.num_seqs)
     file, shape = DECODE_STEPS[5].file, tensor_cores.decode_5(p.heads, blocks)

@@ -1,4 +1,4 @@
-// Split-KV: what a piece of a sequence leaves behind, and how the pieces of a row become its output.
+// Split-KV: the partial result of each piece of a sequence, and how the pieces of a row are merged into its output.
 //
 // workspace: [S, H, num_splits, HEAD_DIM] float, each piece's output divided by its own sum of weights; then
 //            [S, H, num_splits] float, the log2 of that sum (weights are powers of two), NO_SCORE for an empty piece,

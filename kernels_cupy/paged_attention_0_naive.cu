@@ -1,11 +1,11 @@
-// Step 0: one thread a query head.
+// Step 0: one thread per query head.
 //
 // Who does what: a thread walks all tokens of its sequence, with an online softmax: the running maximum `top`, the sum
 //   of weights, and the output so far, which fades by 2^(old top - new top) whenever the maximum rises.
 // Bytes per output row of D values: 4 * D * context of K and V in fp16, by every query head of a group again.
 // Expected limiter: latency. Neighbouring threads read rows that lie apart, so each 32-byte sector serves one value at
 //   a time; there are as many threads as heads, and a GPU wants a hundred times more.
-// Where it loses: everywhere. It is here to be read first. The output lives in registers: HEAD_DIM up to 128.
+// Where it loses: everywhere. It is the one to read first. The output is kept in registers: HEAD_DIM up to 128.
 // Launch: ceil(num_seqs * NUM_HEADS / 64) blocks of 64 threads; num_splits is ignored.
 #include "paged.cuh"
 

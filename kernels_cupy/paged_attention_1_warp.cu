@@ -1,9 +1,9 @@
-// Step 1: one warp a query head.
+// Step 1: one warp per query head.
 //
 // Changed from step 0: the 32 lanes of a warp share a row, lane l holding dimensions l, l + 32, ... So a row is read by
 //   neighbouring lanes at once and its sectors are used whole, and there are 32 times more threads. The score is a sum
-//   over lanes: five shuffles a token.
-// Bytes per output row: as step 0, but every sector is read once a warp.
+//   over lanes: five shuffles per token.
+// Bytes per output row: as step 0, but every sector is read once per warp.
 // Expected limiter: latency and instructions: two loads and five shuffles for each token, one token at a time.
 // Where it loses: the G heads of a group read the same K and V again; a long context runs on one warp.
 // Launch: ceil(num_seqs * NUM_HEADS / 4) blocks of 4 warps; num_splits is ignored.

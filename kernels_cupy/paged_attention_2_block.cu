@@ -1,9 +1,9 @@
-// Step 2: one block a query head, in two passes.
+// Step 2: one block per query head, in two passes.
 //
 // Changed from step 1: four warps share a sequence, each taking every fourth token. All scores are kept in shared
-//   memory, so the maximum is known before any weight is computed: pass one K, pass two V. This is the shape that
-//   vLLM's first paged-attention kernel made known.
-// Bytes per output row: as step 1. Shared memory: 4 bytes a token of the longest context, 16 KB for 4,096.
+//   memory, so the maximum is known before any weight is computed: pass one K, pass two V. This is the structure
+//   of vLLM's first paged-attention kernel.
+// Bytes per output row: as step 1. Shared memory: 4 bytes per token of the longest context, 16 KB for 4,096.
 // Expected limiter: instructions, more than in step 1: scores travel through shared memory, and every pass has its own
 //   loop; but four times as many loads are in flight.
 // Where it loses: groups read K and V again; a context longer than shared memory does not fit (about 56,000 tokens on

@@ -2,7 +2,7 @@
 //
 // Changed from step 2:
 //   Group: the query heads that share a KV head are served together, so K and V are read once (once per 8 heads).
-//   Loads: 16 bytes a lane. LANES neighbouring lanes (a team) hold a row, and a warp reads several rows at once.
+//   Loads: 16 bytes per lane. LANES neighbouring lanes (a team) hold a row, and a warp reads several rows at once.
 //   Split: a sequence's blocks are cut into num_splits pieces, one thread block each, merged by log-sum-exp
 //     (merge.cuh), so that one long sequence fills the GPU. Online softmax again: one pass, nothing in shared memory.
 //   Direction: slots are walked in physical order and the direction changes only the mask, so both directions issue

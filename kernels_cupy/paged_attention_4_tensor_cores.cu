@@ -10,7 +10,7 @@
 // Bytes per output row of D values: 4 * D * context / G of K and V, once; splits add 4 * (D + 1) each.
 // Expected limiter: DRAM bandwidth. Per tile (64 * D bytes) a warp issues D / 4 + 1 mma, D / 8 ldmatrix, D / 8 cp.async.
 // Where it loses: G = 1 uses 1 of 16 rows (the mma count is the same); short or ragged batches leave splits uneven,
-//   which step 5 mends; over 16 heads a KV head, K and V are read once per 16.
+//   which step 5 fixes; with over 16 query heads per KV head, K and V are read once per 16.
 // Launch: grid (num_kv_heads * ceil(G / 16), num_splits, num_seqs), 32 * WARPS threads,
 //   WARPS * STAGES * 64 * HEAD_DIM bytes of shared memory (HEAD_DIM > 128: and WARPS * 32 * HEAD_DIM for Q); then merge_splits (merge.cuh) if num_splits > 1.
 #include "query_rows.cuh"

@@ -1,9 +1,9 @@
 // Step 5: a balanced, persistent schedule, and operands swapped.
 //
 // Changed from step 4:
-//   Schedule: all tiles of all sequences and KV heads stand in one line, cut into equal lengths, one for each worker (a
-//   warp). Lengths differ by at most one tile whatever the batch looks like, nothing depends on a split count that
-//   suits one sequence and not another, and the ring runs on across the border between two sequences.
+//   Schedule: all tiles of all sequences and KV heads form one line, cut into equal lengths, one for each worker (a
+//   warp). Lengths differ by at most one tile for any batch, no split count has to suit sequences of different
+//   lengths, and the ring runs on across the boundary between two sequences.
 //   Operands: tokens are the 16 rows of the mma and heads its 8 columns, so a group of up to 8 heads fills an mma that
 //   step 4 leaves half empty: half as many mma per tile, and half as many registers.
 // Who does what: worker w takes units w * U / A ... (w + 1) * U / A of the line. A sequence and KV head that lies

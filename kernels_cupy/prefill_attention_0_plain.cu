@@ -2,11 +2,11 @@
 // and what prefill 1 is compared with.
 //
 // Who does what: a warp takes one token and one query head; a block takes WARPS heads of a token. For 32 keys at a
-//   time each lane scores one key (its own row of K, 16 bytes a load), the warp agrees on the new maximum, then each
+//   time each lane scores one key (its own row of K, 16 bytes per load), the warp agrees on the new maximum, then each
 //   lane adds up its own dimensions of V over the 32 keys (neighbouring lanes, neighbouring addresses). Weights and
 //   row offsets pass through shared memory.
 // Causal: the row of a token at position p sees keys 0 ... p, and reads no other slot. Here every lane computes the slot
-//   of its key from the logical position, so direction is one subtraction a key.
+//   of its key from the logical position, so direction is one subtraction per key.
 // Bytes per output row of D values: all visible K and V, once per head: G times what prefill 1 reads per row, and no
 //   two rows share a load.
 // Expected limiter: load instructions and L2; no tensor cores.

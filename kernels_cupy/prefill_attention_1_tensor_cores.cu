@@ -1,4 +1,4 @@
-// Prefill 1: chunked prefill over the paged cache on tensor cores; decode sequences may stand in the same batch.
+// Prefill 1: chunked prefill over the paged cache on tensor cores; decode sequences may be in the same batch.
 //
 // Changed from prefill 0: queries become the rows of mma.m16n8k16, so a tile of K and V that lies in shared memory
 //   meets 64 query rows; scores and weights never leave registers.

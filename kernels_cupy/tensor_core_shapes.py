@@ -1,4 +1,4 @@
-"""Grids, blocks and shared memory of the tensor-core kernels: the constants of their .cu files, said once in Python.
+"""Grids, blocks and shared memory of the tensor-core kernels: the Python side of the constants in their .cu files.
 
 It knows numbers only; the launchers check tensors. The names are those of the kernels' headers.
 """
@@ -66,12 +66,12 @@ def decode_5(heads: Heads, num_blocks: int) -> Shape:
 
 
 def decode_5_workers(heads: Heads, num_blocks: int) -> int:
-    """Workers of step 5: what its num_splits argument says."""
+    """Number of workers of step 5, its num_splits argument."""
     return num_blocks * decode_warps(heads)
 
 
 def decode_5_workspace(heads: Heads, num_blocks: int) -> int:
-    """Floats of workspace that step 5 and its merge need, whatever the batch."""
+    """Floats of workspace that step 5 and its merge need, for any batch."""
     return 2 * decode_5_workers(heads, num_blocks) * _heads_of_a_tile(heads) * (heads.head_dim + 1)
 
 
@@ -100,6 +100,6 @@ def _prefill_bytes(heads: Heads, keys: int) -> int:
 
 
 def prefill_1(heads: Heads, keys: int, num_tokens: int, num_seqs: int) -> Shape:
-    """The tensor-core prefill. Up to one block of a sequence finds no rows and returns."""
+    """The tensor-core prefill. At most one block per sequence has no rows and returns at once."""
     tiles = num_tokens * heads.group // prefill_rows(heads) + num_seqs
     return Shape((tiles, heads.num_kv_heads, 1), (32 * PREFILL_WARPS, 1, 1), _prefill_bytes(heads, keys))

@@ -1,9 +1,9 @@
-// K and V on their way to the tensor cores: sixteen tokens of one KV head, gathered from the paged cache into shared
+// Loads K and V for the tensor cores: sixteen tokens of one KV head, gathered from the paged cache into shared
 // memory by cp.async, and from there into mma operands by ldmatrix.
 //
-// A tile is 16 rows of 2 * HEAD_DIM bytes in pieces of 16. ldmatrix reads the same piece of eight rows at once: were
-// rows stored plainly, all eight would lie in the same banks. So row r keeps piece c at place c ^ f(r), and the eight
-// lie in eight different ones.
+// A tile is 16 rows of 2 * HEAD_DIM bytes in pieces of 16. ldmatrix reads the same piece of eight rows at once: if
+// rows were stored in plain order, all eight would lie in the same banks. So row r keeps piece c at place c ^ f(r),
+// and the eight lie in eight different ones.
 //
 // Direction. Sixteen tokens of a sequence are sixteen neighbouring slots of a block, ascending or descending (16
 // divides BLOCK_SIZE). A tile is always loaded in ascending slots; row r then holds token 16 * tile + (r ^ flip), with

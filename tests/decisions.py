@@ -1,4 +1,4 @@
-"""A scheduler without a model: decisions under a virtual clock, one line a step, for tests of what a policy decides."""
+"""A scheduler without a model: decisions under a virtual clock, one line per step, for tests of a policy."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def run(engine: LLMEngine, requests: list[Request], rng: random.Random | None = 
 
 def check_accounts(engine: LLMEngine) -> None:
     """Between two steps: the blocks add up, every RUNNING request's KV holds exactly its computed tokens and a WAITING
-    one's holds none, and whoever was left out of the last step did not run in it."""
+    one's holds none, and a request left out of the last step did not run in it."""
     scheduler, output = engine.scheduler, engine.scheduler.output
     scheduler.kv.check_integrity()
     for request in scheduler.requests.values():

@@ -160,8 +160,8 @@ ODD_SLOS = ((0.313711, 0.051713), (0.109313, 0.021107), (3.000917, 0.413709))
 
 
 def run_beside(oracle_type, policy, seed, *, steps=60, arrivals=0.4, slos=ODD_SLOS, **sizes):
-    """Steps policy and oracle through the same random life and compares every decision. Returns how often anybody was
-    preempted, and rejected."""
+    """Steps policy and oracle through the same random life and compares every decision. Returns the numbers of
+    preemptions and rejections."""
     rng = random.Random(seed)
     num_blocks, block_size, seats, budget = (sizes[name] for name in ("num_blocks", "block_size", "seats", "budget"))
     decider = Decider(policy, num_blocks, block_size, max_num_seqs=seats, max_num_batched_tokens=budget,

@@ -1,4 +1,4 @@
-"""A test that crashes or hangs ends the whole run at once, red, and is named: nobody waits for a dead run."""
+"""A test that crashes or hangs ends the whole run at once, red, and is named: no dead run keeps waiting."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What is written is written whole or not at all, by every writer; caches never end up where nobody asked for them."""
+"""Every writer writes a file whole or not at all; caches are kept only in the expected folder."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def test_every_request_gets_the_tokens_it_would_get_alone(policy, seed, num_bloc
 @settings(max_examples=20)
 @given(seed=st.integers(0, 2**32))
 def test_everything_that_can_go_wrong_at_once_costs_nobody_else_a_token(policy, seed):
-    """Pools down to two tokens, one seat, one token a step, hardly any host memory, no fitted latency model, aborts and
-    failing steps: who is neither aborted nor failed gets the tokens it would get alone, the others a beginning."""
+    """Pools down to two tokens, one seat, one token per step, little host memory, no fitted latency model, aborts and
+    failing steps: requests that end normally get the tokens they would get alone, the others a prefix of them."""
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 4, 16])
     num_blocks = rng.choice([2, 3, 5, 8, 20])

@@ -4,9 +4,9 @@
     PYTHONPATH=. python tools/gpu_day.py --out out/gpu --docs    # and show the results in docs/gpu.md
     PYTHONPATH=. python tools/gpu_day.py --dry                   # without a GPU: on the emulator, and nothing is timed
 
-Stages run in order of worth, each as a process of its own with a limit: one that fails or hangs costs only itself. A
-stage that the machine cannot run, or that no longer fits the time, is named with the reason. Kernels are timed only
-after their answers agreed with float64 on the same device.
+Stages run in order of importance, each in its own process with a time limit, so one that fails or hangs does not affect
+the others. A stage that the machine cannot run, or that no longer fits the time, is named with the reason. Kernels are
+timed only after their answers agreed with float64 on the same device.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ STAGES = (
 
 
 def _device(dry: bool) -> tuple[Any, str]:
-    """The device that runs kernels, and where tensors lie."""
+    """The device that runs kernels, and the torch device of the tensors."""
     if dry:
         from kernels_cupy.proof.emulator import Emulator
 

@@ -1,4 +1,4 @@
-"""What the commands share: the application, options, tables' console, progress, the JSON envelope."""
+"""Shared by the commands: the application, options, the console for tables, progress, the JSON envelope."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXTRA_OF = {"plotly": "viz", "cupy": "gpu"}
 
 
 def output_file(value: Any) -> Any:
-    """Refuses, before any work is done, a file that could not be written after it; "-" is standard output."""
+    """Refuses, before any work is done, a file that could not be written afterwards; "-" is standard output."""
     if value is None or str(value) == "-":
         return value
     path = Path(value)
@@ -95,7 +95,7 @@ def parse_policies(names: str) -> list[str]:
 
 
 def missing_package(error: ModuleNotFoundError) -> str:
-    """What to install for a package of an extra. Raises the error again if it is none of an extra."""
+    """What to install for a missing package of an extra. Raises the error again if the package is not of an extra."""
     package = str(error.name).split(".")[0]
     if package not in EXTRA_OF:
         raise error

@@ -20,10 +20,10 @@ PROSE_WIDTH = 20  # to which a column of words may shrink before it moves to the
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, which may break at its spaces, and how the cells below it stand.
+    """A heading, which may break at its spaces, and the alignment of the cells below it.
 
     Attributes:
-        is_text: words, to the left, not a figure, to the right.
+        is_text: words, aligned left; otherwise figures, aligned right.
         is_prose: sentences, which may break too.
     """
 

@@ -1,7 +1,7 @@
 """What Ctrl-C does: ends the process at once while it only imports and reads, raises KeyboardInterrupt once it works.
 
-Imports take seconds, have nothing to clean up, and run foreign code in which a KeyboardInterrupt may be shown as a
-traceback, or swallowed. This module itself imports next to nothing: the console script imports it first.
+Imports take seconds, need no cleanup, and run foreign code in which a KeyboardInterrupt may be shown as a traceback or
+swallowed. This module itself imports almost nothing, because the console script imports it first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The command `kernels`: compiles every kernel for every architecture, runs its text emulated and its PTX interpreted
 against the contract, prints the ladder, tries the seeded defects. It measures no time: no GPU figure comes from here
-unless a GPU is there."""
+without a GPU."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _shape(text: str) -> tuple[str, int]:
 
 def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], seed: int,
           advance: Callable[[int], None]) -> list[KernelRow]:
-    """One row an architecture; what the emulator counts is the same for all. A row is verified if both executions are
+    """One row per architecture; what the emulator counts is the same for all. A row is verified if both executions are
     within the contract: that of the text on the emulator, and that of its PTX."""
     import numpy as np
     import torch

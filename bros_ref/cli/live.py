@@ -92,7 +92,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
              control_tokens: Annotated[bool, typer.Option("--control-tokens", help=(
                  "Control tokens that the prompt spells, such as <|im_end|>, are meant; default: text."))] = False,
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
-    """One answer, streamed: the quickest sign of life."""
+    """One answer, streamed: the quickest way to try it."""
     from bros_ref.config import cdiv
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner
     from bros_ref.request import Request, RequestClass, SamplingParams

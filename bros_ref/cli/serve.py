@@ -98,7 +98,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
 
 
 def hello(url: str, model: str, needs_key: bool) -> str:
-    """What the server says when it is ready: its address, and three things to try."""
+    """The message of a server that is ready: its address, and three things to try."""
     key = "YOUR_KEY" if needs_key else "none"
     header = f" -H 'authorization: Bearer {key}'" if needs_key else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}], "max_tokens": 32}}'

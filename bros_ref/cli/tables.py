@@ -1,4 +1,4 @@
-"""Results for people at a terminal: tables of what goes to JSON, that fit 80 columns."""
+"""Results for people at a terminal: tables of the JSON results that fit 80 columns."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ INTERVAL_COLUMNS = (("rt.slo_attainment", "RT on time %", 1, 100), ("rt.median_t
 
 
 def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> FittedTable:
-    """Means with their confidence intervals, one row a policy."""
+    """Means with their confidence intervals, one row per policy."""
     def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
         mean, half = row[key] or (None, None)
         return number(mean, digits, scale) + ("" if half is None else f" ± {number(half, digits, scale)}")
@@ -92,7 +92,7 @@ def interval_table(rows: Sequence[Mapping[str, Any]], title: str) -> FittedTable
 
 
 def median_table(rows: Sequence[Mapping[str, Any]], title: str) -> FittedTable:
-    """Medians beside the confidence intervals of the means, one row a policy."""
+    """Medians beside the confidence intervals of the means, one row per policy."""
     def cell(row: Mapping[str, Any], key: str, digits: int, scale: float) -> str:
         bounds = row["interval95"][key]
         return number(row["median"][key], digits, scale) + ("" if bounds is None else (
@@ -150,7 +150,7 @@ def dominance_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
 
 
 def kernels_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
-    """What was found out about each kernel without running it on a GPU."""
+    """The results for each kernel without running it on a GPU."""
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 

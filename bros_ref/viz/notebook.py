@@ -1,4 +1,4 @@
-"""What every notebook needs: the package's own source on the page, the device in a line, checks that say what is wrong.
+"""Helpers for notebooks: the package's own source on the page, the device in a line, checks that say what is wrong.
 
 Notebooks import and never copy, so `show_source` prints what runs. Nothing here keeps state.
 """
@@ -30,7 +30,7 @@ def show_source(what: Callable[..., Any] | type, *, docstring: bool = False) -> 
     """The source of a function, method or class of the package, without its docstring unless asked for.
 
     Raises:
-        ValueError: it is not bros_ref's: a notebook shows the package and copies nothing.
+        ValueError: the object is not part of bros_ref.
     """
     if not what.__module__.startswith("bros_ref"):
         raise ValueError(f"show_source shows bros_ref's own code; {what.__qualname__} is from {what.__module__}")
@@ -45,7 +45,7 @@ def show_source(what: Callable[..., Any] | type, *, docstring: bool = False) -> 
 
 
 def device() -> str:
-    """Where this notebook's models run, "cpu" or "cuda"; the rule and its errors are `compute_device`'s."""
+    """Where this notebook's models run, "cpu" or "cuda"; rule and errors are those of `compute_device`."""
     return compute_device()
 
 

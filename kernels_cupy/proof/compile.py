@@ -28,12 +28,12 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Resources:
-    """What a kernel takes of a multiprocessor.
+    """The resources of a multiprocessor that a kernel uses.
 
     Attributes:
-        registers: 32-bit registers a thread.
-        spill_bytes: local memory and stack a thread: values that did not fit the registers.
-        shared_bytes: static shared memory a block.
+        registers: 32-bit registers per thread.
+        spill_bytes: local memory and stack per thread: values that did not fit the registers.
+        shared_bytes: static shared memory per block.
     """
 
     registers: int

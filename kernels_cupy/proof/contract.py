@@ -1,4 +1,4 @@
-"""What every kernel must do, on any device: random batches in a cache full of NaN, the float64 oracle, guarded runs.
+"""What every kernel must do, on any device: random batches in a cache full of NaN, a float64 reference, guarded runs.
 
 The tests, the mutation suite and `bros-ref kernels` share it. A run through `decode` or `prefill` goes through the
 launcher; on an emulator it also says which slots each thread block may read, so a read of another's slot is an error
@@ -177,7 +177,7 @@ class _FirstLaunch:
 
 def decode(device: Device, batch: Batch, step: int | None = None, num_splits: int | None = None,
            num_sms: int = 2) -> Tensor:
-    """One token a sequence through a rung of the ladder. Returns [S, H, D]; raises what the device raises."""
+    """Runs one token per sequence through a rung of the ladder. Returns [S, H, D]; raises what the device raises."""
     out = torch.full_like(batch.q, torch.nan)
     workspace(batch.q.device, 1).fill_(torch.nan)  # nothing of an earlier launch may be of use
     if isinstance(device, Emulator) and device.checks:  # in steps 3 and 4, blockIdx.z is the sequence that is served
@@ -193,7 +193,7 @@ def decode(device: Device, batch: Batch, step: int | None = None, num_splits: in
 
 
 def prefill(device: Device, batch: Batch, tensor_cores: bool = True) -> Tensor:
-    """Several tokens a sequence, or a mixed batch, through a prefill kernel. Returns [T, H, D]."""
+    """Runs several tokens per sequence, or a mixed batch, through a prefill kernel. Returns [T, H, D]."""
     h, out = batch.heads, torch.full_like(batch.q, torch.nan)
     if isinstance(device, Emulator) and device.checks:
         kernel, shape = prefill_launch(h, device.gpu, len(batch.q), len(batch.query_lens), tensor_cores)

@@ -1,9 +1,9 @@
-"""Caches whose slots lie beyond 2^32 elements, though hardly any memory is used: does every address take 64 bits?
+"""Caches with slots beyond 2^32 elements that use hardly any memory, to check that all addresses have 64 bits.
 
-A pool lies in a sparse temporary file, which takes room where it is touched: some gigabytes cost the pages of a few
-blocks. Offsets are chosen so that arithmetic in 32 bits comes out small and positive: it reads a wrong place in the
-pool, and nothing else. Checks would copy the tensors, so these run on an emulator without them, or on any other device
-that takes CPU tensors.
+A pool is a sparse temporary file, which takes space only where it is touched: some gigabytes cost the pages of a few
+blocks. Offsets are chosen so that 32-bit arithmetic gives a small positive result, and reads a wrong place inside the
+pool. Checks would copy the tensors, so these run on an emulator without checks, or on any other device that takes CPU
+tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def far_batch(batch: Batch) -> Batch:
-    """The same sequences, their blocks beyond FAR elements of the caches; slots of nobody hold zeros there."""
+    """The same sequences, their blocks beyond FAR elements of the caches; slots without an owner hold zeros there."""
     first = cdiv(FAR, batch.k[0].numel())
     caches = []
     for near in (batch.k, batch.v):

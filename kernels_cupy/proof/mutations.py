@@ -1,8 +1,8 @@
-"""Proof that the checks bite: seeded defects in the kernels, each with the check that must flag it.
+"""Tests of the checks: seeded defects in the kernels, each with the check that must flag it.
 
 A mutant is one replacement in one file. It runs on small ragged batches, in both directions, on the checked emulator,
 and against float64. "numerics" means that only the comparison with float64 saw it. A defect that neither sees is
-either equivalent, and listed in EQUIVALENT with the reason, or a hole in the checks.
+either equivalent, and listed in EQUIVALENT with the reason, or a gap in the checks.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _copies(device: Emulator) -> None:
 
 
 def _long(device: Emulator) -> None:
-    """So many pieces that a warp of the merge has several."""
+    """Enough pieces that each warp of the merge has several."""
     batch = Batch.draw(np.random.default_rng(5), SMALL, [1, 1], [1500, 40])
     batch.check(decode(device, batch, 5, num_sms=2))
 

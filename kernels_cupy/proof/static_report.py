@@ -1,8 +1,8 @@
 """What can be known about a kernel's speed without a GPU, exactly: registers, spills, occupancy, instructions, sectors,
-bank conflicts, the price of directions. And one estimate, labelled so: when issuing would limit.
+bank conflicts, the cost of directions. And one estimate, labelled as such: when instruction issue would be the limit.
 
-It compiles (compile.py), reads machine code, and counts what runs on the emulator and on the PTX interpreter. It times
-nothing.
+It compiles (compile.py), reads machine code, and counts what runs on the emulator and on the PTX interpreter. It
+measures no time.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Rung:
     Attributes:
         name: "0" to "5" for decode steps, "prefill 0", "prefill 1".
         idea: what is new in it, in a few words.
-        load: the instruction that brings K and V, 16 bytes a lane, whose count says how much of them one turn of the
-            main loop takes; empty where loops nest and no single turn can be counted.
+        load: the instruction that loads K and V, 16 bytes per lane, whose count says how much of them one iteration of
+            the main loop reads; empty where loops nest and no single iteration can be counted.
     """
 
     name: str
@@ -110,8 +110,8 @@ class MainLoop:
 
 
 def main_loop(instructions: Sequence[str], labels: Mapping[str, int], load: str) -> MainLoop:
-    """Finds the loop that loads 16 bytes a lane ("LDG" or "LDGSTS") and multiplies most, and in it the way around with
-    the most loads and multiplications, and of those the shortest: what a turn in which nothing rare happens executes.
+    """Finds the loop that loads 16 bytes per lane ("LDG" or "LDGSTS") and multiplies most, and in it the path with the
+    most loads and multiplications, and of those the shortest: what an iteration without rare events executes.
     Parts of it may stand behind its end in the text.
 
     Raises:
@@ -347,7 +347,7 @@ def traffic(rung: Rung, heads: Heads, tokens: int = 2048) -> Traffic:
 
 def issue_cap(per_kib: float, gpu: str) -> float:
     """An estimate: the share of DRAM bandwidth at which issuing instructions would become the limit, if every
-    scheduler issued one a clock at boost. Above 1, something else limits."""
+    scheduler issued one per clock at boost. Above 1, something else limits."""
     sms, clock, bandwidth = GPUS[gpu]
     return sms * clock * ISSUES_PER_CLOCK / per_kib * 1024 / bandwidth
 

@@ -1,4 +1,4 @@
-"""Every table fits 80 columns, whatever its figures: nothing is cut, broken or lost."""
+"""Every table fits 80 columns with any figures: nothing is cut, broken or lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door: outputs in the order asked, in whatever form; what is refused; what an interrupt leaves behind."""
+"""`LLM`: outputs in the order asked, for every form of input; what is refused; the state after an interrupt."""
 
 import dataclasses
 import subprocess

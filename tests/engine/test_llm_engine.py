@@ -111,7 +111,7 @@ def state_of(engine, request):
 
 
 def abort_one_in(state, seed):
-    """Runs a random workload until some request is in `state`, aborts it, and checks that nobody else notices."""
+    """Runs a random workload until some request is in `state`, aborts it, and checks that the others are unaffected."""
     rng = random.Random(seed)
     engine = checksum_engine("bros" if seed % 2 else "bros-recompute", rng.randint(5, 14), 4, chunked_prefill=True,
                              max_num_batched_tokens=6)

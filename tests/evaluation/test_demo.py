@@ -1,4 +1,4 @@
-"""The demo's pool: short by the factor it names, and never too small for anybody."""
+"""The demo's pool: short by the factor it names, and never too small for any request."""
 
 import math
 

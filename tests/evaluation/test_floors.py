@@ -26,7 +26,7 @@ def test_a_reference_is_the_better_of_both_forms(policy):
 
 
 def test_no_policy_with_best_effort_work_beside_serves_real_time_better_than_the_floor():
-    """Better: more on time, or as many at a lower latency. Whoever is late for many may well be fast for the others."""
+    """Better: more on time, or as many at a lower latency. A policy late for many may be fast for the others."""
     floor = reference_rank(run("rt-only", SETTINGS, MIXED)[0])
     for policy in ("bros", "bros-plus", "vllm-priority"):
         assert reference_rank(run(policy, SETTINGS, MIXED)[0] | {"policy": "rt-only"}) >= floor

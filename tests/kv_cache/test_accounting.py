@@ -311,7 +311,7 @@ def test_a_reset_forgets_everything_and_says_so():
 
 
 def test_a_host_block_is_not_given_out_while_a_copy_to_it_is_still_to_be_made():
-    """A step may swap out and yet run nobody; its copies then wait for the next step that runs."""
+    """A step may swap out and yet run no request; its copies then wait for the next step that runs."""
     manager, memory, [_, last] = filled_by(4, 4, num_blocks=2)
     assert manager.swap_out("be0")
     manager.free("be0")

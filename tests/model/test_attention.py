@@ -55,7 +55,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def place(case: Case, rng: np.random.Generator) -> list[list[int]]:
-    """A scattered block table a sequence; the last block of one sequence is the next one's too when they run in
+    """A scattered block table per sequence; the last block of one sequence is the next one's too when they run in
     opposite directions and both tails fit."""
     size = case.block_size
     free = list(rng.permutation(sum(-(-context // size) for _, context, _ in case.sequences) + 3))

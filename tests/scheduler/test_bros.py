@@ -75,9 +75,9 @@ def test_the_last_resort_swaps_out_the_real_time_request_with_the_most_slack():
 @settings(max_examples=12)
 @given(seed=st.integers(0, 2**32))
 def test_a_real_time_request_out_of_slack_never_waits_behind_best_effort(policy, seed):
-    """Each decision is taken a second time on a copy from which all best-effort requests are gone: whoever is out of
-    slack and gets its place there has it in the presence of best-effort too. (No BE is due here: that is the one
-    exception, by the bound on its waiting.)"""
+    """Each decision is taken a second time on a copy without best-effort requests: an RT that is out of slack and
+    runs there also runs in the presence of best-effort. (No BE is starving here: that is the one exception, by the
+    bound on its waiting.)"""
     rng = random.Random(seed)
     decider = Decider(policy, rng.choice([8, 20, 400]), num_host_blocks=rng.choice([None, 0, 2]),
                       max_num_seqs=rng.choice([1, 2, 4, 8]), max_num_batched_tokens=rng.choice([8, 64]),
@@ -231,7 +231,7 @@ def test_a_starving_request_that_cannot_be_placed_keeps_the_next_from_nothing():
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_nobody_is_preempted_in_vain(seed):
-    """Whoever gives way to a request does so for one that runs in this step."""
+    """A request is preempted only for one that runs in this step."""
     rng = random.Random(seed)
     num_blocks, block_size = rng.choice([4, 8, 12]), rng.choice([1, 4])
     room = num_blocks * block_size
@@ -342,7 +342,7 @@ def test_a_swapped_out_request_that_can_wait_comes_back_at_nobodys_cost_if_lazy(
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=30)
 def test_a_lazy_pool_full_of_real_time_requests_serves_every_one_to_its_end(seed):
-    """More RT than the pool holds, targets tight and loose: nobody waits for ever, and the accounts hold."""
+    """More RT than the pool holds, targets tight and loose: no request waits forever, and the accounting holds."""
     rng = random.Random(seed)
     decider = Decider("bros-plus", num_blocks=rng.choice([6, 10]), num_host_blocks=rng.choice([0, 4, None]))
     for i in range(12):
@@ -417,8 +417,8 @@ def test_the_batch_cap_is_the_papers_and_an_option(policy, seats):
 
 @pytest.mark.parametrize("policy", ["bros", "bros-plus", "bros-swap-block", "bros-swap-request", "bros-recompute"])
 def test_long_prompts_that_do_not_fit_together_all_end(policy):
-    """Prompts of a third of the pool and more, in small chunks, late or not: they may take blocks from one another, but
-    not for ever."""
+    """Prompts of a third of the pool and more, in small chunks, late or not: they may preempt one another, but not
+    forever."""
     for seed in range(200):
         rng = random.Random(seed)
         block_size, num_blocks = rng.choice([1, 4, 16]), rng.choice([4, 8, 23])

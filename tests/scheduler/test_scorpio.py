@@ -14,7 +14,7 @@ LATENCY = StepLatencyModel((0.010, 0.001, 0.0, 0.00001))  # 10 ms a step, 1 ms p
 
 
 class ScorpioOracle(V0Oracle):
-    """On top of V0's steps: who is turned away, who waits at the gate, who sits a step out."""
+    """On top of V0's steps: which requests are rejected, not admitted yet, or left out of a step."""
 
     def __post_init__(self):
         super().__post_init__()

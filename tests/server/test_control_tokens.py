@@ -1,4 +1,4 @@
-"""What a stranger sends stays text: a control token in it opens nobody's turn."""
+"""Untrusted text stays text: a control token in it never opens a turn."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ METRIC_TITLES = {"ttft_s": "time to first token", "tpot_s": "time per output tok
 def latency_ecdf(traces: Sequence[Trace]) -> go.Figure:
     """For each class (row) and metric (column): which share of *all arrived* requests had at most this latency.
 
-    A curve that ends below 100 % never served, or never gave a second token to, the rest. Dashed verticals are SLOs.
+    If a curve ends below 100 %, the rest were never served, or never got a second token. Dashed verticals are SLOs.
     """
     figure = make_subplots(rows=2, cols=2, horizontal_spacing=0.1, vertical_spacing=0.2, subplot_titles=[
         f"{CLASS_LABELS[name]}: {METRIC_TITLES[metric]}" for name, metric in CELLS])
@@ -78,7 +78,7 @@ def _add_ecdf(figure: go.Figure, policy: str, place: int, samples: list[float], 
 
 
 def trade_off(summaries: Sequence[dict[str, Any]]) -> go.Figure:
-    """One point a policy: best-effort tokens a second against the share of real-time requests that met both SLOs."""
+    """One point per policy: best-effort tokens/s against the share of real-time requests that met both SLOs."""
     figure = go.Figure()
     labelled = len(summaries) <= MAX_LABELLED
     highest = 0.0
@@ -125,7 +125,7 @@ def reasons(traces: Sequence[Trace]) -> go.Figure:
 
 
 def count_reasons(trace: Trace) -> Counter[str]:
-    """Requests left out, over all steps, by reason. The unlisted ones of a step stand behind the listed."""
+    """Requests left out, over all steps, by reason. A step's unlisted requests count as behind the listed ones."""
     counts: Counter[str] = Counter()
     for step in trace.steps:
         counts.update(step.left_out.values())
@@ -134,7 +134,7 @@ def count_reasons(trace: Trace) -> Counter[str]:
 
 
 def predicted_steps(traces: Sequence[Trace]) -> go.Figure:
-    """Predicted against measured duration of each step, both in ms; on the diagonal the model was right."""
+    """Predicted against measured duration of each step, both in ms; on the diagonal the prediction was exact."""
     figure = go.Figure()
     low, high = np.inf, 0.0
     for place, trace in enumerate(traces):

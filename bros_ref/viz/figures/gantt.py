@@ -94,7 +94,7 @@ def gantt_svg(trace: Trace, request_ids: Sequence[str], step_index: int) -> str:
 
 
 def what_it_does(trace: Trace, spans: dict[str, list[tuple[str, int, int]]], step_index: int, request_id: str) -> str:
-    """One request in one step: its phase and tokens, or why it was left out; nothing before it came or after it left.
+    """One request in one step: its phase and tokens, or why it was left out; empty before it arrived or after it ended.
 
     Args:
         spans: `phase_steps(trace)`.

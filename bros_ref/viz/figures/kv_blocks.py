@@ -56,7 +56,7 @@ MAX_SCALE = 1.25  # no page draws a small map larger than this
 
 def pool_over_time(trace: Trace, end_s: float | None = None) -> go.Figure:
     """Above: blocks by state, stacked to the size of the pool. Below, if there ever are any: tokens whose slots were
-    overwritten or given away, so that they live on the host only."""
+    overwritten or given away, so that they are on the host only."""
     times, counts, on_host = pool_series(trace)
     rows = 2 if any(on_host) else 1
     figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, row_heights=[0.72, 0.28][:rows], vertical_spacing=0.08)
@@ -114,8 +114,8 @@ def _sampled_pools(trace: Trace) -> Iterator[tuple[int, list[BlockView]]]:
 
 
 def busiest_step(trace: Trace) -> int:
-    """The index of the step whose pool shows most, of those that `pool_series` looks at: shared blocks and
-    overwritten slots, else used blocks; the first of equals.
+    """The index of the step with the most shared blocks and overwritten slots, or else the most used blocks, among
+    the steps that `pool_series` looks at; the first of equals.
 
     Raises:
         ValueError: the trace has no steps.
@@ -140,7 +140,7 @@ def slot_kinds(view: BlockView, block_size: int) -> list[str]:
 
 def block_map(trace: Trace, step_index: int, columns: int = 6) -> str:
     """The pool after the decision of one step, as an SVG element, with the slots that the step saved, brought back
-    and moved. Of a large pool: the blocks that show most."""
+    and moved. For a large pool: the most interesting blocks."""
     copies = next(islice(trace.copies(), step_index, None))
     return pool_svg(trace.pool_at(step_index), trace.block_size, columns,
                     f"KV pool at {trace.steps[step_index].start_s:.2f} s, policy {trace.policy}", copies)
@@ -148,7 +148,7 @@ def block_map(trace: Trace, step_index: int, columns: int = 6) -> str:
 
 def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int = 6, title: str = "KV pool",
              copies: Sequence[SlotCopies] = ()) -> str:
-    """Any pool as an SVG element; `title` is what a screen reader says first, `copies` what a step has just copied."""
+    """Any pool as an SVG element; `title` is its accessible name, `copies` the slots that a step has just copied."""
     shown = _blocks_to_show(pool)
     made = {COPY_KINDS[run.kind] for run in copies}
     labels = SLOT_LABELS | {kind: label for kind, label in COPY_LABELS.items() if kind in made}
@@ -194,7 +194,7 @@ def _block_parts(view: BlockView, block_id: int, block_size: int, x: float, y: f
 
 
 def _copy_parts(view: BlockView, copies: Sequence[SlotCopies], block_size: int, x: float, y: float) -> Iterator[str]:
-    """Over a block: slots that got their tokens back or from elsewhere; a bar under those that were saved."""
+    """Marks over a block: slots whose tokens were restored or moved there, and a bar under those that were saved."""
     slot_w = BLOCK_W / block_size
     for run in sorted(copies, key=lambda run: run.kind == "checkpoint"):  # its block may hold other tokens by now
         kind, slots = COPY_KINDS[run.kind], range(run.first_slot, run.first_slot + run.num_slots)

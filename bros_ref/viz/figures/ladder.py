@@ -1,7 +1,7 @@
 """The ladder of kernels as one figure: what each step loads, over the minimum, and how many instructions it takes.
 
 A pure function of rows as `bros-ref kernels --json` writes them; a notebook may give rows that it counted itself. No
-time is drawn: none is in those rows. A number that a row does not have is said to be missing, never drawn as zero.
+time is drawn, since the rows have none. A number that a row lacks is marked as missing, never drawn as zero.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PANELS = (Panel("sectors_over_minimum", "sectors loaded / minimum", "logarithmic
 
 
 def ladder_svg(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a row, in the order given: `step` and `name`, then a bar for each number that the row has.
+    """One line per row, in the order given: `step` and `name`, then a bar for each number that the row has.
 
     Raises:
         ValueError: no rows, two rows for one step (choose one dtype, head size and architecture first), or fewer

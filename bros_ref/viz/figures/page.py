@@ -77,7 +77,7 @@ footer {{ color:var(--muted); font-size:13px; padding-top:26px; padding-bottom:4
 
 @dataclass(frozen=True)
 class Cell:
-    """One number (or phrase) of a table, with what stands small below it."""
+    """One number (or phrase) of a table, with the small text below it."""
 
     text: str
     note: str = ""

@@ -123,7 +123,7 @@ def write_report(path: Path | str, traces: Sequence[Trace], summaries: Sequence[
 
 
 def _featured(traces: Sequence[Trace]) -> int:
-    """The place of the policy the page is about: BROS if it is there, else the last."""
+    """The index of the policy that the page features: BROS if present, else the last."""
     names = [trace.policy for trace in traces]
     return names.index("bros") if "bros" in names else len(names) - 1
 
@@ -281,7 +281,7 @@ def _ratio(column: _Column, run: Run, base: Run) -> str:
 
 
 def _is_best(column: _Column, run: Run, summaries: Sequence[Run]) -> bool:
-    """Only where there is a direction and a difference."""
+    """Whether to mark a value as best: only where there is a direction and a difference."""
     known = {value for other in summaries if (value := column.value(other)) is not None}
     value = column.value(run)
     if column.better == 0 or len(known) < 2 or value is None:

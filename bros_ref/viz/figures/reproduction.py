@@ -95,8 +95,8 @@ def _swept(rows: list[Row]) -> list[tuple[str, list[Row], str]]:
 
 
 def frontier(rows: list[Row], places: dict[str, int]) -> go.Figure:
-    """RT attainment of both targets against BE tokens/s: one line a policy, one point a run. `places`: policy -> its
-    place among all policies of the page, so that it looks the same in every figure."""
+    """RT attainment of both targets against BE tokens/s: one line per policy, one point per run. `places`: policy ->
+    its place among all policies of the page, so that it looks the same in every figure."""
     figure = go.Figure()
     for policy in dict.fromkeys(row["policy"] for row in rows):
         own = [row for row in rows if row["policy"] == policy]
@@ -199,7 +199,7 @@ def _bounds_table(bounds: dict[str, Any]) -> str:
 
 
 def gap_histogram(gaps: Row) -> go.Figure:
-    """How many iterations reached which share of their optimum."""
+    """Histogram of the share of its optimum that each iteration reached."""
     edges = [f"{tenth / 10:.0%} to {(tenth + 1) / 10:.0%}" for tenth in range(10)]
     figure = go.Figure(go.Bar(x=edges, y=gaps["histogram"], marker={"color": POLICY_COLOURS[1]},
                               hovertemplate="%{x}: %{y:,} iterations<extra></extra>"))
@@ -213,7 +213,7 @@ def _share(value: float | None) -> str:
 
 
 def _by_system(row: Row) -> Row:
-    """A run of the paper's sweep, named as the tables want it: group/table/point/policy."""
+    """A run of the paper's sweep, named as the tables expect: group/table/point/policy."""
     group, system, dataset, rate, policy = row["name"].split("/")
     dataset, alone, _ = dataset.partition("-rt")
     table = f"Real-time requests alone, {dataset} lengths" if alone else f"{system}, {dataset} lengths"

@@ -1,7 +1,7 @@
-"""One look for all figures: what each thing is called, its colour, and the pattern that tells it apart without colour.
+"""One look for all figures: the name of each thing, its colour, and the pattern that tells it apart without colour.
 
-Colours are chosen to differ in lightness too, for readers who see fewer hues and for paper. Invariant: whatever a
-figure tells by colour it also tells by pattern, dash, marker or label.
+Colours are chosen to differ in lightness too, for readers who see fewer hues and for paper. Invariant: what a
+figure shows by colour it also shows by pattern, dash, marker or label.
 """
 
 from __future__ import annotations

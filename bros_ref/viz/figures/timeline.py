@@ -1,4 +1,4 @@
-"""The schedule: one row for each request, time to the right, what it was doing told by colour and pattern.
+"""The schedule: one row for each request, time to the right, its phase shown by colour and pattern.
 
 A pure function of a trace (`Trace.phases`). Real-time rows are on top, in order of arrival, then best-effort rows.
 """
@@ -50,7 +50,7 @@ def schedule(trace: Trace, max_requests: int = 40, end_s: float | None = None) -
 
 
 def shown_requests(trace: Trace, max_requests: int) -> list[str]:
-    """Ids in order of rows: the first arrivals of each class, half of the room each unless one leaves some over."""
+    """Ids in order of rows: the first arrivals of each class, half of the rows each, unless one class needs fewer."""
     by_class: dict[str, list[str]] = {"rt": [], "be": []}
     for record in sorted(trace.requests.values(), key=lambda record: record.arrival_s):
         if record.request_id not in trace.rejected:

@@ -1,4 +1,4 @@
-"""The causal mask, to be played with: what each query row sees, in logical order and in the slots where tokens lie.
+"""The causal mask, interactive: what each query row sees, in logical order and in the slots where tokens lie.
 
 Pure functions of a few numbers, and a class that shows them. `static/causal_mask.js` draws the same picture in the
 page, without a kernel, from the same numbers; a browser test compares the two character by character. Invariant: which
@@ -56,7 +56,7 @@ class MaskSetting:
 
 
 def position_in(setting: MaskSetting, slot: int) -> int:
-    """The logical position whose place this slot is; from `context` on, nobody of this sequence is there."""
+    """The logical position that this slot belongs to; from `context` on, it holds no token of this sequence."""
     block, column = divmod(slot, setting.block_size)
     return block * setting.block_size + (setting.block_size - 1 - column if setting.reversed else column)
 
@@ -139,7 +139,7 @@ def picture(setting: MaskSetting, row: int, labels: Sequence[str]) -> str:
 
 
 class CausalMaskExplorer:
-    """The picture under one's hands: query length, context, block size, direction, the wrong mask, and a row.
+    """The interactive picture: query length, context, block size, direction, the wrong mask, and a row.
 
     Args:
         tokens: the texts of at least as many tokens as the context; at most MAX_CONTEXT are used.
@@ -159,7 +159,7 @@ class CausalMaskExplorer:
         return f"causal mask of up to {len(self.tokens)} tokens, {MAX_QUERY} query rows, blocks of {BLOCK_SIZES}"
 
     def data(self) -> dict[str, Any]:
-        """What the page carries."""
+        """The page's data."""
         return {"labels": [escape(token) for token in self.tokens], "legend": _legend(), "top": _TOP, "left": _LEFT,
                 "cell": _CELL, "between": _BETWEEN, "gap": _GAP, "width": _WIDTH}
 

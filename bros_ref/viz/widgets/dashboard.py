@@ -29,7 +29,7 @@ FACTS = {"ran": "running", "left": "left out", "rt": "RT on time, of finished, o
 
 
 class Moments:
-    """A run, to be asked what is so at any time after its first arrival."""
+    """The state of a run at any time after its first arrival."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -107,13 +107,13 @@ class Dashboard:
         return f"{self.names[0]} beside {self.names[1]} over {self.end_s:.1f} s, {len(self.times_s)} moments"
 
     def data(self) -> dict[str, Any]:
-        """What the page carries."""
+        """The page's data."""
         return {"times_s": [round(time_s, 3) for time_s in self.times_s], "names": self.names, "width": SIDE_W,
                 "chart_height": CHART_H, "reasons": [REASON_LABELS[reason] for reason in REASONS],
                 "sides": [self._side_data(side) for side in self.sides]}
 
     def _side_data(self, side: Moments) -> dict[str, Any]:
-        """One run at every moment; who is left out is said where it changes, by numbers of reasons and requests."""
+        """One run at every moment; requests left out are listed where they change, by reason and request indices."""
         moments = [side.at(time_s) for time_s in self.times_s]
         number = {request_id: i for i, request_id in enumerate(side.trace.requests)}
         before: object = None

@@ -1,6 +1,6 @@
-"""Pictures one steps through: a slider, play and a caption over a list of SVG stills, in one piece of HTML.
+"""A series of pictures: a slider, a play button and a caption over a list of SVG stills, in one piece of HTML.
 
-The page carries all its pictures, so nothing is asked or fetched to move it (`html.py`). Keyboard: the controls are
+The page contains all its pictures, so moving the slider fetches nothing (`html.py`). Keyboard: the controls are
 native. Where scripts do not run (a web viewer), the first picture is shown.
 """
 
@@ -15,7 +15,7 @@ from bros_ref.viz.widgets.html import controls_html, notebook_output, widget_htm
 
 @dataclass(frozen=True)
 class Frame:
-    """One still: an <svg> element as text, and the sentence that says what is to be seen."""
+    """One still: an <svg> element as text, and the sentence that describes it."""
 
     svg: str
     caption: str

@@ -1,9 +1,9 @@
-"""What the players share: controls, a legend, the scripts, and the piece of HTML that holds them.
+"""The shared parts of the players: controls, a legend, the scripts, and the piece of HTML that holds them.
 
 A player is one <div>: native controls, canvases, its data as JSON and its scripts. Nothing is fetched and no kernel is
-asked, so a notebook, a static page and a file play alike, and an output compares from run to run. That is also why the
-players are no ipywidgets: their state would be saved apart from the page and be blank where no kernel runs. Python
-needs no step sent back: what a step shows is `trace.pool_at(step)`.
+needed, so it works the same in a notebook, a static page and a file, and outputs of two runs can be compared. So the
+players are not ipywidgets, whose state is saved apart from the page and which stay blank where no kernel runs. Python
+never needs the step that is shown: it can compute the same pool as `trace.pool_at(step)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def packed_fills(looks: Looks) -> dict[str, list[str]]:
 
 
 def controls_html(last: int, start: int, unit: str = "step", speed: int = 10) -> str:
-    """Play, a slider from 0 to `last`, and steps a second."""
+    """Play, a slider from 0 to `last`, and steps per second."""
     options = "".join(f'<option value="{one}"{" selected" if one == speed else ""}>{one}</option>' for one in SPEEDS)
     return (f'<button type="button" data-play {OWN_KEYS} style="min-width:4.5em">play</button> '
             f'<label>{unit} <input type="range" min="0" max="{last}" value="{start}" step="1" {OWN_KEYS} '
@@ -51,9 +51,9 @@ def legend_html(labels: Mapping[str, str]) -> str:
 
 
 def script_json(data: Any) -> str:
-    """Plain data as JSON that may stand inside a <script>. The one place that sees to it: without a "<" nothing in it
-    can end the element or open a comment (`</script>`, `<!--<script>`), and everything outside ASCII is escaped, so no
-    line separator (U+2028) can end a statement."""
+    """Plain data as JSON that is safe inside a <script>; all data of pages goes through here. Without a "<" nothing
+    in it can end the element or open a comment (`</script>`, `<!--<script>`), and everything outside ASCII is escaped,
+    so no line separator (U+2028) can end a statement."""
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -62,7 +62,7 @@ def widget_html(kind: str, label: str, body: str, data: Mapping[str, Any], scrip
 
     Args:
         kind: what its script looks for: `data-bros-<kind>`.
-        label: what a screen reader says first.
+        label: the accessible name, for screen readers.
         data: plain data for the script.
         scripts: files of `static/`, in order.
     """

@@ -1,7 +1,7 @@
 """Which thread of a warp touches which address, request by request, from the accesses an emulated launch recorded.
 
 Pure functions: recorded accesses in, requests and SVG out. A request is one instruction of one warp: what its lanes
-ask for at once. Global memory answers in sectors of 32 bytes; shared memory has 32 banks of 4 bytes, and lanes that
+access at once. Global memory answers in sectors of 32 bytes; shared memory has 32 banks of 4 bytes, and lanes that
 want different words of one bank take turns. Lanes are told apart by number and shade.
 """
 
@@ -51,7 +51,7 @@ class WarpRequest:
     """What the lanes of a warp ask of one argument (or of shared memory) by one instruction.
 
     Attributes:
-        step: the first lane's how-manieth access this was.
+        step: the index of this access among those of the first lane.
         argument: index into the launch's arguments, -1 for shared memory.
         lanes: (lane, offset in bytes, size in bytes), by lane.
     """
@@ -64,7 +64,7 @@ class WarpRequest:
 
     @property
     def bytes(self) -> int:
-        """Bytes the lanes asked for, each address once."""
+        """Bytes that the lanes asked for, each address counted once."""
         return len({at for _, offset, size in self.lanes for at in range(offset, offset + size)})
 
     @property
@@ -75,7 +75,7 @@ class WarpRequest:
 
     @property
     def min_sectors(self) -> int:
-        """Sectors that as many bytes fill when they lie side by side."""
+        """The fewest sectors that hold as many bytes."""
         return cdiv(self.bytes, SECTOR_BYTES)
 
     @property
@@ -109,7 +109,7 @@ def warp_requests(accesses: Iterable[Recorded], block: int = 0, warp: int = 0,
 
 
 def describe(request: WarpRequest, names: Mapping[int, str]) -> str:
-    """The request in a sentence: who asks for what, what it costs, which line."""
+    """The request in a sentence: which lanes ask for what, what it costs, which line."""
     known = {SHARED: "shared memory"} | dict(names)
     name = known.get(request.argument, f"argument {request.argument}")
     asked = f"{len(request.lanes)} lanes {request.kind} {request.lanes[0][2]} bytes each of {name}"
@@ -132,7 +132,7 @@ def request_svg(request: WarpRequest, names: Mapping[int, str] | None = None) ->
 
 def kernel_access(accesses: Iterable[Recorded], names: Mapping[int, str], block: int = 0, warp: int = 0,
                   arguments: Sequence[int] | None = None, limit: int = 12) -> Frames:
-    """The first requests of a warp, to be stepped through.
+    """The first requests of a warp, as frames.
 
     Raises:
         ValueError: the warp made no such request.
@@ -143,7 +143,7 @@ def kernel_access(accesses: Iterable[Recorded], names: Mapping[int, str], block:
 
 
 def _sectors(request: WarpRequest) -> str:
-    """Rows of sectors; a sector is 32 bytes wide, and what nobody asked for stays white."""
+    """Rows of sectors; a sector is 32 bytes wide, and bytes that no lane asked for stay white."""
     parts, sectors = [], request.sectors
     byte_width = (_WIDTH - _LEFT - 10) / (_SECTORS_OF_A_ROW * (SECTOR_BYTES + 2))
     shown = sectors[:_SECTORS_OF_A_ROW * _MAX_ROWS]
@@ -166,8 +166,8 @@ def _sectors(request: WarpRequest) -> str:
 
 
 def _banks(request: WarpRequest) -> str:
-    """A column a bank; lanes that want different words of a bank stand below one another. One word is fetched once,
-    however many lanes want it."""
+    """One column per bank; lanes that want different words of a bank are drawn below one another. A word is fetched
+    once, however many lanes want it."""
     width, parts = (_WIDTH - _LEFT - 10) / BANKS, []
     heights, seen, pieces = [0] * BANKS, set[int](), []
     for lane, offset, size in request.lanes:

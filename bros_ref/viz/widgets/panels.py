@@ -1,5 +1,5 @@
-"""Things under one's hands: a running engine that takes bursts of real-time requests, a KV manager that allocates,
-appends and frees on request; both show the KV pool after each press.
+"""Live panels: a running engine that takes bursts of real-time requests, and a KV manager that allocates, appends and
+frees on request; both show the KV pool after each press.
 
 The engine's panel draws from its trace alone and calls `add_request` and `step`; the manager's draws its `snapshot`.
 ipywidgets is imported when a panel is made, so that the rest of the package does without it.
@@ -32,7 +32,7 @@ class InjectPanel:
 
     Args:
         engine: one with a trace.
-        burst: the how-manieth burst -> its requests.
+        burst: burst index -> its requests.
         steps: iterations that each press runs.
 
     Raises:
@@ -103,12 +103,12 @@ def holdings(pool: Sequence[BlockView]) -> dict[str, tuple[int, list[int]]]:
 
 
 class PoolPanel:
-    """Three buttons on a KV manager: a new request, a token for each, and the oldest leaves. Below the pool stands the
-    block table of each request.
+    """Three buttons on a KV manager: add a request, append one token to each, and free the oldest. The block table of
+    each request is below the pool.
 
     Args:
         kv: the manager; it may hold requests already, which the panel leaves alone.
-        make_request: the how-manieth request -> (request, tokens of its prompt).
+        make_request: request index -> (request, tokens of its prompt).
     """
 
     def __init__(self, kv: PoolManager, make_request: Callable[[int], tuple[Any, int]]) -> None:
@@ -127,7 +127,7 @@ class PoolPanel:
         self._show("press a button")
 
     def allocate(self) -> str:
-        """A new request with its whole prompt; says so if there is no room."""
+        """Adds a request with its whole prompt; says so if there is no room."""
         request, tokens = self.make_request(self.made)
         self.kv.begin_step()
         if self.kv.allocate_slots(request, tokens) is None:
@@ -137,13 +137,13 @@ class PoolPanel:
         return f"{request.request_id} came with {tokens} tokens"
 
     def append(self) -> str:
-        """One token for every request that finds a slot."""
+        """Appends one token to every request that finds a slot."""
         self.kv.begin_step()
         without = [one.request_id for one in self.living if self.kv.allocate_slots(one, 1) is None]
         return "every request grew by a token" if not without else f"no slot for {', '.join(without)}"
 
     def free(self) -> str:
-        """The oldest request gives its blocks back."""
+        """Frees the blocks of the oldest request."""
         if not self.living:
             return "nobody is there"
         oldest = self.living.pop(0)
@@ -171,5 +171,5 @@ def _shown(what: str, count: int, note: str, picture: str) -> str:
 
 
 def _bundle(widget: Any, text: str, picture: str, **kwargs: Any) -> dict[str, Any]:
-    """The live widget; where no kernel runs, the picture as it is now."""
+    """The live widget; where no kernel runs, the current picture."""
     return {**widget._repr_mimebundle_(**kwargs), "text/plain": text, "text/html": picture}

@@ -1,7 +1,7 @@
 """The KV pool as a player: every block and slot at every step of a trace, in one piece of HTML.
 
-Pure functions of a trace, and a class that shows them. The page carries what changed in each step, not the pool of each
-step, so 2,000 blocks over hundreds of steps are small, and moving the slider asks no kernel (`html.py` says why).
+Pure functions of a trace, and a class that shows them. The page holds what changed in each step, not the pool of each
+step, so 2,000 blocks over hundreds of steps are small, and the slider needs no kernel (`html.py` says why).
 `static/pool.js` draws. Where scripts do not run, the map of the busiest step is shown (`kv_blocks.block_map`).
 """
 
@@ -74,7 +74,7 @@ def pool_data(trace: Trace, moments: Sequence[int] | None = None) -> dict[str, A
 
 
 def _at(of_steps: Iterator[OfStep], moments: Iterable[int], before: OfStep) -> Iterator[OfStep]:
-    """What is said of each of the ascending moments; `before` is said of -1."""
+    """The value at each of the ascending moments; `before` is the value at -1."""
     index, current = -1, before
     for moment in moments:
         while index < moment:
@@ -116,7 +116,7 @@ class BlockMapPlayer:
         return f"KV pool of {trace.num_blocks} blocks over {len(trace.steps)} steps, policy {trace.policy}"
 
     def data(self) -> dict[str, Any]:
-        """What the page carries."""
+        """The page's data."""
         return pool_data(self.trace) | {"notes": [step_note(self.trace, step) for step in self.trace.steps]}
 
     def to_html(self) -> str:

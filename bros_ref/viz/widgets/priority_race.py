@@ -1,9 +1,9 @@
 """The priority race: the slack of each real-time request over time, and at one step who ran, who sat out and why.
 
 Pure functions of a trace, and a class that shows them in one piece of HTML: `static/priority_race.js` moves a cursor
-over the chart and fills the standings from what the page carries, so no kernel is asked. It knows no scheduler: slack
-and reasons are what the trace recorded. Invariant: whoever the trace names in a step stands in that step's standings,
-real-time requests by ascending slack, and those it does not name are counted.
+over the chart and fills the standings from the page's data, so no kernel is needed. It knows no scheduler: slack and
+reasons are what the trace recorded. Invariant: each request that the trace names in a step is in that step's
+standings, real-time requests by ascending slack, and those it does not name are counted.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Standing:
 
 
 def standings(trace: Trace) -> Iterator[list[Standing]]:
-    """For each step everybody it names: RT by ascending slack, then BE, those that ran first."""
+    """For each step all requests that it names: RT by ascending slack, then BE, those that ran first."""
     last_turn: dict[str, int] = {}  # request id -> the step it ran in last, or the one before it arrived
     arrivals = sorted(trace.requests.values(), key=lambda record: record.arrival_s, reverse=True)
     for index, step in enumerate(trace.steps):
@@ -141,7 +141,7 @@ class PriorityRace:
                                  f'stroke="{INK}" stroke-width="1.5"/>')
 
     def _line(self, request_id: str) -> str:
-        """Time runs slack down, a second a second; at the end of a step that gave it a token, it starts anew."""
+        """Slack falls by one second per second; it starts anew at the end of a step that gave the request a token."""
         path, dots = "", ""
         for step in self.trace.steps:
             slack_s = step.slack_s.get(request_id)
@@ -186,7 +186,7 @@ class PriorityRace:
     # -- the page -------------------------------------------------------------------------------------------------
 
     def data(self) -> dict[str, Any]:
-        """What the page carries. A row: request, slack in ms or null, 1 if it ran, index of what is said of it."""
+        """The page's data. A row: request, slack in ms or null, 1 if it ran, index of its description."""
         number = {request_id: i for i, request_id in enumerate(self.trace.requests)}
         said: dict[str, int] = {}
         steps = [[[number[row.request_id], None if row.slack_s is None else round(1e3 * row.slack_s, 1),

@@ -1,7 +1,7 @@
-"""Which keys and values each forward pass computes, which of them again, which it finds in a cache: to step through.
+"""Which keys and values each forward pass computes, recomputes, or finds in a cache, as frames.
 
 Pure functions of plain numbers: for each pass, how many tokens are known and from which position on it computes. A
-column is a token, a line in it a layer. Invariant: the counts in the captions are those of the picture.
+column is a token, and each line in it is a layer. Invariant: the counts in the captions are those of the picture.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def kinds(passes: Sequence[ForwardPass], at: int) -> list[str]:
 
 
 def pairs_so_far(passes: Sequence[ForwardPass], at: int, layers: int) -> int:
-    """K/V pairs, one a token and layer, that the passes up to and including `at` have computed."""
+    """K/V pairs, one per token and layer, that the passes up to and including `at` have computed."""
     return layers * sum(one.context - one.first for one in passes[:at + 1])
 
 
@@ -91,7 +91,7 @@ def _caption(variants: Mapping[str, Sequence[ForwardPass]], layers: int, at: int
 
 
 def _panel(found: Sequence[str], labels: Sequence[str], layers: int, top: int) -> Iterator[str]:
-    """Lines of layers, one stroke for each run of equal columns; then what separates, names and explains columns."""
+    """Lines of layers, one stroke for each run of equal columns; then the separators and labels of the columns."""
     wide, tall = (_WIDTH - 2 * _LEFT) / len(labels), _TALL / layers
     for kind, (_, colour, share, dashes) in _LOOKS.items():
         if kind in found:

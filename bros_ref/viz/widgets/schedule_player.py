@@ -2,7 +2,7 @@
 
 A row for each request, a column for each iteration; under it the KV pool of the chosen step, moved by the same slider
 (`player.py`). Pure functions of a trace, and a class that shows them in one piece of HTML; `static/schedule.js` draws.
-Invariant: every word about a request at a step is one that the trace says (`Trace.phases`, `Trace.reason_for`).
+Invariant: all that is shown of a request at a step comes from the trace (`Trace.phases`, `Trace.reason_for`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COLUMNS = {"does": "in this step", "slack": "slack", "due": "due in"}  # what is
 
 
 def schedule_rows(trace: Trace, request_ids: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a request: its class, its spans, its targets, when its tokens came, where its first token was due."""
+    """One row per request: its class, its spans, its targets, when its tokens came, when its first token was due."""
     number = {request_id: i for i, request_id in enumerate(trace.requests)}
     spans, timings, rows = phase_steps(trace), request_timings(trace), []
     for request_id in request_ids:
@@ -55,7 +55,7 @@ def schedule_rows(trace: Trace, request_ids: Sequence[str]) -> list[dict[str, An
 
 def schedule_steps(trace: Trace, request_ids: Sequence[str]) -> list[dict[str, Any]]:
     """What each step says of the rows: tokens of those that ran, slack, and the reason of those listed as left out (an
-    index into REASONS); a waiting row that is not listed stands behind the listed ones."""
+    index into REASONS); a waiting row that is not listed counts as behind the listed ones."""
     row = {request_id: i for i, request_id in enumerate(request_ids)}
     return [{"start_s": round(step.start_s, 5), "end_s": round(step.end_s, 5),
              "ran": {row[name]: tokens for name, tokens in step.scheduled.items() if name in row},
@@ -91,7 +91,7 @@ class SchedulePlayer:
                 f"policy {trace.policy}")
 
     def data(self) -> dict[str, Any]:
-        """What the page carries."""
+        """The page's data."""
         trace = self.trace
         return pool_data(trace) | {
             "looks": packed_fills({**PHASE_FILLS, **POOL_LOOKS}), "phases": list(PHASES),
@@ -109,7 +109,7 @@ class SchedulePlayer:
         return widget_html("schedule", repr(self), body, self.data(), (*POOL_SCRIPTS, "schedule.js"))
 
     def _grid(self) -> str:
-        """Names as buttons, the chart over all rows, and three cells a row that the script fills."""
+        """Names as buttons, the chart over all rows, and three cells per row that the script fills."""
         cell = f"height:{ROW_H}px;line-height:{ROW_H}px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis"
         head = f"height:{HEAD_H}px;line-height:{HEAD_H}px;font-weight:600;white-space:nowrap;grid-row:1"
         bare = "border:0;margin:0;padding:0 4px;background:none;color:inherit;font:inherit;text-align:left"

@@ -1,9 +1,9 @@
-"""What if: choose a setting, and see where it puts both classes. The answers come from whatever function is given.
+"""What if: choose a setting, and see its effect on both classes. The answers come from a function of the caller.
 
 A question is one value for each choice; an answer is one element of "runs" of the result JSON. Pictures and words are
 pure functions of answers, made here; `static/what_if.js` holds the controls and shows the picture of the chosen
-setting. What was asked beforehand is in the page, which so works without a kernel; with one, every other setting is
-asked when it is chosen. Invariant: a picture shows answers only, and never one between them.
+setting. What was asked beforehand is in the page, which thus works without a kernel; with one, every other setting is
+asked when it is chosen. Invariant: a picture shows real answers only and never interpolates.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Choice:
 
 
 def facts(answer: Answer) -> dict[str, str]:
-    """What is said of an answer, by name."""
+    """The values shown of an answer, by name."""
     rt, be, kv = answer["classes"]["rt"], answer["classes"]["be"], answer["kv"]
 
     def spread(metric: str) -> str:
@@ -69,15 +69,15 @@ def facts(answer: Answer) -> dict[str, str]:
 
 
 def sentence(answer: Answer) -> str:
-    """An answer for those who do not see the picture."""
+    """An answer in words, for those who cannot see the picture."""
     return f"{answer['policy']}: " + "; ".join(f"{name} {value}" for name, value in facts(answer).items())
 
 
 def answers_svg(answers: Sequence[Answer], chosen: int, policies: Sequence[str]) -> str:
-    """BE tokens a second to the right, RT on time upwards: all answers pale, the chosen one bold, with its numbers.
+    """BE tokens per second to the right, RT on time upwards: all answers pale, the chosen one bold, with its numbers.
 
     Args:
-        policies: their order says how each is marked.
+        policies: their order determines the marker of each.
     """
     most = max(1.0, *(answer["classes"]["be"]["output_throughput"] or 0.0 for answer in answers)) * 1.1
     order = [i for i in range(len(answers)) if i != chosen] + [chosen]  # the chosen one on top

@@ -63,7 +63,7 @@ class Access:
 
     Attributes:
         block: linear index in the grid; warp, lane: of the thread inside its block.
-        step: the thread's how-manieth access this was, from 1; lanes of a warp that do not diverge share it.
+        step: index of this access among the thread's, from 1; the same for lanes of a warp that do not diverge.
         kind: "load", "store" or "atomic".
         argument: index into the launch's arguments, -1 for shared memory.
         offset: in bytes from the argument's first element, or from the start of the runtime's shared arena.
@@ -89,9 +89,9 @@ class SiteCounters:
     Attributes:
         line: where it stands; space: "global" or "shared"; kind: "load", "store" or "atomic".
         requests: how often a warp executed it.
-        bytes: asked for by all lanes, doubles included.
-        sectors: 32-byte sectors touched, each once a request (global only).
-        worst_conflict: the most turns any phase of a request took in a bank (shared only; 1 is no conflict).
+        bytes: asked for by all lanes, duplicates included.
+        sectors: 32-byte sectors touched, each counted once per request (global only).
+        worst_conflict: the most turns that any phase of a request took in a bank (shared only; 1: no conflict).
         mean_conflict: turns per phase (shared only).
     """
 
@@ -129,7 +129,7 @@ class LaunchCounters:
 
     @property
     def worst_conflict(self) -> int:
-        """The worst bank conflict of any site; 1 is none, 0 is no shared memory used."""
+        """The worst bank conflict of any site; 1: no conflict, 0: no shared memory used."""
         return max((site.worst_conflict for site in self.sites if site.space == "shared"), default=0)
 
 
@@ -148,7 +148,7 @@ class Emulator:
             races. Barriers and warp collectives are checked always.
         counters: fill `counters` after every launch. Implies checks.
         record: keep the first so many accesses of every launch in `accesses`; True means 100,000. Implies checks.
-        cp_async: "late" lands copies when the program waits for them, "early" at once: two ends of what a GPU may do.
+        cp_async: "late" lands copies when the program waits for them, "early" at once: a GPU may do either.
         order: of the threads of a warp: "forward", "reverse", or a seed.
         sources: texts to use in place of files, by file name: for kernels that are not in the folder, and mutants.
         step_limit: basic blocks that a thread may execute; one that executes more is taken to hang.
@@ -185,10 +185,10 @@ class Emulator:
         Args:
             tensor: [num_blocks, B, K, D] or any tensor that divides evenly into the slots below; an argument of the
                 launch. It is recognised by its address.
-            readable: [slots] integers: -1 nobody, -2 anybody, s >= 0 only blocks of the grid that serve sequence s.
+            readable: [slots] integers: -1 no block, -2 any block, s >= 0 only blocks of the grid for sequence s.
             writable: [slots], the same for stores; None forbids all stores.
             serves: (blockIdx.x, y, z) -> the sequence that block of the grid serves, -1 for any. Without it, s >= 0
-                means anybody.
+                means any block.
 
         Raises:
             ValueError: the slots do not divide the tensor.
@@ -315,7 +315,7 @@ class _Memory:
         return base
 
     def copy_back(self, regions: ctypes.Array[_Region]) -> None:
-        """Gives the tensors what the kernel stored."""
+        """Copies to the tensors what the kernel stored."""
         for region, start in zip(regions, self.starts, strict=False):
             if region.written and region.base != start:
                 ctypes.memmove(start, region.base, region.bytes)

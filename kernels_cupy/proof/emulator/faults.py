@@ -1,4 +1,4 @@
-"""What a kernel did wrong, and where: the exception, and the way from an address in a library to file:line."""
+"""What a kernel did wrong, and where: the exception, and the translation of an address in a library to file:line."""
 
 from __future__ import annotations
 

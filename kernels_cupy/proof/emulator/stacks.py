@@ -1,7 +1,7 @@
-"""The stacks of the emulator's fibers: one arena a process, used by whichever kernel runs.
+"""The stacks of the emulator's fibers: one arena per process, shared by all kernels.
 
-A kernel is a library of its own, and hundreds of them stay loaded. Had each its own stacks, with a guard below every
-one, the process would soon have more memory maps than the system allows (65,530 by default on Linux).
+Each kernel is a separate library, and hundreds of them stay loaded. If each had its own stacks, with a guard page below
+each stack, the process would soon exceed the system's limit of memory maps (65,530 by default on Linux).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def operation(opcode: str) -> Operation:
     """The lane-wise operation of an opcode.
 
     Raises:
-        PtxError: nobody taught us this opcode, or one of its modifiers.
+        PtxError: the opcode, or one of its modifiers, is not supported.
     """
     root, *parts = opcode.split(".")
     types = [part for part in parts if part in DTYPES]
@@ -132,7 +132,7 @@ def _shift_right(x: Array, by: Array) -> Array:
 
 
 def _divide(a: Array, b: Array) -> Array:
-    """Truncates towards zero; by zero it gives all ones, as GPUs do though the language leaves it open."""
+    """Truncates towards zero; by zero it gives all ones, as GPUs do, although PTX leaves it undefined."""
     safe = np.where(b == 0, b.dtype.type(1), b)
     quotient = a // safe
     if a.dtype.kind == "i":

@@ -1,4 +1,4 @@
-"""A function's PTX becomes a program: blocks of steps that a machine runs one by one.
+"""Turns a function's PTX into a program: blocks of steps that a machine runs one by one.
 
 A step is a function of the state and of the threads that execute it. Instructions that touch memory are made in
 access.py, those of whole warps in warp.py, all others here.

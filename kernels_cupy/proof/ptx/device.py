@@ -1,7 +1,7 @@
 """`PtxDevice`: runs the PTX that NVRTC emits for a GPU that is not here, and counts what it executes.
 
 It works on copies of its tensors that lie apart; a launch that faults changes nothing. It needs NVRTC (compile.py), and
-no C++ compiler. What it cannot see: races (the emulator's job), time, and what ptxas makes of the PTX.
+no C++ compiler. It cannot see races (the emulator does), time, or what ptxas makes of the PTX.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class PtxDevice:
         arch: compute capability, e.g. 80.
         counters: fill `counters` after every launch.
         sources: texts to use in place of files, by file name.
-        turn_limit: turns of a launch's threads after which it is taken to hang.
+        turn_limit: turns of a launch's threads after which it is considered to hang.
 
     Attributes:
         gpu: what launchers ask of the GPU whose PTX is run.
@@ -238,7 +238,7 @@ class _GlobalMemory:
         return found
 
     def copy_back(self) -> None:
-        """Gives the tensors what was stored."""
+        """Copies to the tensors what was stored."""
         for begin, offset, size in self._places:
             ctypes.memmove(begin, self.memory.bytes.ctypes.data + offset, size)
 

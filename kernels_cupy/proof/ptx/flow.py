@@ -1,4 +1,4 @@
-"""Basic blocks, and the order in which threads that took different ways are taken up again.
+"""Basic blocks, and the order in which threads that diverged continue.
 
 Threads stand at the start of a block. Those at the block that comes first in `order` run next, all together; so the
 order says where they meet again. It must put every block of a loop before what follows the loop, and in an `if` both

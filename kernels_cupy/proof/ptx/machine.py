@@ -33,7 +33,7 @@ class Machine(State):
         grid, block: of the launch; `first`, `count`: which of its thread blocks, by linear index.
         memories: "global" and "const"; shared and local ones are made here.
         parameters: bytes by name.
-        shared_bytes: dynamic shared memory a thread block.
+        shared_bytes: dynamic shared memory per thread block.
         counting: fill `traffic` too.
         turn_limit: turns after which the kernel is taken to hang; in a turn, threads execute a block of the program.
 
@@ -96,7 +96,7 @@ class Machine(State):
                                                  "PtxDevice(turn_limit=...) allows more", thread))
 
     def _turn(self, at: int) -> None:
-        """Those who stand at a block run it."""
+        """Runs one block with all threads that are at it."""
         decoded, mask = self.program.blocks[at], self.at == at
         lanes = np.flatnonzero(mask)
         threads = self._all if len(lanes) == self.num_threads else Threads(mask, lanes, self.num_threads)

@@ -1,8 +1,8 @@
 """Memories that lanes address by number: bounds, alignment, whether a byte was ever written, checked at each access.
 
-One class serves all spaces. A memory is made of equal segments, one a thread block (shared) or a thread (local) or a
-single one (global, constant); an address counts from the start of the lane's own segment. Global memory holds copies of
-a launch's tensors with gaps between them, so running off the end of one cannot pass for an access to the next.
+One class serves all spaces. A memory consists of equal segments, one per thread block (shared) or per thread (local),
+or of a single one (global, constant); an address counts from the start of the lane's own segment. Global memory holds
+copies of a launch's tensors with gaps between them, so running off the end of one is never an access to the next.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Memory:
         self.mark(where, rows.shape[1], WRITTEN)
 
     def mark(self, where: Array, size: int, what: int) -> None:
-        """Notes what is now known of `size` bytes at each place."""
+        """Records the state `what` of `size` bytes at each place."""
         if self.known is not None:
             self.known.reshape(-1, size)[where // size] = what
 
@@ -121,7 +121,7 @@ class Memory:
 
 
 def sectors_touched(addresses: Array, lanes: Array, size: int) -> int:
-    """32-byte sectors of a global access, each once a warp. `lanes`: who made it; `size` bytes each, aligned."""
+    """32-byte sectors of a global access, each once per warp, by `lanes`; `size` bytes each, aligned."""
     if size > WARP:
         raise ValueError(f"an access of {size} bytes spans sectors")
     keys = (lanes // WARP).astype(np.int64) << 48 | (addresses.astype(np.int64) // 32 & ((1 << 48) - 1))

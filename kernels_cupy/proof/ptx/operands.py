@@ -49,7 +49,7 @@ class Program:
     Attributes:
         storage: the dtype of each slot; names: for messages.
         constants: (slot, value) set before the first step; specials: (slot, name of a special register).
-        shared_bytes: static shared memory a thread block; local_bytes: a thread.
+        shared_bytes: static shared memory per thread block; local_bytes: per thread.
     """
 
     function: Function

@@ -19,7 +19,7 @@ _SPACES = (".global", ".const", ".shared", ".local")
 
 
 class PtxError(ValueError):
-    """A PTX text that cannot be run: a line that is not understood, or an instruction that nobody taught us."""
+    """A PTX text that cannot be run: a line that is not understood, or an instruction that is not supported."""
 
 
 @dataclass(frozen=True)

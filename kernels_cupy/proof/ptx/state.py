@@ -56,7 +56,7 @@ class Threads:
         return value if self.mask is None else value[self.lanes]
 
     def spread(self, values: Array) -> Array:
-        """Values of these threads as an array over all; what others get is not meant to be used."""
+        """Values of these threads as an array over all; the values of other threads are unspecified."""
         if self.mask is None:
             return values
         whole = np.zeros(self._count, values.dtype)
@@ -64,7 +64,7 @@ class Threads:
         return whole
 
     def matrix(self) -> Array:
-        """[warps, 32] booleans: who is here."""
+        """[warps, 32] booleans: which lanes are here."""
         if self._matrix is None:
             whole = np.ones(self._count, np.bool_) if self.mask is None else self.mask
             self._matrix = whole.reshape(-1, WARP)
