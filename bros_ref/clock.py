@@ -1,6 +1,6 @@
-"""The only two sources of "now". A policy never reads the time itself: the engine hands it in.
+"""The only two sources of the current time. A policy never reads a clock: the engine passes the time to it.
 
-So the very same scheduler runs live on a `WallClock` and simulated on a `VirtualClock`, and a test can stop time.
+So the same scheduler runs live on a `WallClock` and simulated on a `VirtualClock`, and a test can stop time.
 """
 
 from __future__ import annotations

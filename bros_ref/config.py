@@ -1,7 +1,7 @@
 """What the engine is configured with: the model's shape, the KV pool, the scheduler's limits.
 
-Three frozen dataclasses, every quantity with its unit in the name, checked when built so that a bad value is
-refused where it was written. Nothing here knows torch, files or policies.
+Frozen dataclasses, every quantity with its unit in the name, checked on construction so that a bad value is
+refused where it was written. Nothing here depends on torch, files or policies.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class KVCacheConfig:
     """The KV pool. A *slot* is room for one token's K and V in every layer; a block is `block_size` slots.
 
     `num_host_blocks` bounds the checkpoint store in host memory; None means HOST_BLOCKS_PER_BLOCK times the device
-    pool. Whoever knows how much host memory there is should say a number.
+    pool. Pass a number if the size of host memory is known.
     """
 
     num_blocks: int
@@ -167,12 +167,12 @@ class SchedulerConfig:
 
     The batch cap works like TCP slow start (paper, section on packing): it starts at `base_batch_cap`, doubles while
     no RT deadline binds and falls back when one does; `max_num_seqs` is its ceiling and B_max.
-    `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is what one step of
-    waiting is worth when BE requests are ordered by the KV they must restore (our decision).
+    `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is how many tokens
+    to restore one step of waiting outweighs when BE requests are ordered by the KV they must restore (our decision).
 
     The next three are the paper's rules, which `bros-plus` changes (`scheduler/bros.py` says why): `batch_slow_start`
-    is that cap, `rt_banks_time` whether an RT ahead of its TPOT may use that later, `rt_displaces_eagerly` whether an
-    RT that needs room takes it from a less urgent RT at once.
+    is that cap, `rt_banks_time` whether an RT ahead of its TPOT may use the saved time later, `rt_displaces_eagerly`
+    whether an RT that needs room takes it from a less urgent RT at once.
 
     `rt_slowdown` (our decision; BROS policies only): BE may make the latency of RT at most this many times what it
     would be without BE; at least 1. None: only the deadlines bound it.

@@ -1,7 +1,7 @@
-"""What a result was measured on: enough to judge a number later, and to try it again.
+"""What a result was measured on: enough to judge a number later, and to reproduce it.
 
-It reads versions, the CPU and the commit; it imports no heavy package for that. Invariant of the stamp: strict JSON,
-and it never fails: what cannot be found out is None.
+It reads versions, the CPU and the commit without importing a heavy package. Invariant: the stamp is strict JSON, and
+making it never fails; what cannot be found out is None.
 """
 
 from __future__ import annotations

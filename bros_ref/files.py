@@ -1,4 +1,4 @@
-"""Writing files and keeping caches. The one place that does, so that every output is written the same way.
+"""Writing files and keeping caches. All files are written here, so that every output is written the same way.
 
 Invariant: a file is written whole or not at all. The new content goes to a file beside the old one, reaches the disk,
 and then takes the old one's name in one step, so a full disk or an interrupt leaves what was there before.
@@ -93,7 +93,7 @@ def cache_folder() -> Path | None:
 
 
 def read_cached(name: str) -> str | None:
-    """The text kept under a name; None if there is none that can be read. `keep_cached` says what is in the way."""
+    """The text kept under a name; None if it is missing or cannot be read. `keep_cached` reports the reason."""
     folder = cache_folder()
     if folder is None:
         return None

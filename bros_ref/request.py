@@ -1,7 +1,7 @@
-"""One request: what its user asked for, and how far it has come.
+"""One request: what its user asked for, and its progress.
 
 `num_tokens - num_computed_tokens` is the work left. That one subtraction covers prefill, chunked prefill, decode and
-the recomputation after a preemption, so there is no phase flag that could be wrong.
+the recomputation after a preemption, so no phase flag is needed.
 """
 
 from __future__ import annotations

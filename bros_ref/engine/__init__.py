@@ -1,4 +1,4 @@
-"""The loop: schedule, execute, update, record; and what a live system is made of."""
+"""The loop (schedule, execute, update, record) and the other parts of a live system."""
 
 from bros_ref.engine.llm_engine import (
     EngineStalled,

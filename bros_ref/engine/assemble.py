@@ -1,6 +1,6 @@
-"""Puts scheduler, KV accounting, trace and engine around a runner: the one builder, of live and simulated systems.
+"""Puts scheduler, KV accounting, trace and engine around a runner: the one builder of live and simulated systems.
 
-It needs no torch: what a runner computes with, and on what device, is said by its caller.
+It needs no torch: the caller brings the runner and says what it computes with and on which device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class EngineLimits(Protocol):
     """What the builder reads of `LiveSettings` and of `SimulationSettings`, both dataclasses. `chunked_prefill` None:
-    as the policy's original does, off for BROS."""
+    the policy's own default, off for BROS."""
 
     @property
     def max_num_seqs(self) -> int: ...
@@ -52,12 +52,12 @@ class RunnerFacts:
 def assemble_engine(policy: str, runner: Runner, facts: RunnerFacts, kv_config: KVCacheConfig, limits: EngineLimits,
                     clock: Clock, *, latency: StepLatencyModel | None = None, tokenizer: Tokenizer | None = None,
                     trace_type: type[Trace] | None = Trace, environment: Mapping[str, Any] | None = None) -> LLMEngine:
-    """An engine for one run of one policy.
+    """Builds an engine for one run of one policy.
 
     Args:
         latency: None: the scheduler learns step times from its first steps on; the trace's header says so.
-        trace_type: what records the run; None: nothing does.
-        environment: what to add to the trace's stamp.
+        trace_type: the class that records the run; None: no trace.
+        environment: entries to add to the trace's stamp.
 
     Raises:
         ValueError: unknown policy.

@@ -1,4 +1,4 @@
-"""Puts a live system together: model, pool, latency model, policy, engine. Each part can be had without it."""
+"""Puts a live system together: model, pool, latency model, policy, engine. Each part can also be built on its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GPU_MEMORY_SHARE = 0.9  # of a GPU's whole memory, for weights and KV pool toget
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer and the name it was asked for by."""
+    """A model ready to run, its tokenizer, and the name under which it was requested."""
 
     name: str
     model: Model
@@ -46,13 +46,13 @@ class LoadedModel:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's shape; of a split model, what one rank holds."""
+        """The model's shape; if the model is split, the part that one rank holds."""
         return self.model.config
 
 
 @dataclass(frozen=True)
 class LiveSettings:
-    """Sizes of a live run. `chunked_prefill` None: as the policy's original does, off for BROS. `rt_slowdown`: see
+    """Sizes of a live run. `chunked_prefill` None: the policy's own default, off for BROS. `rt_slowdown`: see
     `SchedulerConfig`."""
 
     kv_blocks: int = 256

@@ -1,7 +1,7 @@
-"""Text as it is generated: whole characters only, and nothing that a stop string may still take back.
+"""Text as it is generated: whole characters only, and nothing that may turn out to be part of a stop string.
 
-The invariant: what `IncrementalDecoder` hands out piece by piece is, put together, exactly what decoding everything at
-once gives, and no piece ever ends in the middle of a character. (One exception: a byte-fallback vocabulary turns a
+Invariant: the pieces that `IncrementalDecoder` returns, put together, are exactly what decoding everything at once
+gives, and no piece ever ends in the middle of a character. (One exception: a byte-fallback vocabulary turns a
 whole run of byte tokens to U+FFFD once one of them is not UTF-8, so in such a run the characters shown can differ from
 the text decoded at once.)
 """
@@ -73,9 +73,9 @@ class TextStream:
 class IncrementalDecoder:
     """Streams one sequence's text, token by token, with O(1) work for each.
 
-    It decodes a window of the newest tokens only. UTF-8 finds its own character borders again after a cut, and what
-    some tokenizers do to the first token of a text (drop its space) happens to text that was handed out before, so the
-    end of the window's text is the end of the whole text.
+    It decodes a window of the newest tokens only. UTF-8 resynchronises at the next character after a cut, and some
+    tokenizers drop the space of a text's first token, which affects only text that was handed out before. So the end
+    of the window's text is the end of the whole text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -103,7 +103,7 @@ class IncrementalDecoder:
         return piece
 
     def finish(self) -> str:
-        """The rest, in which a character that never got whole shows as U+FFFD. Starts anew."""
+        """The rest, in which a character that stayed incomplete shows as U+FFFD. Resets the decoder."""
         text = self._tokenizer.decode(self._window)
         piece = self._show(text, len(text))
         self._window, self._num_shown, self._num_uncertain = [], 0, 0
@@ -116,8 +116,8 @@ class IncrementalDecoder:
         return piece
 
     def _shorten(self, text: str) -> None:
-        """Keeps the newest half of the window, cut between two characters: there the text of the rest is the end of the
-        text. Where damaged text offers no such place, cuts anyway a little later."""
+        """Keeps the newest half of the window, cut between two characters, where the text of the rest is the end of
+        the whole text. If damaged text has no such place, cuts a little later anyway."""
         half, held = len(self._window) // 2, text[self._num_shown:]
         overdue = len(self._window) >= 2 * _LONGEST_WINDOW
         if held and not overdue:

@@ -1,11 +1,11 @@
-"""The front door: a model under a policy, in a few lines.
+"""The public API: a model under a policy, in a few lines.
 
     llm = LLM("smollm2", policy="bros-plus")
     llm.generate("The capital of France is", slo=SLO(0.5, 0.1))[0].text        # someone waits: real-time
     llm.generate(documents, SamplingParams(max_tokens=128))                    # a batch job: best-effort
 
 Names and defaults are those of vLLM's `LLM` where it has them. What it adds: `slo` makes a request real-time, and
-`trace` and `metrics()` say what the scheduler decided and what came of it. It is not thread-safe: one engine, one
+`trace` and `metrics()` say what the scheduler decided and what resulted. It is not thread-safe: one engine, one
 thread. Everything it does goes through `LLMEngine.add_request`, `step` and `abort`.
 """
 
@@ -62,7 +62,7 @@ class RequestOutput:
 
     @classmethod
     def of(cls, request: Request, text: str) -> RequestOutput:
-        """What came of a request that has ended."""
+        """The output of a request that has ended."""
         first_s, last_s, count = request.first_token_s, request.last_token_s, len(request.output_token_ids)
         ttft_s = None if first_s is None else first_s - request.arrival_s
         tpot_s = None if first_s is None or last_s is None or count < 2 else (last_s - first_s) / (count - 1)
@@ -86,10 +86,12 @@ class LLM:
         max_num_batched_tokens: most tokens in one step.
         latency: what step times to expect. None: measured on this machine once and cached. "online": learned from the
             first steps, whose deadlines are then not kept.
+        rt_slowdown: best-effort requests may make the latency of real-time ones at most this many times what it would
+            be alone, if the policy is BROS; None: as much as the latency targets allow.
         device, backend: see `bros_ref.engine.build.load_model`.
 
     Attributes:
-        engine: what does the work; for those who want to step through it.
+        engine: the `LLMEngine` underneath, for stepping through it by hand.
 
     Raises:
         ValueError: a value that is out of its range or unknown; the message says what is possible.
@@ -99,7 +101,7 @@ class LLM:
     def __init__(self, model: str = "smollm2", policy: str = "bros-plus", *, kv_blocks: int | None = None,
                  seed: int | None = None, tp: int = 1, max_num_seqs: int = 32, max_num_batched_tokens: int = 512,
                  block_size: int = 16, latency: StepLatencyModel | str | None = None, device: str = "auto",
-                 backend: str = "auto") -> None:
+                 backend: str = "auto", rt_slowdown: float | None = None) -> None:
         if not isinstance(tp, int) or tp < 1:
             raise ValueError(f"tp must be a number of devices, at least 1, got {tp!r}")
         if policy not in known_policies():
@@ -112,7 +114,8 @@ class LLM:
             kv_blocks = blocks_that_fit(self._loaded, block_size, max_num_seqs)
             print(f"KV pool sized to the memory of {self._loaded.device}: {kv_blocks:,} blocks of {block_size} tokens; "
                   "kv_blocks sets another size", file=sys.stderr)
-        settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed=seed)
+        settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed=seed,
+                                rt_slowdown=rt_slowdown)
         runner = make_runner(self._loaded, settings)
         if latency is None:
             with long_task("measuring this machine's step times, once", 1.0) as advance_to:
@@ -237,7 +240,7 @@ class LLM:
         return [outputs[request.request_id] for request in requests]
 
     def _step(self) -> list[str]:
-        """Ids of the requests that ended in one step, by whatever cause."""
+        """Ids of the requests that ended in one step, for any reason."""
         try:
             ended = [request.request_id for request in self.engine.step()]
         except StepFailed as failure:

@@ -1,9 +1,9 @@
-"""The engine: add requests, call `step()`, read tokens. Everything a step does is in its ten lines.
+"""The engine: add requests, call `step()`, read tokens. `step` shows all that an iteration does.
 
 It owns the order of events and the trace; the decisions are the scheduler's and the arithmetic is the runner's.
 Invariant: whatever happens inside a step (a runner that raises or is interrupted, a callback that aborts), afterwards
-the accounts add up, the blocks of ended requests are free, every request that is not ended can go on, and every end is
-in the trace. Memory does not grow with the number of requests served, except for what the trace keeps.
+the accounting is consistent, the blocks of ended requests are free, every request that has not ended can go on, and
+every end is in the trace. Memory does not grow with the number of requests served, except for what the trace keeps.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class LLMEngine:
         vocab_size: prompts with other token ids are refused, for one of them would fail its whole batch; None if the
             runner takes any.
         streams: request id -> text so far, of the live requests and the last KEEP_ENDED ended ones, if they were added
-            with a tokenizer at hand.
+            with a tokenizer.
         aborted: ids of the requests that `abort` ended since the last step began.
         callback_errors: request id -> what its `on_text` raised, kept as long as `streams`; such a request has failed
             (its `error` says the same), the others go on.
@@ -131,7 +131,7 @@ class LLMEngine:
         self.scheduler.add(request)
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request in whatever state it is; its blocks and host copies are free at once.
+        """Ends a request, whatever its state; its blocks and host copies are free at once.
 
         Returns:
             False if no such request is alive (it may just have finished: that is no error).
@@ -238,7 +238,7 @@ class LLMEngine:
 
     def _hand_out(self, ended: list[Request]) -> None:
         """Calls the callbacks. One that raises fails its own request, which joins `ended`. An interrupt is raised again
-        when all have been called, so that nobody loses text."""
+        when all have been called, so that no text is lost."""
         interrupt: BaseException | None = None
         while self._pieces:
             request, on_text, text = self._pieces.popleft()
@@ -256,7 +256,7 @@ class LLMEngine:
             raise interrupt
 
     def _idle(self, output: SchedulerOutput) -> list[Request]:
-        """Nothing could run. Between arrivals that is normal; with requests at hand it must not last."""
+        """Handles a step that could run nothing: normal between arrivals, but with live requests it must not last."""
         ended: list[Request] = []
         self._hand_out(ended)
         for request in ended:
@@ -268,7 +268,7 @@ class LLMEngine:
         return ended
 
     def _fail(self, output: SchedulerOutput, error: BaseException) -> StepFailed:
-        """Ends the batch's requests, and has those recomputed whose checkpoints may not have been written."""
+        """Ends the batch's requests; those whose checkpoints may not have been written will be recomputed."""
         for request in output.requests:
             self._end(request, error)
         for request_id in output.kv_changes.copies.checkpointed_requests:
@@ -278,7 +278,7 @@ class LLMEngine:
         return StepFailed([request.request_id for request in output.requests], error)
 
     def _retire(self, request_id: str) -> None:
-        """The request has ended: what was kept for it goes, the text and the error once KEEP_ENDED others have too."""
+        """Drops what was kept for an ended request; its text and error stay until KEEP_ENDED others have ended."""
         self._on_text.pop(request_id, None)
         self._ended_ids[request_id] = None
         if len(self._ended_ids) > KEEP_ENDED:
@@ -288,7 +288,7 @@ class LLMEngine:
             self.callback_errors.pop(oldest, None)
 
     def _is_known(self, request_id: str) -> bool:
-        """Alive, or in the trace: a second request of that id would be taken for the first."""
+        """Whether a request with this id is alive or in the trace, which could not tell a second one from the first."""
         return request_id in self.scheduler.requests or (
             self.trace is not None and request_id in self.trace.requests and request_id not in self.trace.rejected)
 

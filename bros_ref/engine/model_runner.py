@@ -3,7 +3,7 @@
     SchedulerOutput -> run_copies -> token ids, AttentionMetadata -> model -> logits of the finished prompts and
     decodes -> token ids
 
-It knows no policy and no deadline. A simulated runner stands in its place with the same `execute`.
+It knows no policy and no deadline. A simulated runner can take its place, with the same `execute`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class NonFiniteLogits(RuntimeError):
 
 @dataclass(frozen=True)
 class StepWork:
-    """A decision as plain lists: all that computing it takes, so that it can be sent to another process.
+    """A decision as plain lists: everything needed to compute it, so that it can be sent to another process.
 
     Attributes:
         token_ids: [T] the new tokens of all sequences, one sequence after the other.

@@ -1,7 +1,7 @@
 """Measures a runner and fits the latency model to it: the offline half of the paper's cost model.
 
-Prefills, decodes and mixed batches of several sizes run on the real runner, with whatever lies in its cache. The
-result is cached on disk under a key of everything that changes speed, so the minute is spent once a machine.
+Prefills, decodes and mixed batches of several sizes run on the real runner, with arbitrary data in its cache. The
+result is cached on disk under a key of everything that changes speed, so each machine spends the minute only once.
 """
 
 from __future__ import annotations

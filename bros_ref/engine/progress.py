@@ -1,4 +1,4 @@
-"""A progress bar for what turns out to be long. Short work, and output that is no terminal, show nothing."""
+"""A progress bar for work that takes long. Nothing is shown for short work, or if the output is not a terminal."""
 
 from __future__ import annotations
 

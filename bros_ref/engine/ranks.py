@@ -164,7 +164,7 @@ class Ranks:
 
 
 def _end(processes: list[Any], pipes: list[Connection], threads: int, folder: tempfile.TemporaryDirectory[str]) -> None:
-    """Ends every process: closed pipes are the sign to leave, and who does not is killed."""
+    """Ends every process: closing its pipe tells it to exit, and one that does not exit is killed."""
     for pipe in pipes:
         pipe.close()
     for process in processes:
@@ -179,7 +179,7 @@ def _end(processes: list[Any], pipes: list[Connection], threads: int, folder: te
 
 
 def rank_main(rank: int, spec: RankSpec, config: ModelConfig, progress: Any, pipe: Connection) -> None:
-    """The life of a rank other than 0: build, then compute what comes through the pipe until it closes."""
+    """Main function of a rank other than 0: builds its part, then computes what the pipe brings until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; rank 0 decides what it means
     try:
         model, _, device = build_rank(spec, TensorParallel(rank, spec.size, config, progress))

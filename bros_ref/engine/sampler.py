@@ -1,4 +1,4 @@
-"""From logits to token ids. A draw depends on the request's seed and position alone, never on who else is in the
+"""From logits to token ids. A draw depends on the request's seed and position alone, never on the rest of the
 batch, so the same request gives the same text under every policy."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ GREEDY_BELOW = 1e-4  # a temperature at which only ties could be drawn, and at w
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
-    """logits [num_rows, vocab], one row a request -> token ids. Greedy where the temperature is (next to) 0.
+    """logits [num_rows, vocab], one row per request -> token ids. Greedy where the temperature is (next to) 0.
 
     Appends to `request.logprobs` where `sampling.logprobs` asks for it.
     """

@@ -1,1 +1,1 @@
-"""Measuring: the paper's evaluation, bounds, the demo, benchmarks."""
+"""Measurements: the paper's evaluation, optimality bounds, the demo, benchmarks."""

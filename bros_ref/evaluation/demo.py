@@ -1,8 +1,8 @@
 """The demo's workload: people asking short questions while a batch job works through long documents.
 
-Every text is made here. The KV pool is sized so that a full batch of documents asks for 1.3 times what fits: with the
-questions' seats taken off, that is where scheduling and KV sharing matter (with less, any policy is fine; with much
-more, none is).
+Every text is made here. The KV pool is sized so that a full batch of documents needs 1.3 times what fits. Less the
+batch slots that the questions take, that is where scheduling and KV sharing matter: with less demand any policy is
+fine, with much more none is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ QUESTION_SLO = SLO(ttft_s=1.0, tpot_s=0.25)
 
 
 def document(index: int, sentences: int, rng: np.random.Generator) -> str:
-    """A log book to be summarised, about 20 tokens a sentence."""
+    """A log book to be summarised, about 20 tokens per sentence."""
     place = PLACES[index % len(PLACES)]
     lines = []
     for hour in range(sentences):

@@ -55,7 +55,7 @@ def cells(runs: Runs) -> dict[str, dict[str, list[Summary]]]:
 
 
 def dominance(runs: Runs) -> list[dict[str, Any]]:
-    """One row per cell. Told is the baseline that decides the verdict, or else the one with most RT on time."""
+    """One row per cell. It shows the baseline that decides the verdict, or else the one with most RT on time."""
     rows = []
     for cell, policies in cells(runs).items():
         ours = policies["bros-plus"]

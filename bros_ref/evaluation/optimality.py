@@ -5,13 +5,13 @@
     rt_work_share         whole runs: what serving RT leaves of the BE-only ceiling
 
 The first two take the RT side as given (they must be served, or served on time) and maximise best-effort work, which
-is the paper's formulation. An optimum of one iteration is no optimum of a run: taking the most tokens now may be the
-wrong tokens. The second answer says how much that matters, as far as instances can be solved.
+is the paper's formulation. Optimal iterations need not make an optimal run: the most tokens now may be the wrong
+tokens. The second answer says how much that matters, for instances small enough to solve.
 
-The optimum of an iteration is exact for the program that is solved, and that leaves something out. Not offered to it
-are BE with KV on the host (what they need depends on which blocks are empty by then) and all newcomers but the first
-MAX_NEWCOMERS; states in which KV is copied or somebody is preempted are not solved. How often either happened is
-reported beside the result, as "omitted".
+The optimum of an iteration is exact for the program that is solved, which omits some cases. It excludes BE with KV on
+the host (what they need depends on which blocks are empty by then) and all newcomers but the first MAX_NEWCOMERS;
+states in which KV is copied or a request is preempted are not solved. How often either happened is reported beside the
+result, as "omitted".
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def solve_packing(problem: PackingProblem) -> int:
 
 @contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """HiGHS prints debugging lines past Python, whatever its options say; standard output may be somebody's JSON."""
+    """HiGHS prints debugging lines past Python, whatever its options say; standard output may carry JSON."""
     sys.stdout.flush()
     kept = os.dup(1)
     with open(os.devnull, "wb") as nowhere:
@@ -112,7 +112,7 @@ def iteration_gaps(settings: SimulationSettings, arrivals: PaperWorkload) -> lis
 
 
 def recorded_gaps(settings: SimulationSettings, arrivals: PaperWorkload) -> tuple[list[float], Counter[str]]:
-    """Runs BROS and, at every iteration in which nobody gives way, compares its BE tokens with the optimum.
+    """Runs BROS and, at every iteration without a preemption, compares its BE tokens with the optimum.
 
     Returns:
         greedy / optimum of each such state, 1.0 is optimal; and what the program did not see: states with copies or a
@@ -172,7 +172,7 @@ class _Recorder:
         return output
 
     def _candidates(self) -> tuple[list[Candidate], set[str]]:
-        """The BE that the program may choose from, and whom it does not see."""
+        """The BE that the program may choose from, and those that it does not see."""
         kv, latency = self._scheduler.kv, self._scheduler.latency
         newcomers, not_offered = 0, set()
         found: list[Candidate] = []
@@ -200,8 +200,8 @@ def rt_work_share(settings: SimulationSettings, arrivals: PaperWorkload) -> floa
     """The share of the GPU's time that the RT tokens take if each costs what it adds to an iteration (the scheduler's
     offline model), the fixed part of an iteration being BE's.
 
-    The BE-only ceiling times one less this is what BE can have when RT is served: a yardstick and no strict bound, for
-    the model is linear, and a token that joins a small batch rides along for less.
+    The BE-only ceiling times one less this is what BE can have when RT is served: an estimate, not a strict
+    bound, because the model is linear, and a token that joins a small batch costs less.
     """
     latency, seconds = fit_to(settings.cost), 0.0
     for item in arrivals.build(settings.seed, only="rt").due(arrivals.duration_s):
@@ -216,7 +216,7 @@ def rt_work_share(settings: SimulationSettings, arrivals: PaperWorkload) -> floa
 
 @dataclass(frozen=True)
 class LinearCost:
-    """A step of n tokens takes base_s + n * token_s, and copies nothing: what an integer program can say too."""
+    """A step of n tokens takes base_s + n * token_s, and copies are free, as an integer program can express it."""
 
     base_s: float = 0.02
     token_s: float = 0.001
@@ -247,7 +247,7 @@ def clairvoyant_be_tokens(items: list[WorkloadItem], horizon_s: float, cost: Lin
     of at most `max_steps` iterations has them on time, or the solver gave up.
 
     Variables, for request i and step k: prefill[i, k] and decode[i, k] (0/1), used[k], start[k], end[k], and first[i],
-    when its first token comes. A prefill is one piece.
+    when its first token comes. A prefill is not split into chunks.
     """
     n, steps = len(items), range(max_steps)
     used, start, end = (2 * n * max_steps + part * max_steps for part in range(3))

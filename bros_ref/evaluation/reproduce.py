@@ -8,7 +8,7 @@ numbers is set beside the best case over our sweep, with both absolute values, a
     undecided       the verdict is not the same at both ends of the 95 % interval; a single seed decides nothing
     not comparable  the baseline's absolute value is so near zero that a ratio means nothing
 
-The paper does not say which scheduler its vLLM had. Its numbers are set beside both: `vllm-fcfs` (V1) and `vllm-v0`,
+The paper does not say which vLLM scheduler it used. Its numbers are compared with both: `vllm-fcfs` (V1) and `vllm-v0`,
 the one in use when it was written.
 
 Beyond the paper, `bros-plus` is set beside every baseline in every cell of all sweeps (`dominance.py`). Every figure
@@ -250,7 +250,7 @@ def verdict(figure: PaperFigure, ours: float, theirs: float) -> str:
 
 
 def _overhead(runs: Runs) -> dict[str, Any]:
-    """What BROS's decisions take of an iteration: CPU time here, against the simulated time of the iteration."""
+    """The share of an iteration that BROS's decisions take: CPU time here over the simulated time of the iteration."""
     shares = [run["scheduler"]["share_of_iteration"] for name, own in runs.items() for run in own
               if name.startswith("paper/") and name.endswith("/bros")]
     return {"paper": list(PAPER_OVERHEAD), "ours": [min(shares), max(shares)]}

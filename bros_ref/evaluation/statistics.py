@@ -60,7 +60,7 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interva
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
     """The ratio of the means, ours / theirs, with the ratio estimator's linearised error (Cochran, Sampling
-    Techniques, 6.3): a seed in which theirs is near zero cannot blow it up, as it would a mean of ratios. None if
+    Techniques, 6.3): a seed in which theirs is near zero does not dominate it, as it would a mean of ratios. None if
     theirs is zero throughout."""
     base = statistics.fmean(theirs)
     if base <= 0:

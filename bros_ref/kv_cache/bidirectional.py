@@ -8,12 +8,12 @@ RT tokens fill a block from the left, BE tokens from the right. When an RT reque
        before the overwrite (lazy checkpointing), newest token first, so a BE keeps a prefix of every block.
 
 Before that BE runs again, only what it lost is copied back: in place if the RT has left, else by *relocation* to an
-empty block, survivors device-to-device and the rest from the host (relocation is our decision).
+empty block, with surviving tokens copied on the device and the rest from the host (relocation is our decision).
 
-`unit` makes the ablations: "slot" is the paper's; "block" and "request" give up whole blocks or whole requests, as
-ordinary swapping does. This file knows no tensors and no deadlines; who is preempted first is the caller's order.
+`unit` selects the ablations: "slot" is the paper's; "block" and "request" preempt whole blocks or whole requests, as
+ordinary swapping does. This file handles no tensors and no deadlines; the caller says who is preempted first.
 Invariants, all recounted by `check_integrity`: rt_fill + live BE tokens <= B in each block; every BE token is on the
-device or in the host store, never in neither; a released block is in no table. Each operation is O(blocks it touches).
+device or in the host store; a released block is in no table. Each operation is O(blocks it touches).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_SHARING_PROBES = 16  # pending BE requests looked at for a free middle; keep
 
 
 class PreemptionRow(NamedTuple):
-    """One line of the preemption table: a BE block that shares, or has lost, slots."""
+    """One row of the preemption table: a BE block that shares slots or has offloaded tokens."""
 
     be_request: str
     logical_block: int
@@ -42,7 +42,7 @@ class PreemptionRow(NamedTuple):
 
 
 class BidirectionalKVCacheManager(KVCacheManager):
-    """Two owners a block, preemption by slots, lazy checkpoints, partial restores."""
+    """Up to two owners per block, preemption by slots, lazy checkpoints, partial restores."""
 
     def __init__(self, config: KVCacheConfig, unit: PreemptionUnit = "slot") -> None:
         super().__init__(config)
@@ -62,7 +62,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
     # -- allocation -------------------------------------------------------------------------------------------
 
     def allocate_slots(self, request: Request, num_new_tokens: int, lookahead_tokens: int = 0) -> list[int] | None:
-        """Room for more tokens, as in the base class; whatever the request had lost is restored with it.
+        """Room for more tokens, as in the base class; the request's offloaded tokens are restored too.
 
         An RT may take slots of BE requests that have not been scheduled in this step, in the order given to
         `begin_step`, last one first. A BE is given empty blocks only. `lookahead_tokens` is not supported here.
@@ -153,7 +153,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
         return True
 
     def _be_needs(self, sequence: KVSequence, num_new_tokens: int) -> tuple[list[int], int]:
-        """Logical blocks that must move to an empty block before this BE runs, and how many more it needs."""
+        """Logical blocks that must move to an empty block before this BE runs, and how many more blocks it needs."""
         blocks, table = self.pool.blocks, sequence.block_ids
         moves = [i for i in sequence.offloaded if table[i] == ON_HOST or blocks[table[i]].rt is not None]
         tail = len(table) - 1
@@ -335,7 +335,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
     # -- questions --------------------------------------------------------------------------------------------
 
     def frees_blocks_for(self, victim_id: str, request_id: str) -> bool:
-        """A victim that only shares blocks empties none; it still helps the one that it shares a block with."""
+        """A victim that only shares blocks empties none, but it still helps a request that it shares a block with."""
         blocks = (self.pool.blocks[block_id] for block_id in self.block_table(victim_id) if block_id != ON_HOST)
         return any(block.rt is None or block.rt.request_id in (victim_id, request_id) for block in blocks)
 
@@ -355,8 +355,8 @@ class BidirectionalKVCacheManager(KVCacheManager):
             block.be is None or block.be.request_id in leaving_ids)) for block in blocks)
 
     def preemption_table(self) -> list[PreemptionRow]:
-        """Every BE block that shares a device block or has lost tokens (paper: the preemption table). It is a view:
-        the facts live in the sequences and blocks, where they cannot go stale."""
+        """Every BE block that shares a device block or has offloaded tokens (paper: the preemption table). It is
+        derived from the sequences and blocks on each call, so it cannot go stale."""
         rows = []
         for sequence in self._sequences.values():
             if sequence.is_rt:

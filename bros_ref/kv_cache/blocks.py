@@ -1,4 +1,4 @@
-"""The nouns of KV accounting: blocks, the sequences that own them, the pool, the host store, the copies to be made.
+"""The data types of KV accounting: blocks, the sequences that own them, the pool, the host store, pending copies.
 
     one block of B = 8 slots, owned from both ends            slot = block * B + (offset if RT else B - 1 - offset)
 
@@ -6,7 +6,7 @@
                  [R0] [R1] [R2] [  ] [  ] [B2] [B1] [B0]      rt_fill = 3, be_fill = 3
                   RT ----------->        <----------- BE
 
-No tensors and no policy here: integers and lists only. How full a block is, is never stored: it follows from its
+No tensors and no policy here: integers and lists only. The fill of a block is never stored: it follows from its
 owner's length (`KVSequence.fill`), so the two cannot disagree.
 """
 
@@ -88,7 +88,7 @@ class KVSequence:
 
 @dataclass(eq=False, slots=True)
 class KVBlock:
-    """B slots with at most one RT and one BE owner. `epoch` counts departures, so a stale table entry shows."""
+    """B slots with at most one RT and one BE owner. `epoch` is bumped on detach, so a stale entry is detected."""
 
     block_id: int
     rt: KVSequence | None = None
@@ -114,7 +114,7 @@ class KVBlock:
 
 
 class BlockPool:
-    """All blocks, and which of them are empty. The last one released is the first one given out: it is warm."""
+    """All blocks, and which of them are empty. The last one released is given out first: it may still be in a cache."""
 
     def __init__(self, num_blocks: int) -> None:
         self.blocks = [KVBlock(i) for i in range(num_blocks)]
@@ -134,7 +134,7 @@ class BlockPool:
         sequence.epochs[index] = block.epoch
 
     def detach(self, sequence: KVSequence, index: int) -> None:
-        """Ends the sequence's ownership of its logical block `index`; a block with no owner left becomes empty."""
+        """Removes the sequence as an owner of its logical block `index`; a block without owners becomes empty."""
         block = self.blocks[sequence.block_ids[index]]
         if sequence.is_rt:
             block.rt = None

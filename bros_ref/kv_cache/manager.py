@@ -1,12 +1,12 @@
 """The paged baseline: fixed-size blocks, one owner each, no host memory. Every policy can run on it.
 
-It knows block tables and lengths, no tensors, no deadlines and no order among requests. Invariant: a block is
+It knows block tables and lengths, but no tensors, no deadlines and no order among requests. Invariant: a block is
 empty or in exactly one block table, and every request's tokens lie in its own blocks.
 
-The interface, which `bidirectional.py` extends, is four verbs a step:
+The interface, which `bidirectional.py` extends, has four calls per step:
 
-    begin_step(be_order)          a new iteration: nobody is in the batch yet
-    allocate_slots(request, n)    -> the block table with room for n more tokens, or None: not now, nothing changed
+    begin_step(be_order)          starts an iteration with an empty batch
+    allocate_slots(request, n)    -> the block table with room for n more tokens, or None: no room now, nothing changed
     free(request_id)              the request leaves; its blocks are empty at once
     take_changes()                the copies to run before the forward pass, and what changed in the tables
 """
@@ -45,7 +45,7 @@ class KVCacheManager:
 
     def begin_step(self, be_order: Sequence[Request] = ()) -> None:
         """Starts an iteration. `be_order`: best-effort requests that hold KV, the one to preempt first at the end;
-        the baseline preempts nobody and ignores it."""
+        the baseline never preempts and ignores it."""
         self._step += 1
 
     def allocate_slots(self, request: Request, num_new_tokens: int, lookahead_tokens: int = 0) -> list[int] | None:
@@ -87,12 +87,12 @@ class KVCacheManager:
         return False
 
     def swap_out(self, request_id: str) -> bool:
-        """Moves a whole request to host memory; the baseline has none."""
+        """Moves a whole request to host memory; the baseline has no host memory."""
         return False
 
     def reset(self) -> None:
-        """Empties the pool and the host store, whatever state an interrupted call has left them in. The next changes
-        say that every table is gone."""
+        """Empties the pool and the host store, even if an interrupted call left them inconsistent. The next
+        `take_changes` reports every table as gone."""
         gone = {str(change[0]): None for change in self._changes.block_changes} | dict.fromkeys(self._sequences)
         self._clear()
         self._changes.block_changes += [[request_id, -1, -1] for request_id in gone]
@@ -105,7 +105,7 @@ class KVCacheManager:
     # -- questions --------------------------------------------------------------------------------------------
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` tokens of one request fill."""
+        """Number of blocks that `num_tokens` tokens of one request need."""
         return cdiv(num_tokens, self.block_size)
 
     def block_table(self, request_id: str) -> list[int]:
@@ -119,7 +119,7 @@ class KVCacheManager:
         return len(table) - table.count(ON_HOST)
 
     def frees_blocks_for(self, victim_id: str, request_id: str) -> bool:
-        """Whether the other request finds more room once the victim, which holds blocks, is gone."""
+        """Whether removing the victim, which holds blocks, makes more room for the other request."""
         return True
 
     def fits_without(self, request: Request, num_new_tokens: int, victims: Sequence[Request]) -> bool:
@@ -149,7 +149,7 @@ class KVCacheManager:
         return self.config.num_blocks - len(self.pool.free_ids)
 
     def snapshot(self) -> list[BlockView]:
-        """Who owns how much of every block, [num_blocks]: for tests and teaching, O(pool)."""
+        """The owners and fill of every block, [num_blocks]: for tests and teaching, O(pool)."""
         views = []
         for block in self.pool.blocks:
             view = BlockView()

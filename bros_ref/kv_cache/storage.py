@@ -1,8 +1,8 @@
-"""Where keys and values live: one device allocation for every layer, and the host store that checkpoints go to.
+"""Where keys and values live: one device allocation for all layers, and the host store that checkpoints go to.
 
-It knows slots, and nothing about requests, owners or why a copy is wanted. The invariant it keeps: after
-`run_copies` every slot holds what the three lists say, in the order checkpoint, relocate, restore, and whoever then
-reads a layer through this class sees its restored slots, on a GPU too.
+It knows slots, but nothing about requests, owners or the reasons for a copy. Invariant: after `run_copies` every slot
+holds what the three lists say, in the order checkpoint, relocate, restore, and any later read of a layer through this
+class sees its restored slots, on a GPU too.
 
     slot = block * block_size + (block_size - 1 - offset if reversed else offset),   offset = position % block_size
 """
@@ -22,7 +22,7 @@ SlotPairs = Sequence[tuple[int, int]]  # (source slot, destination slot)
 
 
 def gather_dense(cache: Tensor, block_table: Sequence[int] | Tensor, num_tokens: int, reversed_: bool) -> Tensor:
-    """One sequence's rows of a paged cache in logical order: slow, obvious, the oracle of everything faster.
+    """One sequence's rows of a paged cache in logical order: slow but simple, the reference for the faster versions.
 
     Args:
         cache: [num_blocks, block_size, num_kv_heads, head_dim], any dtype.
@@ -158,7 +158,7 @@ class KVStorage:
                 self._restored[layer] = self._side_stream.record_event()
 
     def _host_segments(self, host_slots: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The segments of the host store that hold these slots [n], made if need be: (segment, the indices into
+        """The segments of the host store that hold these slots [n], created if needed: (segment, the indices into
         `host_slots` that lie in it, their slots within it)."""
         numbers = host_slots // self._segment_slots
         for number in sorted(set(numbers.tolist())):
@@ -182,8 +182,8 @@ class KVStorage:
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros. In host memory the operating system hands out pages as they are first written, so a pool that is larger
-    than what is used of it costs neither time nor memory; `torch.zeros` would write them all."""
+    """Zeros. In host memory the operating system allocates pages when they are first written, so the unused part of a
+    large pool costs neither time nor memory; `torch.zeros` would write all of it."""
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
     num_bytes = dtype.itemsize

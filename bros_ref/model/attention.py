@@ -1,11 +1,11 @@
-"""Attention over a paged KV cache: what a step needs to know, a fast torch version, and the slow oracle.
+"""Attention over a paged KV cache: the metadata of a step, a fast torch version, and a slow reference.
 
-It knows block tables and directions, and nothing about layers, weights or requests. `paged_attention` and
-`dense_attention` are the contract of every kernel: the same arguments, the same result to rounding. The invariant
-both keep: a slot that does not belong to a sequence's own visible tokens is never read, so whatever another owner
-or a freed token left there (NaN included) cannot reach the result.
+It knows block tables and directions, but nothing about layers, weights or requests. `paged_attention` and
+`dense_attention` are the contract of every kernel: the same arguments, the same result up to rounding. Invariant:
+a slot that does not hold one of the sequence's own visible tokens is never read, so what another owner or a freed
+token left there (NaN included) cannot reach the result.
 
-The shape alphabet, used at line ends throughout bros_ref.model:
+Letters for dimensions, used in shapes throughout bros_ref.model:
 
     T  tokens of this step, all sequences one after another      S  sequences of this step
     C  context: tokens a sequence sees, this step's included     H  query heads      K  KV heads      G = H / K
@@ -43,7 +43,7 @@ class AttentionFn(Protocol):
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Sequences with one new token each, attended together. Short ones repeat their own newest slot as padding."""
+    """Sequences with one new token each, attended together. Short ones are padded with their own newest slot."""
 
     rows: slice | Tensor  # rows of q: a slice where they follow one another, which saves two copies; else [n] int64
     slots: Tensor  # [n, longest C] int64
@@ -101,7 +101,7 @@ class AttentionMetadata:
                    torch.from_numpy(positions).to(put), block_size)
 
     def within(self, window: int | None) -> AttentionMetadata:
-        """The same step with a sliding window: itself where no context exceeds the window, else made once per step."""
+        """The same step with a sliding window: `self` if no context exceeds it, else a copy, made once per step."""
         if window is None or window >= max(self.context_lens):
             return self
         if window not in self._windowed:
@@ -212,9 +212,9 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Attention
 
 def dense_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata,
                     dtype: torch.dtype | None = None) -> Tensor:
-    """The oracle: the same contract as `paged_attention`, one sequence at a time, nothing clever.
+    """The reference: the same contract as `paged_attention`, one sequence at a time, without optimisation.
 
-    `dtype` is what the arithmetic runs in (float64 for reference values); the result keeps q's dtype then too.
+    `dtype` is the dtype of the arithmetic (float64 for reference values); the result has q's dtype in any case.
     """
     compute = dtype or q.dtype
     group = q.shape[1] // k_cache.shape[2]

@@ -1,10 +1,10 @@
 """Which attention the decoder runs: plain torch, the CUDA kernels on a GPU, or the same kernels emulated on the CPU.
 
     torch         `paged_attention` of attention.py: any device, the reference
-    cupy          the kernels of kernels_cupy through CuPy: the default where a GPU and CuPy are
+    cupy          the kernels of kernels_cupy through CuPy: the default if there are a GPU and CuPy
     cpu-emulated  the very same kernels, thread by thread on the CPU with every access checked: slow, for study
 
-The only file of the package that names kernels_cupy, and it does so when asked for. K and V are written by torch.
+The only file of the package that imports kernels_cupy, and only when a kernel backend is chosen. Torch writes K and V.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class KernelAttention:
         return out
 
     def _integers_of(self, meta: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The step's tables and lengths as the kernels take them; made once a step, used by all layers."""
+        """The step's tables and lengths as the kernels take them; made once per step and used by all layers."""
         if self._integers is None or meta is not self._meta:
             place = meta.block_tables.device
             starts = torch.tensor([0, *meta.query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -1,9 +1,10 @@
-"""Chat templates, rendered as transformers renders them, by a process of its own.
+"""Chat templates, rendered as transformers renders them, in a separate process.
 
-A checkpoint's template is a program by a stranger. Jinja's sandbox keeps it from the interpreter's internals, but not
-from looping for hours or building terabytes, and a list of what to forbid would never be complete. So the templates of
-all tokenizers are rendered in one child process with limits of the operating system: whatever a template does, it ends
-in CPU_SECONDS and MEMORY_BYTES, and the next request starts a new child. A render costs one exchange over a pipe.
+A checkpoint's template is untrusted code. Jinja's sandbox keeps it from the interpreter's internals, but not from
+looping for hours or building terabytes, and a list of what to forbid would never be complete. So the templates of all
+tokenizers are rendered in one child process with limits of the operating system: any template ends within CPU_SECONDS
+and MEMORY_BYTES, and after one that exceeds them the next request starts a new child. A render costs one exchange over
+a pipe.
 
 This file is also the child's program; that is why it imports nothing of the package.
 """
@@ -47,7 +48,7 @@ class TemplateRenderer:
         self._owner = 0  # the process that may use the pipes: a fork must not share them
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """The template's text. `variables` must be what JSON can carry.
+        """The template's text. `variables` must be serialisable as JSON.
 
         Raises:
             TemplateFailedError: the template or the variables are at fault.
@@ -155,7 +156,7 @@ def _answer(request: str) -> str:
 
 
 def _serve() -> None:
-    """The child's side: one line in, one line out, each within the limits."""
+    """The child's loop: reads one line, writes one line, each within the limits."""
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_AS)

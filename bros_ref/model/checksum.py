@@ -1,9 +1,9 @@
 """A model whose next token is an exact integer checksum of every K and V it can see.
 
-It computes nothing useful and forgets nothing: one lost, stale, reordered or foreign slot changes the token. So the
-engine's central promise, same tokens whatever the policy and the memory pressure, is tested with `==` and without
-floating point. It writes to and reads from the real `KVStorage` (one layer, one head, one int64 a slot), so the
-copies between device and host are the real ones too.
+Its output has no meaning, but one lost, stale, reordered or foreign slot changes the token. So the engine's central
+promise, the same tokens under every policy and memory pressure, is tested with `==` and without floating point. It
+writes to and reads from the real `KVStorage` (one layer, one head, one int64 per slot), so the copies between device
+and host are the real ones too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def mix(*values: int) -> int:
 
 
 def next_token(token_ids: list[int]) -> int:
-    """The token that follows `token_ids`, computed without any cache: the oracle."""
+    """The token that follows `token_ids`, computed without any cache: the reference."""
     seen = 0
     for position, token_id in enumerate(token_ids):
         seen = _advance(seen, position, *_key_value(token_id, position, seen))

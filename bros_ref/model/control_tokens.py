@@ -1,9 +1,9 @@
 """Text that spells a control token stays text, while the control tokens of the chat template work.
 
 A user who writes "<|im_end|>" must not end their turn. Before rendering, the first character of each such spelling is
-replaced by a stand-in; in the rendered text every control token, which is now the template's own, gets a secret name,
-and the stand-ins turn back. A copy of the tokenizer that knows control tokens by those names alone then encodes the
-whole, so every other token is what it always was.
+replaced by a stand-in; in the rendered text every control token, which must now come from the template, gets a secret
+name, and the stand-ins are changed back. A copy of the tokenizer that knows control tokens by those names alone then
+encodes the text, so every other token is unchanged.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ControlTokens:
 
     @cached_property
     def _renamed(self) -> RustTokenizer:
-        """The tokenizer with secret names. Made when first needed: it takes as long as loading one."""
+        """The tokenizer with secret names. Made on first use, because it takes as long as loading a tokenizer."""
         raw = json.loads(self._tokenizer.to_str())
         for token in raw["added_tokens"]:
             if token["special"]:

@@ -1,8 +1,8 @@
 """One decoder-only transformer in plain PyTorch: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and OPT, told apart by config.
 
 It knows weights, tokens and positions. It does not know requests, blocks or schedules: where K and V go and who may
-see them is all in `AttentionMetadata`. The invariant: `forward` changes nothing but the step's own slots in the KV
-storage, so the same tokens give the same logits however they are cut into steps.
+see them is all in `AttentionMetadata`. Invariant: `forward` changes nothing but the step's own slots in the KV
+storage, so the same tokens give the same logits however they are divided into steps.
 """
 
 from __future__ import annotations
@@ -177,5 +177,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @cache
 def _constant(value: float) -> Tensor:
-    """A float32 tensor of one value, made once: making one takes longer than adding it to a decode step's rows."""
+    """A float32 tensor of one value, cached: creating one takes longer than adding it to a decode step's rows."""
     return torch.tensor(value)

@@ -1,8 +1,8 @@
-"""Products of a few rows with large weights, each computed by whichever of torch's ways is fastest on this CPU.
+"""Products of a few rows with large weights, each computed by the torch operator that is fastest on this CPU.
 
-`linear` is the reference: x @ w.T + b by F.linear. Decoding multiplies 1 to 64 rows by every weight, so it costs about
-the time of reading the weights, if the product is asked for in the right way. Which way that is differs between CPUs:
-with one row, two batched halves read twice as fast as F.linear on one machine and half as fast on another. So
+`linear` is the reference: x @ w.T + b by F.linear. Decoding multiplies 1 to 64 rows by every weight, so with the
+right operator it takes about the time of reading the weights. Which operator is best differs between CPUs: with one
+row, two batched halves read twice as fast as F.linear on one machine and half as fast on another. So
 `FastestLinear` times the candidates once, for each shape of weight and each range of rows, and remembers the winners
 per CPU. It knows nothing of layers or models. All candidates give the same result to rounding.
 """
@@ -46,7 +46,7 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def columns(x: Tensor, w: Tensor) -> Tensor:
-    """w @ x.T: some BLAS libraries read the weights faster when they stand on the left."""
+    """w @ x.T: some BLAS libraries read the weights faster when they are the left operand."""
     return (w @ x.t()).t().contiguous()
 
 
@@ -56,7 +56,7 @@ def twice(x: Tensor, w: Tensor) -> Tensor:
 
 
 def halves(x: Tensor, w: Tensor) -> Tensor:
-    """A batch of two halves of w: the batch is split over threads where a thin product would stay on one."""
+    """A batch of two halves of w: a batch is split over threads; a product of few rows would run on one."""
     rows, inputs = w.shape
     product = torch.bmm(w.view(2, rows // 2, inputs), x.t().expand(2, inputs, x.shape[0]))
     return product.view(rows, x.shape[0]).t().contiguous()
@@ -153,8 +153,8 @@ class Trials:
         return self._known[key]
 
     def _race(self, weights: Sequence[Tensor], rows: int) -> str:
-        """The winner, where a less plain way has to lead clearly. Rounds alternate; the best round counts, since
-        whatever else runs on the machine can only make a round slower."""
+        """The fastest way; a less simple one must win by a clear margin. Rounds alternate and the best round counts,
+        since other work on the machine can only make a round slower."""
         cold = list(weights[:max(1, COLD_BYTES // weights[0].nbytes)]) if rows <= ROWS[-3] else list(weights[:1])
         ways = [way for way in possible_ways(cold[0], rows) if way not in self._excluded]
         operands = {way: [pack(w) for w in cold] if way == "packed" else cold for way in ways}

@@ -1,4 +1,4 @@
-"""Tensor parallelism: which part of each weight a rank holds, and the two sums per layer that make the parts a whole.
+"""Tensor parallelism: which part of each weight a rank holds, and the two all-reduces per layer that combine the parts.
 
     rank r of N     q, k, v, gate, up: rows      attention output, MLP output: columns      head: vocabulary rows
     activations     the same on all ranks, after one all_reduce behind attention and one behind the MLP
@@ -9,7 +9,7 @@ block tables, slots and directions are the same on all of them, and the schedule
 are. Embeddings are replicated. The scheme is Megatron-LM's (Shoeybi et al., arXiv 1909.08053); the paper runs
 TP 2, 4 and 8.
 
-It knows shapes and sums. Processes, and what happens when one of them dies, are `engine/ranks.py`'s.
+It knows shapes and sums. Processes, and what happens when one of them dies, are the task of `engine/ranks.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TensorParallel:
     Attributes:
         rank, size: this rank and how many there are.
         config: the whole model's.
-        progress: one counter per rank in shared memory, of the exchanges a rank has entered; None where nobody watches.
+        progress: one counter per rank in shared memory, of the exchanges a rank has entered; None if not monitored.
         group: the processes to exchange with; None: torch.distributed's default group.
         num_exchanges, exchanged_bytes: all_reduces and gathers so far, and the bytes of this rank's operands in them.
 

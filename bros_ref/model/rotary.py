@@ -1,4 +1,4 @@
-"""Rotary positions: the angle of every frequency at every position, and the turn itself. Knows the config alone.
+"""Rotary positions: the angle of every frequency at every position, and the rotation itself. Knows only the config.
 
 The results equal transformers' for each kind of `RopeScaling`; "divisors" is how GGUF files store Llama 3's.
 """

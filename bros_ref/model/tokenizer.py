@@ -1,7 +1,7 @@
 """Text to token ids and back: the checkpoint's own tokenizer, or plain bytes for toys.
 
-It knows vocabularies and chat templates, and nothing about models or requests. Text that comes token by token is
-`bros_ref.engine.detokenizer`'s business.
+It knows vocabularies and chat templates, but nothing about models or requests. `bros_ref.engine.detokenizer` handles
+text that comes token by token.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _GGUF_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown",
 class Tokenizer(Protocol):
     """What the engine needs of a tokenizer. `decode` leaves out special tokens and never fails.
 
-    `encode` reads control tokens in the text as such, `encode_plain` reads them as the characters that they are written
-    with: what a stranger sends must not open another speaker's turn.
+    `encode` reads control tokens in the text as such, `encode_plain` reads them as ordinary characters:
+    untrusted text must not open another speaker's turn.
     """
 
     vocab_size: int
@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token a UTF-8 byte, then begin and end of text. Reads any text; made for random weights."""
+    """One token per UTF-8 byte, plus begin and end of text. Encodes any text; meant for random weights."""
 
     vocab_size = BYTE_VOCABULARY
     bos_token_id: int | None = 256
@@ -119,7 +119,7 @@ class CheckpointTokenizer:
         return text
 
     def chat(self, messages: Messages, *, control_tokens: bool = False) -> list[int]:
-        """A model without a chat template is no chat model: it continues a plain prompt, and refuses messages."""
+        """As `Tokenizer.chat`. Without a chat template, a plain text is continued, and messages are refused."""
         if self._template is None:
             if not isinstance(messages, str):
                 raise TokenizerError(f"{self._origin} has no chat template; give the prompt as one plain text")

@@ -1,4 +1,4 @@
-"""Policies by name: which scheduler on which KV manager. The one table that commands and tests read."""
+"""Policies by name: the scheduler and the KV manager of each. Commands and tests read this one table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all policies share: one admission check, the life of a request, and the accounts of a step.
+"""What all policies share: the admission check, the request life cycle, and the accounting of a step.
 
     schedule(now_s):      starts a step, lets the policy `pack` its batch, and completes the output
     policy.pack(now_s):   calls `try_admit` for each candidate, in the policy's order
@@ -38,7 +38,7 @@ class Scheduler:
     preempts.
 
     Attributes:
-        reserves_whole_requests: whether admission reserves blocks for all that a request may still generate.
+        reserves_whole_requests: whether admission reserves blocks for all tokens that a request may still generate.
         requests: all live requests, by id.
         running: requests that hold KV, in admission order.
         max_batch_size: the most requests in the batch of this step.
@@ -94,7 +94,7 @@ class Scheduler:
         return self.kv.blocks_for(request.num_tokens) <= self.kv.num_free_blocks
 
     def takes_part_of_a_chunk(self, request: Request) -> bool:
-        """Whether a chunk for which the blocks do not suffice is halved until they do."""
+        """Whether a chunk is halved until its blocks fit, when there are too few for the whole chunk."""
         return False
 
     def begin_step(self) -> None:
@@ -214,8 +214,8 @@ class Scheduler:
         return copying_s * self.latency.safety <= step_budget_s
 
     def _make_room(self, request: Request, count: int) -> tuple[list[int] | None, int]:
-        """Blocks for `count` tokens, taken from others, or where the policy allows for a part of them: (table, tokens).
-        The table is None if not even one token finds room."""
+        """Allocates blocks for `count` tokens, preempting others if needed, or for fewer tokens if the policy allows
+        it. Returns (table, tokens); the table is None if there is no room for even one token."""
         may_shrink, table = self.config.chunked_prefill and self.takes_part_of_a_chunk(request), None
         while table is None:
             if not self.preempt_for(request, count):
@@ -294,8 +294,8 @@ class Scheduler:
             self._send_back(request)
 
     def restart(self) -> None:
-        """Recovers from an exception or an interrupt in the middle of `schedule`, whatever it left half done: every
-        live request waits, in the order of arrival at the engine, and recomputes its KV."""
+        """Recovers from an exception or an interrupt in the middle of `schedule`: every live request goes back to
+        waiting, in the order of arrival at the engine, and recomputes its KV."""
         self.kv.reset()
         self.running.clear()
         self.setup()
@@ -308,7 +308,7 @@ class Scheduler:
 
     def update_from_output(self, output: SchedulerOutput, token_ids: Sequence[int | None], now_s: float,
                            duration_s: float) -> list[Request]:
-        """Books a computed step: `token_ids` is parallel to `output.requests`, None where nothing was sampled.
+        """Records a computed step: `token_ids` is parallel to `output.requests`, None where nothing was sampled.
 
         Returns:
             The requests that ended with this step.

@@ -9,8 +9,8 @@ order by deadline*. Sorting what is almost sorted is nearly free (the paper poll
 
 Ours, where the paper is silent or where measurements gave a reason to differ:
 
-- An RT is *late* if even its whole remaining prefill, run alone, would miss the deadline. It bounds nothing and comes
-  after those that can be saved, but before BE, so it may also take a seat that an RT on time has left.
+- An RT is *late* if even its whole remaining prefill, run alone, would miss the deadline. It does not bound the step,
+  and comes after the RT that can be on time but before BE, so it may also take a seat that an RT on time has left.
 - The step budget leaves time for a typical *new* RT that arrives as the step starts. An empty batch may exceed every
   budget, so the machine never idles. An RT without blocks does not bound the step, for it cannot run in it.
 - The paper fills the batch, and then swaps its slackest RT for a BE. Here seats fill in slack order, so the RT whose
@@ -170,7 +170,7 @@ class BROSScheduler(Scheduler):
 
     def _adapt_batch_cap(self) -> None:
         """TCP slow start (paper): begin at the base, double while no RT deadline binds, and go back to the base at once
-        when one does, that is if one kept anybody out of the last batch."""
+        when one does, that is, if a deadline kept any request out of the last batch."""
         base, ceiling = min(self.config.base_batch_cap, self.config.max_num_seqs), self.config.max_num_seqs
         bound = DEADLINE in self.output.left_out.values()
         self._batch_cap = base if bound else max(base, min(2 * self._batch_cap, ceiling))
@@ -195,7 +195,7 @@ class BROSScheduler(Scheduler):
 
     def _newcomers_on_time(self, now_s: float) -> list[Request]:
         """The first of the RT queue, at most as many as a batch holds. Those that can no longer meet their deadline
-        move to `_rt_late`, for good, so that a burst of late ones hides nobody who can still be on time."""
+        move to `_rt_late`, for good, so that a burst of late ones does not hide those that can be on time."""
         waiting, num_seen = self._rt_waiting, 0
         on_time: list[Request] = []
         for request in waiting:
@@ -213,7 +213,7 @@ class BROSScheduler(Scheduler):
         return on_time
 
     def _alone_s(self, request: Request) -> float:
-        """The least time to this request's next token: of a prefill, all chunks that are left, run alone."""
+        """The least time to this request's next token: the time of all its remaining chunks, run alone."""
         latency, context, offloaded = self.latency, request.num_computed_tokens, self.kv.offloaded_tokens
         left = request.num_tokens - context
         if left == 1:
@@ -247,8 +247,8 @@ class BROSScheduler(Scheduler):
         return order
 
     def _admit_starving_be(self, step_budget_s: float) -> None:
-        """Admits at most one starving BE, the first that can be placed; once per step. One that cannot is preempted
-        first from here on, so that it keeps nothing from the next, which it could not use itself."""
+        """Admits at most one starving BE, the first that fits; called once per step. One that does not fit becomes
+        the first victim of preemption, so that it does not hold blocks that the next one needs."""
         for request in self._starving_be:
             if self.try_admit(request, step_budget_s, exempt=True) is ADMITTED:
                 break
@@ -258,17 +258,17 @@ class BROSScheduler(Scheduler):
         self._starving_be = []
 
     def _newcomer_budget_s(self) -> float:
-        """The iteration after which a typical RT that arrives right now can still make its TTFT; no bound if even
-        the shortest iteration would not do."""
+        """The longest iteration after which a typical RT that arrives right now can still meet its TTFT; no bound if
+        even the shortest iteration is too long."""
         latency, prompt_tokens = self.latency, int(self._typical_prompt_tokens)
         own_s = (latency.c0 + latency.cost_s(max(prompt_tokens, 1), 0)) * latency.safety
         left_s = self._typical_ttft_s - own_s
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
     def _slowed_s(self) -> float:
-        """How long BE may make an iteration with RT in it. Alone, the RT would take what they add up to now. A request
-        that stretches every iteration by (x - 1) * c0 makes it at most x times as long, since no iteration is shorter
-        than c0; a share of the whole iteration would also stretch the prefills of RT, and overshoots."""
+        """The longest iteration that BE may cause when RT are in it: what the RT admitted so far take alone, plus
+        (x - 1) * c0, where x is `rt_slowdown`. No iteration is shorter than c0, so it is at most x times as long.
+        A share of the whole iteration would also stretch the prefills of RT, and overshoots."""
         if self.config.rt_slowdown is None or not self.output.requests:
             return math.inf
         stretch_s = (self.config.rt_slowdown - 1) * self.latency.c0
@@ -280,21 +280,21 @@ class BROSScheduler(Scheduler):
     # -- shortage ---------------------------------------------------------------------------------------------
 
     def can_admit(self, request: Request) -> bool:
-        """An RT takes room from BE, and a starving BE begins with what there is; others need the whole prompt's blocks.
+        """True for RT, which may preempt BE, and for starving BE; others need blocks for the whole prompt.
         """
         return request.is_rt or request in self._starving_be or super().can_admit(request)
 
     def takes_part_of_a_chunk(self, request: Request) -> bool:
-        """BE do; an RT takes the blocks of others instead."""
+        """True for BE; an RT takes the blocks of others instead."""
         return not request.is_rt
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
-        """Nobody is preempted in vain: only if `request` finds room once everybody who may give way has done so.
+        """Preempts only if `request` fits once all requests that it may preempt have given up their blocks.
 
-        BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full; a newcomer
-        displaces nobody. RT, which could not be given enough slots of BE: recompute the BE ordered last if BE suffice
-        (their slots would have been taken before, had the host store room for them); else swap out the RT with the
-        most slack (paper), or recompute it if the host store is full.
+        For BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full; a new BE
+        preempts nothing. For RT, when slots of BE did not suffice: recompute the BE ordered last if that makes enough
+        room (their slots would have been taken before if the host store had room for them); else swap out the RT with
+        the most slack (paper), or recompute it if the host store is full.
         """
         if not request.is_rt:
             if request.status is WAITING:
@@ -319,8 +319,8 @@ class BROSScheduler(Scheduler):
 
     def _less_urgent_rt(self, request: Request) -> list[Request]:
         """The idle RT that may give way to `request`: first those that are late already, then the one with the latest
-        deadline, which no chunk changes: else two prompts that do not fit together would take the blocks from one
-        another for ever, whoever has just advanced giving way.
+        deadline. A deadline does not change as a prefill advances. Otherwise two prompts that do not fit together
+        would preempt each other again and again.
         """
         now_s = self.output.now_s
 
@@ -338,11 +338,11 @@ class BROSScheduler(Scheduler):
                        and self._can_give(other) and rank(other) > own_rank), key=rank, reverse=True)
 
     def _can_wait(self, request: Request) -> bool:
-        """Whether it is on time still if it sits out two iterations."""
+        """Whether it can still be on time if it sits out two iterations."""
         soonest_s = 2 * self.iteration_s * self.latency.safety + self._alone_s(request)
         return request.deadline_s - self.output.now_s > soonest_s
 
     def _can_give(self, other: Request) -> bool:
-        """Holds blocks, and sits out this step."""
+        """Whether it holds blocks and is not in this step's batch."""
         return (other.status is RUNNING and other.last_step < self.step
                 and self.kv.num_device_blocks(other.request_id) > 0)

@@ -1,11 +1,11 @@
-"""How long will this batch take? A linear model of the step time, fitted offline, corrected online.
+"""Predicts how long a batch takes: a linear model of the step time, fitted offline and corrected online.
 
     t_exec = c0 + c1 * new_tokens + c2 * sum over prefills of new * (context + new / 2) + c3 * sum of decode contexts
     T      = max(t_exec, restore_s_per_token * tokens to copy back)          since copies overlap compute
 
 The features and T are the paper's (section on the cost model; it profiles prefill and decode apart). Ours: one
 non-negative fit on mixed batches, refit online with forgetting, and a safety factor from the observed P95 of
-actual/predicted. Features are sums, so adding one candidate to a batch costs O(1). It knows no requests and no time.
+actual/predicted. Features are sums, so adding one candidate to a batch costs O(1). It sees neither requests nor clocks.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ class StepLatencyModel:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether it predicts anything at all."""
+        """Whether it can predict: it was fitted offline, or has learned from enough steps."""
         return any(self.coefficients)
 
     def predict(self, features: StepFeatures) -> float:
-        """Seconds of one step, without the safety factor: computing and copying overlap (paper)."""
+        """Seconds of one step, without the safety factor; computation and copies overlap (paper)."""
         return max(self.executing_s(features), self.restore_s_per_token * features.restored_tokens)
 
     def executing_s(self, features: StepFeatures) -> float:
-        """Seconds of one step's computation, apart from copies."""
+        """Seconds of one step's computation, without copies."""
         return (self.c0 + self.c1 * features.new_tokens + self.c2 * features.prefill_products
                 + self.c3 * features.decode_contexts)
 
@@ -89,8 +89,8 @@ class StepLatencyModel:
     def max_new_tokens(self, spare_s: float, context: int) -> int:
         """The most tokens, up to UNLIMITED_TOKENS, whose `cost_s` behind `context` tokens is at most `spare_s`.
 
-        From two tokens on the cost grows with their number, so bisection finds the exact answer: a closed formula
-        loses it to rounding. A single token costs what a decode costs, which may be more or less than that.
+        From two tokens on, the cost grows with their number, so bisection finds the exact answer, where a closed
+        formula would suffer from rounding. A single token costs what a decode costs, which may be more or less.
         """
         longest = 1 + bisect_right(range(2, UNLIMITED_TOKENS + 1), spare_s, key=lambda n: self.cost_s(n, context))
         return longest if longest > 1 or self.cost_s(1, context) <= spare_s else 0
@@ -162,7 +162,7 @@ class StepLatencyModel:
         self.c0, self.c1, self.c2, self.c3 = (float(c) for c in scaled * scale)
 
     def _set_safety(self) -> None:
-        """P95 of actual / predicted over the recent steps, never below 1: we promise deadlines, not averages."""
+        """P95 of actual / predicted over the recent steps, at least 1: deadlines must hold, not just on average."""
         ratios = sorted(self._ratios)  # a tenth of the time that np.quantile takes
         self.safety = min(max(1.0, ratios[math.ceil(0.95 * len(ratios)) - 1]), MAX_SAFETY)
 

@@ -1,6 +1,6 @@
 """`SchedulerOutput`: everything the runner sees of a decision, and everything the trace sees of its reasons.
 
-This is the only edge from deciding to computing. A live runner and a simulated one read the same object.
+Nothing else passes from the scheduler to the runner. A live runner and a simulated one read the same object.
 """
 
 from __future__ import annotations

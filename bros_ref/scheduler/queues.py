@@ -38,7 +38,7 @@ class FIFOQueue:
         return list(islice((request for request in self._requests if not request.status.is_end), num))
 
     def remove(self, request: Request) -> None:
-        """Takes out a request from anywhere in the queue, in time linear in its place."""
+        """Removes a request from anywhere in the queue; O(its position)."""
         self._requests.remove(request)
 
     def pop(self) -> None:
@@ -47,7 +47,7 @@ class FIFOQueue:
 
 
 class PriorityQueue:
-    """Ordered by class, arrival and request id, as vLLM's: a request that comes back has the place it had before."""
+    """Ordered by class, arrival and request id, as in vLLM: a preempted request returns to its former place."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[bool, float], str, int, Request]] = []

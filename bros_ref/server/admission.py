@@ -1,7 +1,7 @@
-"""What is refused at the door: a class whose queue is full, and with `reject_late` a promise that cannot be kept.
+"""Admission control: refuses a request whose class has a full queue and, with `reject_late`, a target out of reach.
 
-It orders nothing and delays nothing; that is the scheduler's business. It runs in the engine's thread, between two
-steps, when a request is about to be added.
+It neither orders nor delays requests; the scheduler does that. It runs in the engine's thread, between two steps, when
+a request is about to be added.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Gate:
         self._settings = settings
 
     def __call__(self, engine: LLMEngine, request: Request, num_waiting: int) -> APIError | None:
-        """Returns why not, or None. `num_waiting`: requests of its class without a first token."""
+        """Returns the refusal, or None. `num_waiting`: requests of its class without a first token."""
         settings = self._settings
         if request.is_rt and num_waiting >= settings.max_queued_rt:
             return APIError(503, f"{num_waiting} real-time requests are waiting, which is this server's limit; "
@@ -38,8 +38,8 @@ class Gate:
 
 
 def expected_ttft_s(engine: LLMEngine, request: Request) -> float:
-    """When the first token can be there at the earliest, seconds after arrival: what has passed already, then the
-    prompts of real-time requests that are due before it, then its own, at the latency model's safe prediction."""
+    """The earliest time of the first token, in seconds after arrival: the time already passed, plus the prompts of
+    real-time requests with earlier deadlines, plus its own, as the latency model predicts with its safety factor."""
     features, latency = StepFeatures(), engine.scheduler.latency
     due_s = request.deadline_s
     for other in engine.scheduler.requests.values():

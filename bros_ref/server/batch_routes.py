@@ -1,4 +1,4 @@
-"""`/v1/batches`: thousands of lines at leisure. A key sees its own batches only."""
+"""`/v1/batches`: files of best-effort requests. A key sees its own batches only."""
 
 from __future__ import annotations
 

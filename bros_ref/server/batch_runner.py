@@ -1,8 +1,8 @@
 """Runs batches: lines go to the engine as best-effort requests, a few at a time; outcomes go to the store.
 
-One coroutine decides and writes. What it needs to go on after a crash is in the store: it keeps nothing but which
-lines are under way. A line's place is free again only once its outcome is stored, so a full disk stops new lines and
-loses none.
+One coroutine decides and writes. All that it needs after a crash is in the store; in memory it keeps only which lines
+are in flight. A line's place is free again only once its outcome is stored, so a full disk stops new lines and loses
+none.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class BatchRunner:
                 await asyncio.wait_for(self._wake.wait(), 0 if self._stopping else TICK_S)
 
     async def _advance(self, job: Job) -> None:
-        """Takes a batch as far as it goes now."""
+        """Advances a batch as far as possible now."""
         if job.status == "validating":
             await asyncio.to_thread(self._validate, job)
             self.wake()
@@ -109,7 +109,7 @@ class BatchRunner:
             await self._fill(job)
 
     async def _fill(self, job: Job) -> None:
-        """Starts lines while there are places, and ends the batch when no line is left."""
+        """Starts lines while places are free, and ends the batch when no line is left."""
         places = self._lines_in_flight - len(self._running)
         mine = sum(key[0] == job.batch_id for key in self._running)
         if places <= 0 and mine:

@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the runner has to know of a batch."""
+    """What the runner needs to know about a batch."""
 
     batch_id: str
     endpoint: str
@@ -145,7 +145,7 @@ class Batches:
             return json.loads(source.read(line.length))["body"]
 
     def finish(self, results: Sequence[LineResult]) -> None:
-        """Stores outputs and takes their lines off the waiting ones: one transaction for all of them."""
+        """Stores outputs and marks their lines as no longer waiting, all in one transaction."""
         with self._store.transaction() as database:
             for result in results:
                 database.execute("UPDATE lines SET state = ?, output = ? WHERE batch_id = ? AND number = ? "
@@ -153,14 +153,14 @@ class Batches:
                                  (result.state, _response(result), result.batch_id, result.number))
 
     def close_lines(self, batch_id: str, state: str, message: str) -> None:
-        """Ends the lines that still wait: `state` is expired or cancelled."""
+        """Ends the lines that are still waiting: `state` is expired or cancelled."""
         error = json.dumps({"response": None, "error": {"code": f"batch_{state}", "message": message}})
         with self._store.transaction() as database:
             database.execute("UPDATE lines SET state = ?, output = ? WHERE batch_id = ? AND state = 'waiting'",
                              (state, error, batch_id))
 
     def start_ending(self, batch_id: str) -> None:
-        """No line waits any more: the output files come next."""
+        """Moves on to writing the output files: no line is waiting any more."""
         self._move(batch_id, ("in_progress",), "finalizing")
 
     def end(self, batch_id: str, status: str) -> None:

@@ -19,7 +19,7 @@ SLO_HEADERS = {"ttft_s": "x-slo-ttft-ms", "tpot_s": "x-slo-tpot-ms"}  # llm-d's 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call comes to: its requests in the order of their choices, and what the answer repeats.
+    """The plan of a call: its requests in the order of their choices, and the fields that the answer repeats.
 
     `service_tier` is what was used: "default" or "priority" for real-time, "flex" for best-effort.
     """
@@ -36,7 +36,7 @@ class Planner:
     """Makes plans for one model.
 
     Args:
-        pool_tokens: room of the KV pool; with the model's context it bounds an answer that names no length.
+        pool_tokens: size of the KV pool; with the model's context it bounds an answer without a requested length.
     """
 
     def __init__(self, loaded: LoadedModel, settings: ServerSettings, pool_tokens: int) -> None:

@@ -1,10 +1,10 @@
-"""The thread that owns the engine. Nobody else touches it.
+"""The thread that owns the engine. No other thread touches it.
 
-    coroutines --commands--> [queue] --> add, abort, call --> step --> items, once a step --> event loop
+    coroutines --commands--> [queue] --> add, abort, call --> step --> items, once per step --> event loop
 
 Commands are taken before every step, so an abort takes effect within one step. With nothing to do the thread blocks on
-the queue. No scheduling rule lives here. Invariant: every generation that was submitted ends, with a reason or with an
-error, whatever a step or a command raises.
+the queue. No scheduling rule lives here. Invariant: every submitted generation ends, with a reason or with an
+error, even if a step or a command raises.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """What measures the loop; called in the engine's thread."""
+    """Receives the loop's measurements; called in the engine's thread."""
 
     def token(self, request: Request, gap_s: float | None) -> None: ...
 
@@ -66,7 +66,7 @@ class EngineLoop:
     # -- for coroutines ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begins to work."""
+        """Starts the thread."""
         self._thread.start()
 
     def now_s(self) -> float:
@@ -202,7 +202,7 @@ class EngineLoop:
         self._hand_out(ended)
 
     def _hand_out(self, ended: list[Request]) -> None:
-        """All news of a step in one call to the event loop."""
+        """Passes all results of a step to the event loop in one call."""
         ended_ids = {request.request_id for request in ended}
         news: list[tuple[Generation, Piece]] = []
         for request in self._engine.scheduler.output.requests:
@@ -223,7 +223,7 @@ class EngineLoop:
             self._finish(self._live[request_id])
 
     def _push(self, news: list[tuple[Generation, Piece]]) -> None:
-        """In the event loop: hands over pieces, and has those aborted that nobody reads."""
+        """In the event loop: hands over pieces, and aborts generations that are not being read."""
         for generation, piece in news:
             if not generation.push(piece):
                 self._commands.put(partial(self._abort, generation, APIError(
@@ -249,7 +249,7 @@ class EngineLoop:
 
 
 def _to_loop(loop: asyncio.AbstractEventLoop, calls: list[Callable[[], Any]]) -> None:
-    """Runs the calls in the event loop, in order; a loop that is closed has no reader left."""
+    """Runs the calls in the event loop, in order; does nothing if the loop is closed, as it has no reader left."""
 
     def run() -> None:
         for call in calls:

@@ -24,7 +24,7 @@ class APIError(Exception):
     """An answer other than success.
 
     Attributes:
-        status: HTTP status. 400 for what the client can mend, 404, 413, 429 or 503 for a full queue.
+        status: HTTP status. 400 for what the client can fix, 404, 413, 429 or 503 for a full queue.
         param: the field at fault, or None.
         code: a short name that programs can compare, or None.
     """
@@ -68,7 +68,7 @@ def not_found(what: str, identifier: str) -> APIError:
 
 
 def from_validation(errors: Sequence[Any]) -> APIError:
-    """The most exact of pydantic's complaints as a 400 that names the field. The rejected value is not repeated."""
+    """The most specific of pydantic's errors as a 400 that names the field. The rejected value is not repeated."""
     first = max(errors, key=lambda error: len(error["loc"]))  # of a union, the alternative that fitted furthest
     where = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]  # no names of types
     where = where[1:] if where[:1] in (["body"], ["query"], ["path"], ["header"]) else where

@@ -1,7 +1,7 @@
-"""One call on its way through the server: what the engine's thread fills and a coroutine reads.
+"""The state of one call: the engine's thread fills it, and a coroutine reads it.
 
-A call has one generation for each of its choices; they share a channel. The engine's thread only ever pushes through
-the event loop, so everything here runs in one thread and needs no lock. Invariant: each generation's last item is an
+A call has one generation for each of its choices; they share a channel. The engine's thread pushes only through the
+event loop, so everything here runs in one thread and needs no lock. Invariant: each generation's last item is an
 `Ended`, and at most `max_buffered` pieces of a call wait to be read.
 """
 
@@ -17,8 +17,8 @@ from bros_ref.server.errors import APIError
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token added: new text, none while a character is not whole or a stop string may have begun, and its
-    log-probabilities if wanted. A token without text is passed on too: clients measure by what arrives."""
+    """What one token added: new text (empty while a character is incomplete or a stop string may have begun), and its
+    log-probabilities if requested. A token without text is passed on too: clients measure when tokens arrive."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -34,7 +34,7 @@ class Ended:
 
 
 class Generation:
-    """A request and the text that has come of it so far.
+    """A request and the text generated for it so far.
 
     Attributes:
         request: what the engine runs.
@@ -51,7 +51,7 @@ class Generation:
         self._overflowed = False
 
     def push(self, item: Piece | Ended) -> bool:
-        """Hands over an item. Returns False if nobody reads: the request must be aborted."""
+        """Hands over an item. Returns False if it is not being read: the request must be aborted."""
         if isinstance(item, Piece):
             self._overflowed = self._overflowed or self._channel.qsize() >= self._max_buffered
             if self._overflowed:

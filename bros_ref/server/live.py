@@ -1,5 +1,5 @@
-"""What the dashboard is fed with: the pool and the queues as they are, a few times a second, and the last seconds as a
-trace. One frame serves all viewers, and is made in the engine's thread between two steps only while somebody looks."""
+"""The dashboard's data: the pool and the queues, a few times per second, and the last seconds as a trace. One frame
+serves all viewers; it is made in the engine's thread between two steps, and only while there are viewers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The server's numbers for Prometheus, in a registry of its own. Its memory does not grow with requests.
 
 Everything is counted where it happens: latencies and steps in the engine's thread, HTTP in the event loop. The state
-of the KV pool is read when somebody asks.
+of the KV pool is read when the page is requested.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Metrics:
     # -- in the event loop --------------------------------------------------------------------------------------
 
     def http(self, route: str, status: int) -> None:
-        """An answer was begun."""
+        """An HTTP answer was started."""
         self._http.labels(route, str(status)).inc()
 
     def batch_lines(self, counts: dict[str, int]) -> None:

@@ -20,7 +20,7 @@ OPEN_PATHS = frozenset({"/health", "/dashboard", "/docs", "/openapi.json"})  # p
 
 
 class Gateway:
-    """ASGI middleware. `scope["state"]["owner"]` says to the routes who asks."""
+    """ASGI middleware. `scope["state"]["owner"]` tells the routes who sent the request."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics

@@ -1,4 +1,4 @@
-"""The bodies of requests: OpenAI's fields, what of them this server supports, and what it refuses by name.
+"""The bodies of requests: which of OpenAI's fields this server supports, and which it refuses by name.
 
 A field that would change the answer and is not supported is refused, never ignored. Fields without a meaning here
 (`user`, `metadata`, `store`) are accepted. A field that is supported in one value only (its default) says so in its

@@ -147,7 +147,7 @@ def _fold(held: dict[str, _Held], step: StepRecord) -> None:
 
 
 def _opening(first: StepRecord, held: dict[str, _Held]) -> StepRecord:
-    """A step of no duration that puts everything where it was."""
+    """A step of no duration that restores the state before the cut."""
     storing = {name: one for name, one in held.items() if one.num_slots}
     changes = [[name, index, block_id] for name, one in storing.items() for index, block_id in one.table.items()]
     return StepRecord(

@@ -1,7 +1,7 @@
 """`POST /v1/responses`: text in, text out, whole or as typed events. A thin form of a chat call.
 
-Answers are not kept, so `previous_response_id` is refused, as are tools, reasoning, images and background runs: each by
-its name, for the body knows no such field. `store` has no effect.
+Answers are not kept, so `previous_response_id` is refused by name, as are tools, reasoning, images and background runs:
+the body has no such fields. `store` has no effect.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs a planned call on the engine and gives its answer, whole or as server-sent events.
 
-It knows the engine's loop and the shapes of answers; no routes and no files. Invariant: whatever ends a call (its end,
-an error, the client's disconnect, a cancelled task), none of its requests stays in the engine.
+It knows the engine's loop and the shapes of answers, but no routes and no files. Invariant: however a call ends
+(completion, an error, the client's disconnect, a cancelled task), none of its requests stays in the engine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Service:
 
     Attributes:
         loop: the engine's thread.
-        planner: makes plans out of bodies.
+        planner: turns bodies into plans.
     """
 
     def __init__(self, loop: EngineLoop, planner: Planner, settings: ServerSettings) -> None:
@@ -63,8 +63,8 @@ class Service:
         return CompletionShape(plan, self.planner.tokenizer)
 
     async def plan(self, body: ChatBody | CompletionBody, headers: dict[str, str]) -> Plan:
-        """The plan of a call. A long prompt is tokenized in a thread, so that it delays nobody; for a short one the
-        change of threads would take longer than the work. Raises APIError."""
+        """The plan of a call. A long prompt is tokenized in a thread, so that it delays no other call; for a short one
+        switching threads would take longer than the work. Raises APIError."""
         arrival_s = self.loop.now_s()
         make: Callable[[], Plan]
         if isinstance(body, ChatBody):
@@ -85,7 +85,7 @@ class Service:
         return call
 
     def abandon(self, call: Call) -> None:
-        """Aborts what of a call still runs."""
+        """Aborts the requests of a call that are still running."""
         for generation in call.generations:
             self.loop.abort(generation)
 
@@ -163,7 +163,7 @@ async def unless_disconnected(http: HTTPRequest, answer: Awaitable[Result]) -> R
     """Waits for an answer, but cancels it when the client goes away. The body must have been read before.
 
     Raises:
-        APIError: the client has gone; nobody will see it.
+        APIError: the client has gone, so no one will see the error.
     """
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":

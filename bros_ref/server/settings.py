@@ -24,12 +24,12 @@ class ServerSettings:
     """Addresses, limits and targets.
 
     Attributes:
-        slo: of real-time requests that bring none.
+        slo: for real-time requests without targets of their own.
         data_dir: where files and batches live.
         api_keys: accepted keys; none means that no key is asked for, which only a loopback address allows.
         max_queued_rt, max_queued_be: requests of a class that may wait for their first token, beyond which 503 or 429
             is answered.
-        max_http_requests: answers that may be under way at once, streams included; beyond it 503.
+        max_http_requests: answers that may be in progress at once, streams included; beyond it 503.
         max_buffered_pieces: pieces of text that a client may leave unread before its request is aborted.
         batch_lines_in_flight: lines of batches that are in the engine at once.
         reject_late: refuse a real-time request at once whose TTFT target the latency model says is out of reach.

@@ -48,7 +48,7 @@ class ServerState:
         self.runner.start()
 
     async def drain(self) -> None:
-        """Takes no new requests and ends the best-effort ones; lines of batches go back to the waiting ones."""
+        """Takes no new requests and ends the best-effort ones; lines of batches go back to waiting."""
         self.live.closing = True
         await self.runner.stop()
         self.loop.drain()

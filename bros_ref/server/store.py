@@ -1,7 +1,7 @@
 """Where files and batches live: one SQLite database (write-ahead log) and a folder of files.
 
     data_dir/store.sqlite     rows of files, batches and lines of batches
-    data_dir/files/ID         contents, named by random ids that a row must confirm; nobody's input becomes a path
+    data_dir/files/ID         contents, named by random ids that must have a row; no user input becomes a path
     data_dir/lock             held while a server uses the folder
 
 A file's contents are complete and on disk before its row exists, so what a crash leaves behind is a content without a
@@ -116,11 +116,11 @@ class Store:
             raise
 
     def content_path(self, file_id: str) -> Path:
-        """Where the content of a file is whose row exists."""
+        """The path of the content of a file that has a row."""
         return self._files / file_id
 
     def remove_content(self, file_id: str) -> None:
-        """Deletes a content whose row is gone."""
+        """Deletes the content of a file whose row is gone."""
         (self._files / file_id).unlink(missing_ok=True)
 
     def _sync_folder(self) -> None:

@@ -1,15 +1,15 @@
-"""How long would this batch take on that GPU? Operators composed from bytes and FLOPs, with fitted efficiencies.
+"""How long a batch takes on a given GPU: operators composed from bytes and FLOPs, with fitted efficiencies.
 
     T = host + layers * (linear + prefill attention + decode attention + all-reduce) + head
 
-    linear     (read^k + multiply^k)^(1/k)     read: weights once; multiply: 2 FLOPs a weight and token. A hard maximum
+    linear     (read^k + multiply^k)^(1/k)     read: weights once; multiply: 2 FLOPs/(weight * token). A hard maximum
                                                would be off by up to 24 % at 64-512 tokens, where chunk sizes are chosen
     prefill    launch + rows in and out / bandwidth + 4 * heads * dim * sum(new * (context + new / 2)) / FLOP/s
-    decode     launch + max(floor a sequence, K and V of all contexts / bandwidth)
+    decode     launch + max(floor per sequence, K and V of all contexts / bandwidth)
 
-Tensor parallelism divides weights, heads and K/V, and adds two all-reduces a layer. It knows no requests and no
-policy: the features are those of `scheduler/latency_model.py`, but the formula is not linear in them, so the
-scheduler's own linear model has something to be wrong about, as it has on a real machine.
+Tensor parallelism divides weights, heads and K/V, and adds two all-reduces per layer. It knows no requests and no
+policy. The features are those of `scheduler/latency_model.py`, but the formula is not linear in them, so the
+scheduler's own linear model makes errors here, as it does on a real machine.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class CostModel:
 
     @property
     def restore_s_per_token(self) -> float:
-        """What one more token to copy back costs."""
+        """Seconds that each additional token to restore costs."""
         return self.model.kv_bytes_per_token / self.tp / self.gpu.host_bytes_per_s
 
 

@@ -8,7 +8,7 @@ Efficiencies were fitted by us, one set for each measured GPU, on public per-ope
 
 Mean absolute error of the fit over the measured points (p95 in brackets): A100 linear 4.0 % (14 %), prefill attention
 4.7 % (16 %), decode attention 16 % (43 %, worst where the kernel takes less than 20 us); H100 6.1 % (18 %), 7.7 %
-(24 %), 16 % (61 %, likewise). `tests/simulator/test_cost_model.py` recomputes them where the profiles are at hand.
+(24 %), 16 % (61 %, likewise). `tests/simulator/test_cost_model.py` recomputes them where the profiles are present.
 Everything else (other GPUs, other models, tensor parallelism) is extrapolation by bytes and FLOPs, and says so in
 `GPU.measured`.
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What kernels reach of a GPU, fitted; see `cost_model.py` for the formulas."""
+    """The share of a GPU's peaks that kernels reach, fitted; see `cost_model.py` for the formulas."""
 
     weight_read_share: float  # of peak memory bandwidth, when a linear layer reads its weights
     linear_share: float  # of peak fp16 FLOP/s, when it multiplies many tokens
@@ -67,13 +67,13 @@ class ModelShape:
 
     @property
     def layer_parameters(self) -> int:
-        """Multiplied per token in one layer."""
+        """Parameters of one layer that each token is multiplied by."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
         return heads + self.mlp_matrices * self.hidden_size * self.intermediate_size
 
     @property
     def parameters(self) -> int:
-        """All of them, but for norms and biases (under 0.1 %)."""
+        """All parameters except norms and biases (under 0.1 %)."""
         return self.num_layers * self.layer_parameters + self.embeddings * self.vocab_size * self.hidden_size
 
     @property

@@ -1,4 +1,4 @@
-"""Stands where `ModelRunner` stands and computes nothing: it lets the time pass that a GPU would take.
+"""Takes the place of `ModelRunner` and computes nothing: it advances the clock by the time that a GPU would take.
 
 The scheduler, the KV accounting and the engine around it are the very same objects as in a live run; only `execute`
 and the clock differ. Every sampled token is 0, so requests must run to their length (`ignore_eos`).

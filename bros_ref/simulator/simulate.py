@@ -35,8 +35,8 @@ Arrivals = PaperWorkload | tuple[WorkloadItem, ...]
 
 @dataclass(frozen=True)
 class SimulationSettings:
-    """What is simulated. `kv_tokens` None: what the GPUs' memory leaves. `chunked_prefill` None: as the policy's
-    original does, off for BROS (paper). `rt_slowdown`: see `SchedulerConfig`.
+    """What is simulated. `kv_tokens` None: what fits the GPUs' memory. `chunked_prefill` None: the
+    policy's own default, off for BROS (paper). `rt_slowdown`: see `SchedulerConfig`.
 
     Raises:
         ValueError: an unknown GPU or model, a model that does not fit, a pool below one block.
@@ -59,7 +59,7 @@ class SimulationSettings:
 
     @property
     def basis(self) -> str:
-        """Where the step times come from, for every title: figures say what they rest on."""
+        """Where the step times come from, to be shown in every title."""
         gpu = gpu_named(self.gpu)
         return ("operator times fitted on this GPU" if gpu.measured else "operator times scaled from the nearest "
                 "measured GPU") + (", tensor parallelism modelled" if self.tp > 1 else "")
@@ -79,7 +79,7 @@ class SimulationSettings:
 
 
 def simulated_engine(policy: str, settings: SimulationSettings, *, keep_steps: bool = False) -> LLMEngine:
-    """An engine on a virtual clock. `keep_steps`: a full trace for reports, else one that only measures."""
+    """An engine on a virtual clock. `keep_steps`: record a full trace for reports; otherwise only measure."""
     cost, clock = settings.cost, VirtualClock()
     facts = RunnerFacts(settings.model, f"{settings.tp} x {settings.gpu} (simulated)", cost.model.kv_bytes_per_token,
                         cost.model.max_context_tokens)
@@ -88,7 +88,7 @@ def simulated_engine(policy: str, settings: SimulationSettings, *, keep_steps: b
 
 
 class Zeros(Sequence[int]):
-    """A prompt of which only the length matters. It takes no memory: a hundred thousand may wait at once."""
+    """A prompt of which only the length matters. It takes no memory, so a hundred thousand can wait at once."""
 
     __slots__ = ("_length",)
 
@@ -117,10 +117,10 @@ def run(policy: str, settings: SimulationSettings, arrivals: Arrivals, until_s: 
         keep_steps: bool = False) -> tuple[dict[str, Any], Trace]:
     """One policy on one workload. Returns the summary and the trace.
 
-    A recipe's arrivals end at its duration; the run goes on, best-effort backlog and all, until the last RT request
-    has ended, but no longer than MAX_TAIL_S: whoever arrived in the last seconds is not missed for that. Throughputs
-    are those until the duration: the tail is short under a policy that serves RT soon, long under one that serves it
-    late, and full of best-effort work in either case.
+    A recipe's arrivals end at its duration. The run goes on, with the best-effort backlog, until the last RT request
+    has ended, at most MAX_TAIL_S longer, so that requests of the last seconds do not count as missed. Throughputs are
+    those until the duration: the tail is short under a policy that serves RT soon, long under one that serves it late,
+    and full of best-effort work in either case.
 
     `rt-only` and `be-only` are run in both forms of BROS, and the better run is returned: a floor, and a ceiling.
     """
@@ -158,7 +158,7 @@ def _run(policy: str, form: str, settings: SimulationSettings, arrivals: Arrival
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep; `name` is whatever tells it from the others."""
+    """One run of a sweep; `name` identifies it."""
 
     name: str
     policy: str
@@ -175,7 +175,7 @@ def run_all(jobs: Sequence[Job], processes: int = 0, on_done: Callable[[Job], No
     """Runs every job, in parallel where there are several; summaries in the order of the jobs.
 
     Args:
-        processes: at most so many; 0: one a core.
+        processes: the most worker processes; 0: one per core.
     """
     workers = min(len(jobs), processes or os.cpu_count() or 1)
     results: list[dict[str, Any]] = [{}] * len(jobs)

@@ -1,4 +1,4 @@
-"""The front door to simulated runs: a model on named GPUs, asked what a policy would make of a workload.
+"""The public API of simulated runs: a model on named GPUs serves a workload under a policy.
 
     Simulation("opt-13b", gpu="a100-40gb", tp=2).run("bros-plus", PaperWorkload(4.0, 120.0, be_batch=66)).metrics
 
@@ -31,7 +31,7 @@ class SimulationResult:
 
     Attributes:
         metrics: as `LLM.metrics()`; "classes", "kv", "scheduler", "prediction".
-        basis: where the step times come from; part of every title, for no GPU produced them.
+        basis: where the step times come from; part of every title, because no GPU produced them.
         trace: every step with its reasons.
     """
 
@@ -41,7 +41,7 @@ class SimulationResult:
     trace: Trace
 
     def plot(self) -> go.Figure:
-        """Who ran, waited and was preempted, over time; up to 40 requests."""
+        """A plot of who ran, waited and was preempted over time; up to 40 requests."""
         from bros_ref.viz.figures.timeline import schedule
 
         title = {"text": f"{self.policy}, simulated: {self.basis}", "font": {"size": 14}}

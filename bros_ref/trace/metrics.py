@@ -125,7 +125,7 @@ def _metered(trace: Trace) -> Meter:
 
 class Meter:
     """Reads a run step by step and keeps what the summary needs: per request its times, and sums. Memory grows with
-    requests and tokens (8 bytes a token), not with steps times requests.
+    requests and tokens (8 bytes per token), not with steps times requests.
 
     Attributes:
         trace: the header; its requests are read as they come, its steps are not.

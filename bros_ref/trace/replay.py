@@ -1,6 +1,6 @@
 """Runs a trace again, step by step, to say what it does not store: who owned each slot, who was doing what.
 
-It knows the records of `trace.py` and nothing else: no scheduler, no cache. The rules it replays are those of
+It depends on the records of `trace.py` only: no scheduler, no cache. The rules it replays are those of
 `StepRecord`: table changes come in the order they happened, a request's length is the sum of its scheduled tokens
 since its table was last dropped, block i of a table holds tokens i*B to i*B + B - 1, and where a step both moves
 tokens of a request to the host and drops its table, it moved them first. Invariant: the work is proportional to what
@@ -89,9 +89,9 @@ class _Pool:
     def copies(self, step: StepRecord) -> list[SlotCopies]:
         """What a step copies, worked out before it is applied.
 
-        In one step the losses of a block rise, then fall to none at most once: who has run in a step is no victim in
-        it. So a rise left the block held before the step, a fall comes back to the one held after it, and survivors
-        move from one to the other in between.
+        In one step the offloaded tokens of a block rise, then fall to none at most once, because a request that has
+        run in a step is not preempted in it. So tokens are saved from the block held before the step, restored to the
+        block held after it, and the survivors move from one to the other in between.
         """
         made, returning, now = [], [], dict[Owner, int]()
         offloaded: dict[Owner, int] = {}
@@ -131,7 +131,7 @@ class _Pool:
         return [table[index] for index in indices if index in table]
 
     def _release(self, request_id: str, index: int) -> list[int]:
-        """Takes one entry out of a table; a block that meanwhile has another owner of this class keeps it."""
+        """Removes one entry of a table; if the block already has a new owner of this class, that owner stays."""
         block_id = self._tables[request_id].pop(index, None)
         if block_id is None:
             return []
@@ -210,7 +210,7 @@ class _Life:
         self._offloaded.clear()
 
     def set_offloaded(self, index: int, num_offloaded: int) -> bool:
-        """Notes what of a block lives on the host only; True if that has become less: a restore."""
+        """Records how many tokens of a block are on the host only; True if there are fewer than before: a restore."""
         before = self._offloaded.get(index, 0)
         self._offloaded[index] = num_offloaded
         return num_offloaded < before
@@ -239,7 +239,7 @@ class _Life:
         self.spans.append(PhaseSpan(phase, time_s, time_s))
 
     def _close(self, time_s: float) -> None:
-        """Ends the open span; one that took no time and ran in no step was none."""
+        """Ends the open span; one that took no time and ran in no step is dropped."""
         last = self.spans[-1]
         last.end_s = max(time_s, last.start_s)
         if last.steps == 0 and last.end_s == last.start_s:

@@ -1,7 +1,7 @@
 """The numbers of a run, typed: one field for each key of the result JSON. `metrics.py` defines and computes them.
 
-Times end in `_s` or `_ms`, throughputs are per second, attainments are fractions from 0 to 1. What has no sample is
-None, never NaN, so that `as_json` is strict JSON.
+Times end in `_s` or `_ms`, throughputs are per second, attainments are fractions from 0 to 1. A value without
+samples is None, never NaN, so that `as_json` is strict JSON.
 """
 
 from __future__ import annotations

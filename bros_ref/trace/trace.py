@@ -1,4 +1,4 @@
-"""What happened, step by step, and why: the one thing that metrics, reports, widgets and tests read.
+"""What happened, step by step, and why: the one record that metrics, reports, widgets and tests read.
 
 A `Trace` is plain data (strings, numbers, lists): it saves to JSON, replays without an engine, and two runs compare
 with `==`. It knows no scheduler and no cache; the engine fills it. Invariant: everything a figure shows can be
@@ -35,7 +35,7 @@ Record = TypeVar("Record")
 class Trace:
     """A run: header, requests, steps. `slot_bytes` is the size of one token's K and V over all layers.
 
-    Every number is finite: JSON has no NaN and no infinity, and "nothing bound it" is None.
+    Every number is finite, because JSON has no NaN and no infinity; an unlimited budget is None.
     """
 
     policy: str

@@ -1,4 +1,4 @@
-"""Requests to serve: generated, read from files, the paper's."""
+"""Requests to serve: generated, read from files, or the paper's workloads."""
 
 from bros_ref.workload.generate import (
     ClosedLoopBatches,

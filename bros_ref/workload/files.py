@@ -189,8 +189,9 @@ def _is_decimal(value: Any) -> bool:
 
 
 def _unit_of_decimals(reader: _RowReader, rows: Iterable[tuple[int, Row]]) -> _Format:
-    """Seconds or milliseconds, for a file whose times are written as decimals. A fraction speaks for seconds; that no
-    time has one, and that they would be days if they were seconds, for milliseconds. Else it is asked."""
+    """Seconds or milliseconds, for a file whose times are written as decimals: seconds if some have fractions and, as
+    seconds, all are below one day; milliseconds if none has a fraction and, as seconds, they would exceed one day.
+    Otherwise an error asks for the unit."""
     latest, num_fractions = 0.0, 0
     for line, row in rows:
         value = reader.time_s(line, row)
@@ -220,7 +221,7 @@ def _shown(row: Row) -> str:
 
 @dataclass(frozen=True)
 class _RowReader:
-    """Makes items of the rows of one file."""
+    """Makes items from the rows of one file."""
 
     path: Path
     format: _Format

@@ -1,8 +1,8 @@
-"""What arrives, when, and how long it is: seeded arrival processes, lengths, and the source a serving loop asks.
+"""What arrives, when, and how long it is: seeded arrival processes, lengths, and the source for a serving loop.
 
-It knows no tokens, no engine and no clock: the loop says what time it is. Invariants: items come out in order of
+It knows no tokens, no engine and no clock: the loop passes the time. Invariants: items come out in order of
 arrival, ties in the order they were put in; the same seed gives the same workload; an impossible rate or length is
-refused here, not noticed an hour into a run. Files are read and written by `files.py`.
+refused here, before a run starts. Files are read and written by `files.py`.
 """
 
 from __future__ import annotations
@@ -212,10 +212,10 @@ class Workload:
         return self._coming[0][0] if self._coming else None
 
     def on_finished(self, item_or_id: WorkloadItem | str, now_s: float) -> None:
-        """Notes the end of a request that `due` gave out.
+        """Records the end of a request that `due` gave out.
 
         Raises:
-            WorkloadError: it was not given out, or its end was told before.
+            WorkloadError: it was not given out, or its end was already reported.
         """
         request_id = item_or_id if isinstance(item_or_id, str) else item_or_id.request_id
         if request_id not in self._loop_of:
@@ -229,7 +229,7 @@ class Workload:
 
     @property
     def out(self) -> KeysView[str]:
-        """Ids of the items that were given out and whose end has not been told."""
+        """Ids of the items that were given out and whose end has not been reported."""
         return self._loop_of.keys()
 
     @property
@@ -249,7 +249,7 @@ class Workload:
 
 
 def _check_text(prompt: str) -> None:
-    """Refuses what no file could hold and no tokenizer could read."""
+    """Refuses text that a file cannot hold or a tokenizer cannot read."""
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise WorkloadError(f"prompt: expected at most {MAX_PROMPT_CHARACTERS:,} characters, got {len(prompt):,}")
     try:

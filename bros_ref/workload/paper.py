@@ -9,9 +9,9 @@ Lengths of RT requests are drawn from distributions of ours, since the datasets 
     arxiv     (for BE) log-normal for article -> abstract, fitted to 28,257 pairs of at most 4,096 Llama-2 tokens
 
 BE requests are the paper's: prompt U(512, 1024), output U(32, 128), a new batch when the last of the old one has ended.
-The paper does not say how large a batch is. Here it is what the KV pool holds times `BE_DEMAND`, because memory must be
-contended for the question to exist: below it any policy does, and far above it the baselines can be made to look as bad
-as one likes.
+The paper does not say how large a batch is. Here it is what the KV pool holds times `BE_DEMAND`, because policies
+differ only under memory contention: with less demand any policy is good enough, and with far more the baselines can be
+made to look arbitrarily bad.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class PaperWorkload:
                              f"{self.duration_s!r} s and {self.be_batch}")
 
     def build(self, seed: int, only: str | None = None) -> Workload:
-        """The workload, or one class of it ("rt" or "be"); each class has random numbers of its own, so that leaving
-        one out does not change the other."""
+        """The workload, or one class of it ("rt" or "be"). Each class has its own random stream, so that leaving one
+        out does not change the other."""
         rt_rng, be_rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
         items, loops = [], []
         if self.rt_rate_per_s and only != "be":

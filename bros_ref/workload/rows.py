@@ -1,7 +1,7 @@
 """From bytes to rows: CSV or JSONL, gzipped or not, from a file, a pipe (`<(...)`, a FIFO) or standard input (`-`).
 
 It knows no format's columns. Invariants: one line is held at a time, and no line is longer than MAX_LINE, so memory
-stays bounded whatever the file is; a pipe that nobody writes into is given up; whatever is wrong is one `WorkloadError`
+stays bounded whatever the file is; reading a pipe without a writer times out; whatever is wrong is one `WorkloadError`
 that names the file and the line.
 """
 
@@ -145,5 +145,5 @@ def _csv_rows(path: Path, lines: Iterator[str], num_before: int) -> Iterator[tup
 
 
 def _twice(names: list[str]) -> str | None:
-    """The first name that is there more than once."""
+    """The first name that occurs more than once."""
     return next((name for place, name in enumerate(names) if name in names[:place]), None)

@@ -53,7 +53,7 @@ def mixed_lengths(count: int, seed: int) -> Lengths:
 
 
 def run_ours(loaded: LoadedModel, lengths: Lengths, seed: int) -> tuple[float, int]:
-    """Seconds and steps to serve the requests, all at hand from the start. vllm-fcfs: no policy stands in the way."""
+    """Seconds and steps to serve the requests, all present from the start, first come first served (vllm-fcfs)."""
     slots = sum(cdiv(prompt + output, 16) for prompt, output in lengths)
     kv_config = KVCacheConfig(min(slots, 1024))
     runner = ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype)

@@ -1,7 +1,7 @@
 """The CUDA kernels timed on a GPU: microseconds, GB/s, share of the bandwidth that a plain copy reaches here.
 
-A kernel whose answer is not within the contract is refused, not timed. Not measured where this was written: no GPU was
-at hand, so what a GPU must do (`GraphTimer`) is small, and the rest runs in tests on the emulator.
+A kernel whose answer is not within the contract is refused, not timed. Not measured where this was written, for lack
+of a GPU, so the part that needs one (`GraphTimer`) is small, and the rest runs in tests on the emulator.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ CASES = (Case("one of 8,192", (8192,)), Case("64 of 2,048", (2048,) * 64),
 
 
 class GraphTimer:
-    """Seconds of a call by replays of a CUDA graph of several: no Python and no launch gap lies in between.
+    """Seconds per call, from replays of a CUDA graph of several calls, without Python and launch gaps in between.
 
-    The L2 cache is flushed before each call; what flushing takes is timed apart and subtracted. So a call must be
-    fit for capture: no allocation that grows, no wait for the device.
+    The L2 cache is flushed before each call; the time of flushing is measured separately and subtracted. A call must
+    allow graph capture: no growing allocation, no wait for the device.
     """
 
     def __init__(self, samples: int = 15, calls: int = 10) -> None:
@@ -96,7 +96,7 @@ class GraphTimer:
 
 
 def copy_bandwidth(timer: Timer, place: str) -> float:
-    """Bytes read and written per second by a plain copy of 1 GiB: what a kernel can hope for."""
+    """Bytes read and written per second by a plain copy of 1 GiB: the practical limit for a kernel."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=place)
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / statistics.median(timer(lambda: void(target.copy_(source))))
@@ -105,11 +105,11 @@ def copy_bandwidth(timer: Timer, place: str) -> float:
 def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: str, bandwidth: float,
                   cases: Sequence[Case] = CASES, steps: Sequence[int] = STEPS,
                   on_row: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
-    """One row a case and system: our steps, other projects' kernels where they are installed (peers.py), and torch's
+    """One row per case and system: our steps, other projects' kernels where they are installed (peers.py), and torch's
     SDPA on K and V gathered beforehand (its gather is not timed).
 
     Raises:
-        ArithmeticError: an answer is not within the contract; nothing of it was timed.
+        ArithmeticError: an answer is not within the contract; its kernel was not timed.
     """
     rows = []
     for case in cases:
@@ -128,7 +128,7 @@ def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: 
 
 def bench_prefill(device: Device, timer: Timer, heads: Heads, seed: int, place: str,
                   cases: Sequence[PrefillCase] = PREFILL_CASES) -> list[dict[str, Any]]:
-    """One row a case and system: the tensor-core prefill and, for whole prompts, torch's causal SDPA on dense K and V.
+    """One row per case and system: the tensor-core prefill and, for whole prompts, torch's causal SDPA on dense K, V.
     Products count 4 operations per query, head, dimension and visible token.
 
     Raises:
@@ -153,7 +153,7 @@ def bench_prefill(device: Device, timer: Timer, heads: Heads, seed: int, place: 
 
 def bench_copies(device: Device, timer: Timer, heads: Heads, place: str, layers: int = 32,
                  slots: int = 512) -> list[dict[str, Any]]:
-    """One row a direction: `copy_slots` of that many slots of all layers, on the device and, on a GPU, to and from
+    """One row per direction: `copy_slots` of that many slots of all layers, on the device and, on a GPU, to and from
     pinned host memory."""
     shape = (layers, 2, 2 * slots, heads.num_kv_heads, heads.head_dim)
     store, other = (torch.zeros(shape, dtype=heads.dtype, device=place) for _ in range(2))
@@ -217,7 +217,7 @@ def _sdpa(batch: Batch) -> Callable[[], None]:
 
 
 def void(_: Tensor) -> None:
-    """A call whose result is not wanted."""
+    """The same call without its result."""
 
 
 def _prefill(device: Device, batch: Batch) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The most memory that one stretch of work held, and not the process before it.
+"""The peak memory of one stretch of work, apart from what the process held before.
 
 Linux keeps the peak of a process's resident memory and lets the process set it back. What was resident already (the
 weights of every model that is loaded, libraries) is part of each peak; what earlier work left free is given back first.

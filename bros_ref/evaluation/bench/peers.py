@@ -1,7 +1,7 @@
 """Other projects' decode kernels on our batches, where they are installed: FlashInfer, flash-attn, vLLM's flash-attn.
 
-They know no direction, so they are given a batch that fills from the left; the cache has the layout they take. What is
-planned or allocated once a batch is not timed. It times nothing itself, and a peer's answer is checked as ours are.
+They do not support reversed sequences, so their batch fills from the left; the cache has the layout they take. Planning
+and allocation done once per batch are not timed. A peer's answer is checked in the same way as ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What deciding costs: CPU microseconds of `schedule` + `update_from_output` per scheduled request, no model at all.
+"""The cost of scheduling: CPU microseconds of `schedule` + `update_from_output` per scheduled request, no model at all.
 
 A steady state: `running` decodes fill every seat (half RT, half BE), `waiting` BE requests queue behind them, block
-borders are crossed as they come. Rounds of all policies alternate, and the median over rounds is reported, so that a
+boundaries are crossed as they come. Rounds of all policies alternate, and the median over rounds is reported, so that a
 noisy neighbour slows no policy alone. CPU time of this thread, garbage collector on.
 """
 

@@ -8,8 +8,8 @@ A chunk's arrival is the time of its tokens. Tokens are counted by the server's 
 they share its time. What comes out is a `Trace` of what the client saw, so every definition is that of
 `trace/metrics.py`. Best-effort requests may instead be sent as one batch, whose lines have no times of their own.
 
-A server of ours also says on `/metrics` what TTFT its engine gave. The difference of the two means is what HTTP, both
-ends of it, added: a figure that a busy machine blurs less than two runs would.
+A server of ours also reports on `/metrics` the TTFT that its engine measured. The difference of the two means is what
+HTTP added on both ends; it depends less on other load on the machine than the difference of two runs would.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Target:
 
 
 def default_workload(rt_rate: float, be_requests: int, duration_s: float, slo: SLO, seed: int) -> list[WorkloadItem]:
-    """Poisson real-time requests at `rt_rate` a second (0: none), and `be_requests` best-effort ones at the start."""
+    """Poisson real-time requests at `rt_rate` per second (0: none), and `be_requests` best-effort ones at the start."""
     rng = np.random.default_rng(seed)
     (rt_in, rt_out), (be_in, be_out) = RT_LENGTHS, BE_LENGTHS
     arrivals = poisson_arrivals(rt_rate, duration_s, rng) if rt_rate > 0 else []
@@ -102,7 +102,7 @@ def find_target(base_url: str, api_key: str, model: str | None, ignore_eos: bool
 
 def bench_serve(target: Target, items: Sequence[WorkloadItem], seed: int, *, be_as_batch: bool = False,
                 on_done: Callable[[], None] | None = None) -> tuple[dict[str, Any], Trace]:
-    """Sends the workload, after one short request that counts nowhere: the first of a server, and of a client, is slow.
+    """Sends the workload, after one short warm-up request that is not counted.
     Returns one element of "runs", and the trace of what the client saw."""
     batch = [item for item in items if be_as_batch and item.slo is None]
     singles = [item for item in items if not (be_as_batch and item.slo is None)]
@@ -130,7 +130,7 @@ def _engine_ttft(target: Target) -> tuple[float, float] | None:
 
 def _added(run: dict[str, Any], before: tuple[float, float] | None, after: tuple[float, float] | None
            ) -> dict[str, float | None]:
-    """The engine's mean TTFT, and how much later the client saw the first token; None where nobody can say."""
+    """The engine's mean TTFT, and how much later the client saw the first token; None where it is unknown."""
     seen_ms = run["classes"]["rt"]["mean_ttft_ms"]
     if before is None or after is None or seen_ms is None or after[1] == before[1]:
         return {"engine_mean_ttft_ms": None, "http_added_ttft_ms": None}
@@ -195,7 +195,7 @@ async def _stream(client: httpx.AsyncClient, target: Target, answer: Answer, bod
 
 async def _send_batch(client: httpx.AsyncClient, target: Target, items: Sequence[WorkloadItem], seed: int
                       ) -> dict[str, Any]:
-    """All best-effort items as one batch; returns what can be said of them as a class."""
+    """Sends all best-effort items as one batch; returns what is known about them as a class."""
     lines = [json.dumps({"custom_id": str(index), "method": "POST", "url": "/v1/completions",
                          "body": request_body(target, item, 1_000_000 + index, seed)})
              for index, item in enumerate(items)]

@@ -1,5 +1,5 @@
-"""What simulating costs: CPU seconds and request-steps per second on the paper's OPT-13B setting, and the memory that a
-trace file as long as published ones takes."""
+"""The cost of simulating: CPU seconds and request-steps per second on the paper's OPT-13B setting, and the memory for a
+trace file as long as published ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILE_SETTINGS = SimulationSettings("a100-80gb", "llama-3-8b", 1)
 
 def bench_simulator(policies: Sequence[str], duration_s: float, rt_rate: float, seed: int, file_requests: int = 0,
                     on_row: Callable[[], None] | None = None) -> list[dict[str, Any]]:
-    """One row a policy, and one more for a file of `file_requests` requests if there are to be any. A request-step is
+    """One row per policy, and one more for a file of `file_requests` requests if there are to be any. A request-step is
     one request scheduled in one step; CPU time is that of one core, summary included."""
     settings = SimulationSettings(seed=seed)
     arrivals = PaperWorkload(rt_rate, duration_s, be_batch_for(settings.num_blocks * settings.block_size))

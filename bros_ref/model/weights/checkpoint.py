@@ -1,6 +1,6 @@
 """From a checkpoint's many tensors to the decoder's parameters, whatever the file format.
 
-It knows names and shapes, and reads through a `TensorSource`. The invariant: at any moment at most one tensor of the
+It knows names and shapes, and reads through a `TensorSource`. Invariant: at any moment at most one tensor of the
 checkpoint is held beside the parameters built so far, every parameter has the shape the config demands, and every
 tensor of the checkpoint was read or is known not to matter.
 """

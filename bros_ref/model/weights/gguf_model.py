@@ -1,8 +1,8 @@
 """What a GGUF file's keys and tensor names mean: its ModelConfig and its parameters.
 
 It knows the llama, qwen2 and qwen3 layouts as llama.cpp reads them. The invariant: what is loaded equals what the
-checkpoint's Hugging Face form would hold, up to quantisation. A key of the architecture that is not read here and not
-at rest, or a tensor without a place in the model, is refused by name.
+checkpoint's Hugging Face form would hold, up to quantisation. A key of the architecture that is not read here and
+not at a neutral value, or a tensor without a place in the model, is refused by name.
 """
 
 from __future__ import annotations

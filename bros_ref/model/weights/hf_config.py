@@ -1,9 +1,8 @@
 """config.json and generation_config.json -> ModelConfig.
 
-It follows transformers: what a family's class fills in for a key that is missing is filled in here, and what the class
-does not read is not read here. A key that sounds like part of the computation, that no family here reads and that is
-not at rest (null, false, 0, 1 or empty) is refused by name: a checkpoint either gives the right logits or does not
-load.
+It follows transformers: a missing key gets the default of the family's class, and a key that the class does not read is
+not read here. A key that sounds like part of the computation, that no family here reads and that is not at a neutral
+value (null, false, 0, 1 or empty) is refused by name: a checkpoint either gives the right logits or does not load.
 """
 
 from __future__ import annotations

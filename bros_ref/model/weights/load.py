@@ -5,8 +5,8 @@
     FOLDER              Hugging Face layout, safetensors
     FILE.gguf           llama, qwen2, qwen3
 
-It only decides which reader answers. The invariant: a bad name or a bad checkpoint is one WeightsError that says
-what to do, and never a traceback out of a parser.
+It only chooses the reader. Invariant: a bad name or a bad checkpoint raises one WeightsError that says what to do,
+never an exception from inside a parser.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ total of tokens:
     order of prefill  (relegated, arrival + TTFT target + 8 ms per remaining prompt token)
     relegated         a request without memory whose prompt, at the throughput so far, would be late
 
-No prefill takes memory from anybody. Ours, where it says nothing: BE has the target of QoServe's loosest class,
+A prefill never preempts another request. Ours, where it says nothing: BE has the target of QoServe's loosest class,
 1,800 s, and sets no slack; a relegated RT therefore goes behind BE, as it goes behind every other class there. The
 total is capped by the limit that all policies share. Throughput is a moving average over steps. When a running request
-gets no block, the one that is last in order is recomputed, perhaps itself.
+gets no block, the one that is last in order is recomputed; this may be the request itself.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ THROUGHPUT_EMA = 0.1  # weight of the newest step; ours
 
 def decode_deadline_s(arrival_s: float, first_token_s: float, ttft_slo_s: float, tpot_slo_s: float,
                       num_outputs: int) -> float:
-    """When the next token of a request that has had `num_outputs` is due."""
+    """Deadline of the next token of a request that has emitted `num_outputs` tokens."""
     return arrival_s + max(first_token_s - arrival_s, ttft_slo_s) + tpot_slo_s * (num_outputs + 1)
 
 
 def step_total(slack_s: float, predict_s: Callable[[int], float]) -> int:
-    """Tokens of the step; `predict_s` says how long a step of so many takes."""
+    """Number of tokens in the step; `predict_s(n)` is the predicted time of a step of n tokens."""
     return max((total for total in TOTALS if SAFETY * predict_s(total) <= slack_s), default=TOTALS[0])
 
 
 def order_key(relegated: bool, arrival_s: float, ttft_slo_s: float, remaining_tokens: int) -> tuple[bool, float]:
-    """Smaller is prefilled sooner."""
+    """Sort key of prefills: the smallest is prefilled first."""
     return relegated, arrival_s + ttft_slo_s + REMAINING_WEIGHT_S * remaining_tokens
 
 
 def is_relegated(now_s: float, remaining_tokens: int, tokens_per_s: float, deadline_s: float,
                  holds_memory: bool) -> bool:
-    """Whether a request is too late to be worth hurrying for; nobody is while the throughput is unknown."""
+    """Whether a request is expected to miss its TTFT target; False while the throughput is unknown."""
     return not holds_memory and tokens_per_s > 0 and now_s + remaining_tokens / tokens_per_s > deadline_s
 
 

@@ -1,9 +1,9 @@
 """BROS-RR, the paper's second baseline: a fixed rotation of the classes, and an ordinary paged KV cache.
 
-Iterations alternate: one for RT, one for BE; a class with nothing to do gives its turn away. Within a class, running
-requests go first, then its queue in order of arrival. When blocks run out, the last admitted BE is recomputed, and for
-an RT, if there is no BE, the last admitted RT; a newcomer preempts nobody of its own class (the paper says only "no
-bidirectional KV"; the victim is our decision: the rule that keeps RT from waiting for the memory of BE).
+Iterations alternate: one for RT, one for BE; a class with nothing to do passes its turn to the other. Within a class,
+running requests go first, then its queue in order of arrival. When blocks run out, the BE admitted last is recomputed;
+if there is no BE, an RT recomputes the RT admitted last. A new request never preempts one of its own class. (The paper
+says only "no bidirectional KV"; the victim is our decision, so that RT does not wait for the memory of BE.)
 """
 
 from __future__ import annotations

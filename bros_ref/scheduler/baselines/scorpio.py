@@ -12,8 +12,8 @@ Ours, where a best-effort class has no place there: BE is never rejected, goes b
 nothing to the walk, and has the loosest TPOT class of any RT so far, at least `BE_TPOT_S`. (With a class of 1 s in the
 paper's setting it had half the BE tokens/s and no more RT on time.) SCORPIO predicts output lengths with a classifier;
 here it is told `max_tokens`, the best case for it. Its fitted times are those of the scheduler's latency model. A
-preempted request that has had its first token is not rejected and goes first. An idle machine admits its first
-request, whatever is predicted.
+preempted request that has had its first token is not rejected and goes first. If nothing else runs, the first
+request is admitted whatever is predicted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def prefill_s(latency: StepLatencyModel, num_tokens: int) -> float:
 
 
 def hopeless(queue: Sequence[tuple[int, float]], latency: StepLatencyModel) -> list[bool]:
-    """Who is rejected, of (prompt tokens, seconds that remain of the TTFT) in order; the rejected delay nobody."""
+    """Which requests to reject, of (prompt tokens, seconds left of TTFT) in order; a rejected one delays no other."""
     rejected, ahead = [], 0
     for prompt_tokens, remaining_s in queue:
         ahead += prompt_tokens
@@ -49,14 +49,14 @@ def hopeless(queue: Sequence[tuple[int, float]], latency: StepLatencyModel) -> l
 
 
 def virtual_batch_size(tpots_s: Sequence[float]) -> float:
-    """Requests per step that the credits let run, on average."""
+    """Average number of requests per step that the credits allow to run."""
     tightest_s = min(tpots_s)
     return sum(tightest_s / tpot_s for tpot_s in tpots_s)
 
 
 def keeps_tpot(tpots_s: Sequence[float], lengths: Sequence[tuple[int, int]], latency: StepLatencyModel) -> bool:
     """Whether a decode step of these requests fits the tightest TPOT; `lengths`: (input, predicted output) tokens of
-    each. The step is as long as half of L = 2 * input + output makes its contexts, on average."""
+    each. The average context of a request is taken as L / 2, where L = 2 * input + output."""
     size = virtual_batch_size(tpots_s)
     length = sum(2 * inputs + outputs for inputs, outputs in lengths) / len(lengths)
     predicted_s = 0.5 * latency.c3 * size * length + latency.c1 * size + latency.c0
@@ -64,7 +64,7 @@ def keeps_tpot(tpots_s: Sequence[float], lengths: Sequence[tuple[int, int]], lat
 
 
 class ScorpioScheduler(VLLMV0Scheduler):
-    """Guards of both targets, and credits."""
+    """TTFT guard, TPOT guard, and credits."""
 
     def setup(self) -> None:
         self._queue: list[Request] = []

@@ -1,11 +1,11 @@
 """SGLang-like with `--enable-priority-scheduling`: RT before BE; RT retracts BE when request *slots* are full.
 
-After SGLang's scheduler (priority scheduling, chunked prefill, no radix cache): a prefill step, if anybody can be
-admitted, runs before the next decode step. Admission needs blocks for the prompt and for a fraction
-(`new_token_ratio`) of what all running requests may still generate. An RT in front of full slots retracts the BE that
-arrived last; a full KV pool retracts nobody for a newcomer. When decoding itself runs out of blocks, requests with the
-least output (then the longest prompt) are retracted until it fits. A retracted request is recomputed.
-The ratio starts at 0.7 and decays to 0.1 over 600 decode steps, and returns to its start on a retraction
+After SGLang's scheduler (priority scheduling, chunked prefill, no radix cache): if any request can be admitted, a
+prefill step runs before the next decode step. Admission needs blocks for the prompt and for a fraction
+(`new_token_ratio`) of what all running requests may still generate. When all slots are taken, a new RT retracts the BE
+that arrived last; when the KV pool is full, nothing is retracted for a new request. When decoding itself runs out of
+blocks, requests with the least output (then the longest prompt) are retracted until it fits. A retracted request is
+recomputed. The ratio starts at 0.7 and decays to 0.1 over 600 decode steps, and returns to its start on a retraction
 (SGLang computes the value after a retraction from the batch; the start value is our simplification).
 """
 
@@ -59,7 +59,7 @@ class SGLangPriorityScheduler(Scheduler):
                 return
 
     def _memory_suffices(self, request: Request) -> bool:
-        """Blocks for the prompt, and for the share of the running requests' future that the ratio assumes."""
+        """Whether there are blocks for the prompt and for the expected future tokens of all running requests."""
         future_tokens = sum(other.max_total_tokens - other.num_tokens for other in self.running)
         wanted = self.kv.blocks_for(request.num_tokens + 1 + int(self._new_token_ratio * future_tokens))
         return wanted <= self.kv.num_free_blocks or not self.running

@@ -1,8 +1,8 @@
 """TGI-like: first in first out, and room for prompt + max_new_tokens is reserved at admission.
 
 After Hugging Face text-generation-inference: nothing is ever preempted, because nothing can run out of blocks; the
-price is seats that stay empty. New requests are prefilled in a step of their own, whole prompts, while the decodes
-wait; then everybody decodes. (TGI's `waiting_served_ratio` is taken as 0: it prefills as soon as somebody fits.)
+price is a smaller batch. New requests are prefilled in a step of their own, whole prompts, while the decodes wait;
+then all requests decode. (TGI's `waiting_served_ratio` is taken as 0: it prefills as soon as a request fits.)
 """
 
 from __future__ import annotations

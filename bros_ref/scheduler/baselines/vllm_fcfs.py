@@ -1,7 +1,7 @@
 """vLLM V1, first come first served: RUNNING in admission order, then WAITING while seats, tokens and blocks last.
 
 Mirrors `vllm/v1/core/sched/scheduler.py` (policy "fcfs", no prefix cache): decodes and prefill chunks share one token
-budget; when a running request gets no block, the last of RUNNING is preempted by recomputation (perhaps the very one
+budget; when a running request gets no block, the last of RUNNING is preempted by recomputation (this may be the one
 that asked) and goes to the front of WAITING; nothing is admitted in a step with a preemption. A waiting request is
 admitted only if all its known tokens fit (vLLM's default `scheduler_reserve_full_isl`). No deadlines.
 """

@@ -1,8 +1,8 @@
 """vLLM V1 with `--scheduling-policy priority`: RT is priority 0, BE priority 1.
 
 As `vllm_fcfs.py`, except that WAITING is ordered by (priority, arrival, request id), and the victim of a shortage is
-the *worst* (priority, arrival) among RUNNING, also if it is in the batch already. A waiting request never
-preempts a running one, however urgent it is: that is why RT still waits behind full seats or a full pool.
+the *worst* (priority, arrival) among RUNNING, even if it is already in the batch. A waiting request never
+preempts a running one, however urgent it is, so RT still waits when the batch or the pool is full.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """vLLM V1 with `--scheduling-policy priority` and a watermark: admission keeps 1 % of the blocks free.
 
-As `vllm_priority.py` otherwise. The blocks that newcomers leave are those into which running requests grow, so fewer
+As `vllm_priority.py` otherwise. Running requests grow into the blocks that are kept free, so fewer
 of them are preempted and recomputed (the watermark is vLLM's; `vllm_v0.py` has the same).
 """
 
@@ -12,7 +12,7 @@ from bros_ref.scheduler.baselines.vllm_v0 import leaves_watermark
 
 
 class VLLMPriorityWatermarkScheduler(VLLMPriorityScheduler):
-    """Static priority by class; a newcomer leaves blocks to those who run."""
+    """Static priority by class; admission keeps blocks free for running requests."""
 
     def can_admit(self, request: Request) -> bool:
         kv = self.kv

@@ -1,10 +1,10 @@
 """vLLM V0, the scheduler of vLLM until 2025 and probably the baseline of the paper: prompts first, then decodes.
 
-A step is of one kind. If anybody can be admitted, it computes whole prompts, first come first served, while seats,
-tokens and blocks last, and all decodes wait; otherwise everybody decodes. Admission leaves `WATERMARK` of the blocks
-free for those who decode. When a decode gets no block, the newest of RUNNING is preempted by recomputation, perhaps the
-very one that asked, and goes to the front of WAITING. (vLLM's rules, default settings: no chunked prefill, no prefix
-cache, no swapping.) Ours: nobody needs to leave blocks free for others if nobody else is running.
+A step either prefills or decodes. If any request can be admitted, the step computes whole prompts, first come first
+served, while seats, tokens and blocks last, and all decodes wait; otherwise all running requests decode. Admission
+leaves `WATERMARK` of the blocks free for decodes. When a decode gets no block, the newest of RUNNING is preempted by
+recomputation (this may be the one that asked) and goes to the front of WAITING. (vLLM's rules, default settings: no
+chunked prefill, no prefix cache, no swapping.) Ours: the watermark does not apply if nothing else is running.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def leaves_watermark(num_needed: int, num_free: int, num_blocks: int) -> bool:
 
 
 class VLLMV0Scheduler(Scheduler):
-    """First come first served, in steps of prompts and steps of decodes."""
+    """First come first served, with separate prefill and decode steps."""
 
     def setup(self) -> None:
         self._waiting = FIFOQueue()

@@ -12,8 +12,8 @@ After its public C++ code. RT is its online class, BE its offline class:
 
 Ours, where it says nothing: its factor lambda is 1, all online requests are worth the same, one is starving after
 `STARVING_STEPS` steps without running, and with no offline request left to drop, the running online request with the
-latest deadline is recomputed, perhaps the very one that asked. An empty batch takes its first request whatever the
-budget.
+latest deadline is recomputed; this may be the one that asked. The first request of an empty batch is admitted whatever
+the budget.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def step_budget_s(least_remaining_s: float, least_tpot_s: float) -> float:
 
 
 def is_urgent(remaining_s: float, total_s: float, budget_s: float, overhead_s: float) -> bool:
-    """`total_s` is the work of all online requests; steps of `budget_s` each lose `overhead_s`."""
+    """`total_s` is the work of all online requests; each step of `budget_s` spends `overhead_s` on its fixed cost."""
     if budget_s <= overhead_s:
         return True
     stretch = 1.0 if math.isinf(budget_s) else budget_s / (budget_s - overhead_s)
@@ -44,7 +44,7 @@ def is_urgent(remaining_s: float, total_s: float, budget_s: float, overhead_s: f
 
 
 def online_key(starving: bool, urgent: bool, work_s: float, remaining_s: float) -> tuple[bool, bool, float]:
-    """Smaller goes first: the urgent by density, the others by deadline."""
+    """Sort key, smallest first: urgent requests by density, the others by deadline."""
     return not starving, not urgent, work_s if urgent else remaining_s
 
 
@@ -121,5 +121,5 @@ class XLLMScheduler(Scheduler):
         return victim is not None
 
     def _work_s(self, request: Request) -> float:
-        """Seconds of work to its next token, without the fixed time of a step."""
+        """Seconds of work until its next token, without the fixed time of a step."""
         return self.latency.cost_s(request.num_tokens - request.num_computed_tokens, request.num_computed_tokens)
