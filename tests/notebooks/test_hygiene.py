@@ -42,7 +42,7 @@ def test_a_notebook_follows_the_template(path):
     assert all(len(cell["source"]) <= 30 for cell in cells if cell["cell_type"] == "code"), "one idea a cell"
 
 
-NAMED_FILE = re.compile(r"`((?:\w+/)+\w+\.\w+)(?:: ?([\w.]+))?`")  # `folder/file.py`, `folder/file.py: Class.method`
+NAMED_FILE = re.compile(r"`((?:\w+/)+\w+\.\w+)(?:: ?([\w.]+))?`")  # a path in backquotes; a name after a colon
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
