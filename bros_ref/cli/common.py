@@ -65,6 +65,8 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BackendOption = Annotated[str, typer.Option(help="Attention: auto, torch, cupy or cpu-emulated.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads torch may use; 0: as torch chooses.")]
 SplitOption = Annotated[int, typer.Option("--tp", min=1, help="Devices of this machine that the model is split over.")]
+SlowdownOption = Annotated[float | None, typer.Option(min=1, help=(
+    "BROS: BE may make RT latency at most this many times what it would be alone."))]
 RefitOption = Annotated[bool, typer.Option("--refit", help="Measure this machine again for the latency model.")]
 TtftOption = Annotated[float, typer.Option(help="TTFT target of real-time requests that bring none, seconds.")]
 ClassOption = Annotated[str | None, typer.Option("--class", help="rt or be, for files that do not say.")]

@@ -31,6 +31,7 @@ from bros_ref.cli.common import (
     RefitOption,
     RequestsOption,
     SeedOption,
+    SlowdownOption,
     SplitOption,
     StopOption,
     ThreadsOption,
@@ -92,6 +93,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
                  "Control tokens that the prompt spells, such as <|im_end|>, are meant; default: text."))] = False,
              seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """One answer, streamed: the quickest way to try it."""
+    from bros_ref.config import cdiv
     from bros_ref.engine.build import LiveSettings, make_engine, make_runner
     from bros_ref.request import Request, RequestClass, SamplingParams
     from bros_ref.trace.metrics import summarise
@@ -106,7 +108,7 @@ def generate(prompt: str, model: ModelOption = "smollm2",
     loaded = _load(model, device, threads, seed, backend, tp)
     token_ids = loaded.tokenizer.chat(prompt, control_tokens=control_tokens)
     longest = min(len(token_ids) + max_tokens, loaded.config.max_context_tokens)  # more is refused by the engine
-    settings = LiveSettings(kv_blocks=-(-longest // 16), seed=seed)
+    settings = LiveSettings(kv_blocks=cdiv(longest, 16), seed=seed)
     engine = make_engine("vllm-fcfs", loaded, make_runner(loaded, settings), settings)
     request = Request("prompt", RequestClass.BEST_EFFORT, token_ids, sampling)
     out, pieces = sys.stderr if json_path == "-" else sys.stdout, list[str]()
@@ -181,7 +183,8 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload fi
                 until_s: Annotated[float, typer.Option(min=0.0, help="Stop after this many seconds.")] = float("inf"),
                 trace_path: Annotated[Path | None, typer.Option("--trace", callback=output_file,
                                                                 help="Save the trace here.")] = None,
-                tp: SplitOption = 1, threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
+                rt_slowdown: SlowdownOption = None, tp: SplitOption = 1, threads: ThreadsOption = 0,
+                refit: RefitOption = False, seed: SeedOption = 0,
                 json_path: JsonOption = None) -> None:
     """The live engine on a workload file, wall clock."""
     from bros_ref.cli.tables import results_table
@@ -201,7 +204,8 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload fi
     items = keep_class(merge(*(read_workload(path, chosen_class, slo, time_unit_s) for path in workload)), name)
     if not items:
         raise ValueError(f"policy {name} serves one class only, and the workload has no request of it")
-    settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
+    settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed,
+                            rt_slowdown)
     loaded = _load(model, device, threads, seed, backend, tp)
     runner = make_runner(loaded, settings)
     latency = _fit(runner, max_num_seqs, loaded.name, refit, console)

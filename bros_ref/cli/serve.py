@@ -20,6 +20,7 @@ from bros_ref.cli.common import (
     ModelOption,
     RefitOption,
     SeedOption,
+    SlowdownOption,
     SplitOption,
     ThreadsOption,
     TimeUnitOption,
@@ -51,7 +52,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
           block_size: CountOption = 16, max_num_seqs: CountOption = 8,
           max_num_batched_tokens: CountOption = 256, chunked_prefill: ChunkedOption = None,
           device: DeviceOption = "auto", backend: BackendOption = "auto",
-          tp: SplitOption = 1,
+          rt_slowdown: SlowdownOption = None, tp: SplitOption = 1,
           threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0) -> None:
     """An OpenAI-compatible server: interactive calls are real-time; flex calls and batches are best-effort."""
     import torch
@@ -77,7 +78,8 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
     loaded = load_model(model, device, seed, backend, tp)
     if kv_blocks is None:
         kv_blocks = blocks_that_fit(loaded, block_size, max_num_seqs)
-    live = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed)
+    live = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed,
+                        rt_slowdown)
     runner = make_runner(loaded, live)
     with progress(Console(stderr=True), "latency model", 1.0) as advance:
         done = 0.0

@@ -86,6 +86,8 @@ class LLM:
         max_num_batched_tokens: most tokens in one step.
         latency: what step times to expect. None: measured on this machine once and cached. "online": learned from the
             first steps, whose deadlines are then not kept.
+        rt_slowdown: best-effort requests may make the latency of real-time ones at most this many times what it would
+            be alone, if the policy is BROS; None: as much as the latency targets allow.
         device, backend: see `bros_ref.engine.build.load_model`.
 
     Attributes:
@@ -99,7 +101,7 @@ class LLM:
     def __init__(self, model: str = "smollm2", policy: str = "bros-plus", *, kv_blocks: int | None = None,
                  seed: int | None = None, tp: int = 1, max_num_seqs: int = 32, max_num_batched_tokens: int = 512,
                  block_size: int = 16, latency: StepLatencyModel | str | None = None, device: str = "auto",
-                 backend: str = "auto") -> None:
+                 backend: str = "auto", rt_slowdown: float | None = None) -> None:
         if not isinstance(tp, int) or tp < 1:
             raise ValueError(f"tp must be a number of devices, at least 1, got {tp!r}")
         if policy not in known_policies():
@@ -112,7 +114,8 @@ class LLM:
             kv_blocks = blocks_that_fit(self._loaded, block_size, max_num_seqs)
             print(f"KV pool sized to the memory of {self._loaded.device}: {kv_blocks:,} blocks of {block_size} tokens; "
                   "kv_blocks sets another size", file=sys.stderr)
-        settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed=seed)
+        settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed=seed,
+                                rt_slowdown=rt_slowdown)
         runner = make_runner(self._loaded, settings)
         if latency is None:
             with long_task("measuring this machine's step times, once", 1.0) as advance_to:

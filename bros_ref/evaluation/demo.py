@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from bros_ref.config import cdiv
 from bros_ref.engine.build import LoadedModel
 from bros_ref.request import SLO, RequestClass
 from bros_ref.workload.generate import WorkloadItem, merge, poisson_arrivals
@@ -59,7 +60,7 @@ def pool_blocks(items: list[WorkloadItem], max_num_seqs: int, block_size: int, o
                           if item.request_class is RequestClass.BEST_EFFORT), reverse=True)
     largest = max(item.prompt_tokens + item.output_tokens for item in items)
     wanted = sum(best_effort[:max_num_seqs]) / oversubscription
-    return -(-int(max(wanted, largest)) // block_size)
+    return cdiv(int(max(wanted, largest)), block_size)
 
 
 def _item(loaded: LoadedModel, arrival_s: float, request_class: RequestClass, text: str, output_tokens: int,

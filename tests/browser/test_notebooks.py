@@ -75,6 +75,27 @@ def test_a_notebook_runs_in_the_lab(page, name):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("name", ["02_why_keep_keys_and_values.ipynb", "05_continuous_batching.ipynb"])
+def test_a_notebook_that_is_not_trusted_shows_pictures(page, name):
+    """As it is after a clone, before anything has run: no script runs, and each widget is its still and a line."""
+    page.set_default_timeout(60_000)
+    page.goto(f"/doc/tree/notebooks/{name}")
+    line = page.get_by_text("Run this cell to bring it to life.")
+    line.first.wait_for()
+    cells = "window.jupyterapp.shell.currentWidget.content.widgets"
+    assert not page.evaluate(f"() => {cells}.every((cell) => cell.model.trusted)")
+    stills = page.locator(".jp-OutputArea-output img[src^='data:image/svg']")
+    assert stills.count() == line.count() == 1
+    assert stills.evaluate("(image) => image.decode().then(() => image.clientWidth > 300 && image.clientHeight > 50)")
+
+
+def test_scripts_take_the_still_away(page):
+    page.set_default_timeout(120_000)
+    run_all(page, "05_continuous_batching.ipynb")
+    page.locator("[data-bros-schedule][data-ready]").wait_for()
+    assert page.get_by_text("Run this cell to bring it to life.").count() == 0
+
+
 def plays_through(root):
     """The slider by keyboard: every press shows the next picture, and says so."""
     slider, stills = root.locator("input[type=range]"), root.locator("[data-frame]")

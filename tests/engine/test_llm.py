@@ -287,3 +287,10 @@ def test_an_unstamped_request_arrives_when_it_is_added():
     assert 0.05 <= request.arrival_s <= llm.engine.clock.now_s()
     assert request.deadline_s == request.arrival_s + 1.0
     assert llm.trace.requests["r"].arrival_s == request.arrival_s
+
+
+def test_the_slowdown_that_best_effort_may_cost_reaches_the_scheduler():
+    llm = LLM("random:llama", policy="bros-plus", kv_blocks=16, latency="online", rt_slowdown=1.5)
+    assert llm.engine.scheduler.config.rt_slowdown == 1.5
+    with pytest.raises(ValueError, match="rt_slowdown"):
+        LLM("random:llama", kv_blocks=16, latency="online", rt_slowdown=0.5)

@@ -1,8 +1,10 @@
 """Committed notebooks are run, clean, and compare something: a cleared notebook would pass nbval silently."""
 
+import base64
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -38,6 +40,40 @@ def test_a_notebook_follows_the_template(path):
         assert part in text, f"no section {part!r}"
     assert len(cells) <= 50
     assert all(len(cell["source"]) <= 30 for cell in cells if cell["cell_type"] == "code"), "one idea a cell"
+
+
+NAMED_FILE = re.compile(r"`((?:\w+/)+\w+\.\w+)(?:: ?([\w.]+))?`")  # `folder/file.py`, `folder/file.py: Class.method`
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_the_text_names_exists(path):
+    """Files by their path or its end, and in Python files what stands behind the colon."""
+    text = "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]
+                     if cell["cell_type"] == "markdown")
+    named = [match for match in NAMED_FILE.findall(text) if not match[0].startswith("out/")]
+    assert named, "the summary says where things live"
+    for name, symbol in named:
+        found = [file for folder in ("bros_ref", "kernels_cupy", "tests") for file in (ROOT / folder).rglob("*")
+                 if file.is_file() and f"/{file.relative_to(ROOT)}".endswith(f"/{name}")]
+        assert found, name
+        for part in filter(None, symbol.split(".")):
+            assert any(re.search(rf"\b(def|class) {part}\b|^\s*{part}\b.*=|^\s*{part}:", file.read_text(), re.MULTILINE)
+                       for file in found), f"{name} has no {part}"
+
+
+def test_a_saved_widget_has_a_picture_that_needs_no_script():
+    """JupyterLab shows an output of a notebook that it does not trust without scripts and without SVG elements."""
+    seen = 0
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            for output in cell.get("outputs", ()):
+                page = "".join(output.get("data", {}).get("text/html", ()))
+                if '<script type="application/json">' in page:
+                    images = re.findall(r'<img alt="[^"]+"[^>]*src="data:image/svg\+xml;base64,([^"]+)"', page)
+                    assert len(images) == 1, (path.name, "".join(cell["source"]))
+                    assert ElementTree.fromstring(base64.b64decode(images[0])).tag.endswith("svg")
+                    seen += 1
+    assert seen >= 10
 
 
 def test_there_are_notebooks():

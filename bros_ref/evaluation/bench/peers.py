@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bros_ref.config import cdiv
 from kernels_cupy.proof.contract import Batch
 
 FLASHINFER_WORKSPACE_BYTES = 128 << 20
@@ -50,7 +51,7 @@ def _flashinfer(batch: Batch) -> Callable[[], Tensor] | None:
     if h.dtype is torch.float32:
         return None
     library: Any = importlib.import_module("flashinfer")
-    sizes = [-(-length // h.block_size) for length in batch.context_lens]
+    sizes = [cdiv(length, h.block_size) for length in batch.context_lens]
     starts = torch.tensor([0, *sizes]).cumsum(0).to(place, torch.int32)
     indices = torch.tensor([block for blocks in batch.block_lists for block in blocks], dtype=torch.int32, device=place)
     last = torch.tensor([(length - 1) % h.block_size + 1 for length in batch.context_lens], dtype=torch.int32,

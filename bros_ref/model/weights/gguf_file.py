@@ -19,6 +19,7 @@ from gguf.constants import GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 from torch import Tensor
 
+from bros_ref.config import cdiv
 from bros_ref.model.weights.checkpoint import WeightsError
 
 _SCALARS = {GGUFValueType.UINT8: "<B", GGUFValueType.INT8: "<b", GGUFValueType.UINT16: "<H",
@@ -100,7 +101,7 @@ class GGUFFile:
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0:
             raise ValueError(f"general.alignment is {alignment!r}")
-        data_start = -(-self._at // alignment) * alignment
+        data_start = cdiv(self._at, alignment) * alignment
         self.tensors = {name: (shape, kind, data_start + offset) for name, (shape, kind, offset) in found.items()}
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from bros_ref.config import cdiv
 from bros_ref.trace import BEHIND, REASONS, Trace
 from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.style import (
@@ -141,7 +142,7 @@ def predicted_steps(traces: Sequence[Trace]) -> go.Figure:
                           if step.predicted_s and step.duration_s > 0]) * 1e3
         if not len(pairs):
             continue
-        pairs = pairs[:: -(-len(pairs) // MAX_SCATTER_POINTS)]
+        pairs = pairs[:: cdiv(len(pairs), MAX_SCATTER_POINTS)]
         low, high = min(low, float(pairs.min())), max(high, float(pairs.max()))
         look = policy_look(place)
         figure.add_scatter(x=pairs[:, 0], y=pairs[:, 1], mode="markers", name=trace.policy,

@@ -15,6 +15,7 @@ from itertools import groupby, islice
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from bros_ref.config import cdiv
 from bros_ref.trace import BlockView, SlotCopies, Trace
 from bros_ref.viz.figures.style import (
     BE_COLOUR,
@@ -108,7 +109,7 @@ def tokens_on_host(trace: Trace) -> list[int]:
 
 def _sampled_pools(trace: Trace) -> Iterator[tuple[int, list[BlockView]]]:
     """Step index and pool of at most MAX_POINTS steps: looking at every block of every step would take minutes."""
-    stride = max(1, -(-len(trace.steps) // MAX_POINTS))
+    stride = max(1, cdiv(len(trace.steps), MAX_POINTS))
     return ((index, pool) for index, pool in enumerate(trace.pools()) if index % stride == 0)
 
 
@@ -152,8 +153,8 @@ def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int = 6, title
     made = {COPY_KINDS[run.kind] for run in copies}
     labels = SLOT_LABELS | {kind: label for kind, label in COPY_LABELS.items() if kind in made}
     width = max(columns * (LABEL_W + BLOCK_W + GAP_X) - GAP_X + 1, LABEL_W + 2 * KEY_W)
-    top = -(-len(labels) // (width // KEY_W)) * (BLOCK_H + GAP_Y) + 12
-    height = -(-len(shown) // columns) * (BLOCK_H + GAP_Y) + top
+    top = cdiv(len(labels), width // KEY_W) * (BLOCK_H + GAP_Y) + 12
+    height = cdiv(len(shown), columns) * (BLOCK_H + GAP_Y) + top
     cells = []
     for place, block_id in enumerate(shown):
         x = place % columns * (LABEL_W + BLOCK_W + GAP_X) + LABEL_W

@@ -13,8 +13,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from bros_ref.config import cdiv
 from bros_ref.viz.figures.style import FONT, GRID, INK, LOST_COLOUR, MUTED, PAPER, RT_COLOUR
-from bros_ref.viz.widgets.html import script_json
+from bros_ref.viz.widgets.html import notebook_output, script_json
 
 # What a row does with a slot. The first three are right; the others happen only under a mask by column.
 SEEN, LATER, OTHER, MISSED, EARLY, FOREIGN = "seen", "later", "other", "missed", "early", "foreign"
@@ -51,7 +52,7 @@ class MaskSetting:
     @property
     def num_slots(self) -> int:
         """Slots of the sequence's blocks, its own or not."""
-        return -(-self.context // self.block_size) * self.block_size
+        return cdiv(self.context, self.block_size) * self.block_size
 
 
 def position_in(setting: MaskSetting, slot: int) -> int:
@@ -185,7 +186,7 @@ class CausalMaskExplorer:
         return mask_svg(self.start, self.start.query - 1, self.tokens)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}
+        return notebook_output(repr(self), self.to_html(), self.still())
 
 
 def _slot_x(slot: int, block_size: int) -> int:

@@ -19,7 +19,7 @@ from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.gantt import phase_steps
 from bros_ref.viz.figures.kv_blocks import MAX_SCALE, block_map
 from bros_ref.viz.figures.style import FONT, INK, MUTED, REASON_LABELS
-from bros_ref.viz.widgets.html import controls_html, legend_html, widget_html
+from bros_ref.viz.widgets.html import controls_html, legend_html, notebook_output, widget_html
 from bros_ref.viz.widgets.player import POOL_LABELS, POOL_SCRIPTS, pool_data
 
 MAX_MOMENTS = 240
@@ -171,4 +171,4 @@ class Dashboard:
                 f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}
+        return notebook_output(repr(self), self.to_html(), self.still())

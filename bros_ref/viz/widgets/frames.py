@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from bros_ref.viz.widgets.html import controls_html, widget_html
+from bros_ref.viz.widgets.html import controls_html, notebook_output, widget_html
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class Frames:
                            ("controls.js", "frames.js"))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.frames[0].svg}
+        return notebook_output(repr(self), self.to_html(), self.frames[0].svg)

@@ -9,6 +9,7 @@ never needs the step that is shown: it can compute the same pool as `trace.pool_
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -70,3 +71,21 @@ def widget_html(kind: str, label: str, body: str, data: Mapping[str, Any], scrip
     return (f'<div data-bros-{kind} data-step="-1" role="group" aria-label="{escape(label)}" style="font:13px/1.5 '
             f'{escape(FONT)};color:{INK};background:#fff;overflow-x:auto">{body}'
             f'<script type="application/json">{script_json(data)}</script><script>{{{script}}}</script></div>')
+
+
+def notebook_output(text: str, page: str, still: str) -> dict[str, str]:
+    """What a notebook saves of a widget, by MIME type.
+
+    JupyterLab shows the outputs of a notebook that it does not trust without scripts and without SVG elements. So the
+    page comes with its still as an image, and with what to do. A script takes both away where scripts run.
+
+    Args:
+        text: one line for a terminal.
+        page: the widget's own HTML.
+        still: the widget's picture, an <svg> element.
+    """
+    image = b64encode(still.encode()).decode()
+    shown = (f'<div><img alt="{escape(text)}" style="background:#fff;max-width:100%" '
+             f'src="data:image/svg+xml;base64,{image}"><p>Run this cell to bring it to life.</p></div>')
+    gone = "<script>document.currentScript.previousElementSibling.remove();</script>"
+    return {"text/plain": text, "text/html": shown + gone + page, "image/svg+xml": still}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bros_ref.config import cdiv
 from bros_ref.viz.figures.style import GRID, INK, LOST_COLOUR, MUTED
 from bros_ref.viz.widgets.frames import Frame, Frames
 
@@ -75,7 +76,7 @@ class WarpRequest:
     @property
     def min_sectors(self) -> int:
         """The fewest sectors that hold as many bytes."""
-        return -(-self.bytes // SECTOR_BYTES)
+        return cdiv(self.bytes, SECTOR_BYTES)
 
     @property
     def bank_turns(self) -> int:
@@ -83,7 +84,7 @@ class WarpRequest:
         phases: dict[int, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
         for lane, offset, size in self.lanes:
             phase = lane * max(size, WORD_BYTES) // (BANKS * WORD_BYTES)
-            for word in range(offset // WORD_BYTES, -(-(offset + size) // WORD_BYTES)):
+            for word in range(offset // WORD_BYTES, cdiv(offset + size, WORD_BYTES)):
                 phases[phase][word % BANKS].add(word)
         return max(len(words) for banks in phases.values() for words in banks.values())
 
@@ -147,7 +148,7 @@ def _sectors(request: WarpRequest) -> str:
     byte_width = (_WIDTH - _LEFT - 10) / (_SECTORS_OF_A_ROW * (SECTOR_BYTES + 2))
     shown = sectors[:_SECTORS_OF_A_ROW * _MAX_ROWS]
     place = {sector: (i // _SECTORS_OF_A_ROW, i % _SECTORS_OF_A_ROW) for i, sector in enumerate(shown)}
-    for row in range(-(-len(shown) // _SECTORS_OF_A_ROW)):
+    for row in range(cdiv(len(shown), _SECTORS_OF_A_ROW)):
         first = shown[row * _SECTORS_OF_A_ROW] * SECTOR_BYTES
         parts.append(f'<!--row--><text x="4" y="{24 + 26 * row}" fill="{MUTED}">byte {first}</text>')
     for row, column in place.values():
@@ -170,7 +171,7 @@ def _banks(request: WarpRequest) -> str:
     width, parts = (_WIDTH - _LEFT - 10) / BANKS, []
     heights, seen, pieces = [0] * BANKS, set[int](), []
     for lane, offset, size in request.lanes:
-        words = range(offset // WORD_BYTES, -(-(offset + size) // WORD_BYTES))
+        words = range(offset // WORD_BYTES, cdiv(offset + size, WORD_BYTES))
         if seen.issuperset(words):
             continue
         seen.update(words)

@@ -21,7 +21,15 @@ from bros_ref.viz.figures.kv_blocks import (
     busiest_step,
 )
 from bros_ref.viz.figures.style import INK, LOST_COLOUR, MUTED, PAPER, Fill
-from bros_ref.viz.widgets.html import Looks, controls_html, legend_html, packed_fills, request_select, widget_html
+from bros_ref.viz.widgets.html import (
+    Looks,
+    controls_html,
+    legend_html,
+    notebook_output,
+    packed_fills,
+    request_select,
+    widget_html,
+)
 
 COLOURS = {"lost": LOST_COLOUR, "paper": PAPER, "ink": INK, "edge": MUTED}
 COPY_VERBS = {"checkpoint": "saved to the host", "restore": "brought back", "relocate": "moved"}
@@ -122,4 +130,4 @@ class BlockMapPlayer:
         return block_map(self.trace, self.start)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}
+        return notebook_output(repr(self), self.to_html(), self.still())

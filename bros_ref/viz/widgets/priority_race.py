@@ -17,7 +17,7 @@ from typing import Any
 
 from bros_ref.trace import StepRecord, Trace
 from bros_ref.viz.figures.style import CLASS_LABELS, FONT, INK, LOST_COLOUR, REASON_LABELS, RT_COLOUR
-from bros_ref.viz.widgets.html import OWN_KEYS, controls_html, widget_html
+from bros_ref.viz.widgets.html import OWN_KEYS, controls_html, notebook_output, widget_html
 
 WIDTH, LEFT, RIGHT, TOP, PLOT_H, BELOW = 760, 58, 14, 10, 210, 20  # of the chart, px
 ROW_H, BAR_X, BAR_W, MAX_ROWS = 20, 150, 200, 14  # of the standings in the still, px
@@ -215,7 +215,7 @@ class PriorityRace:
         return widget_html("race", repr(self), body, self.data(), ("controls.js", "priority_race.js"))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}
+        return notebook_output(repr(self), self.to_html(), self.still())
 
 
 def _plural(count: int, noun: str) -> str:

@@ -30,7 +30,7 @@ from bros_ref.viz.figures.gantt import (
 from bros_ref.viz.figures.kv_blocks import busiest_step
 from bros_ref.viz.figures.style import MUTED, REASON_LABELS
 from bros_ref.viz.figures.timeline import shown_requests
-from bros_ref.viz.widgets.html import OWN_KEYS, controls_html, legend_html, packed_fills, widget_html
+from bros_ref.viz.widgets.html import OWN_KEYS, controls_html, legend_html, notebook_output, packed_fills, widget_html
 from bros_ref.viz.widgets.player import POOL_LOOKS, POOL_SCRIPTS, pool_data, pool_html, step_note
 
 COLUMNS = {"does": "in this step", "slack": "slack", "due": "due in"}  # what is said of a row, right of the chart
@@ -134,4 +134,4 @@ class SchedulePlayer:
         return gantt_svg(self.trace, self.request_ids, self.start)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}
+        return notebook_output(repr(self), self.to_html(), self.still())

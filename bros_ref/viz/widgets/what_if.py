@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from bros_ref.viz.figures.style import FONT, GRID, INK, MUTED, PAPER, policy_look
-from bros_ref.viz.widgets.html import OWN_KEYS, widget_html
+from bros_ref.viz.widgets.html import OWN_KEYS, notebook_output, widget_html
 
 Question = dict[str, Any]
 Answer = Mapping[str, Any]
@@ -232,7 +232,7 @@ class WhatIf:
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, Any]:
         live, _ = self.live()._repr_mimebundle_()
-        return {**live, "text/plain": repr(self), "text/html": self.to_html(), "image/svg+xml": self.still()}
+        return {**live, **notebook_output(repr(self), self.to_html(), self.still())}
 
 
 def _control(choice: Choice, place: int) -> str:
