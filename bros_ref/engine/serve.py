@@ -35,8 +35,8 @@ def serve(engine: LLMEngine, workload: Workload, to_request: Callable[[WorkloadI
           on_text: OnText | None = None) -> list[StepFailed]:
     """Serves a workload: adds requests as they come due, steps while there is work, sleeps in between.
 
-    A refused request and a failed step are recorded in the trace and end nobody else. `on_step` is called after each
-    step with the requests that ended in it.
+    A refused request and a failed step are recorded in the trace and end no other request. `on_step` is called
+    after each step with the requests that ended in it.
 
     Returns:
         The steps that failed, each with its cause and the requests that it ended: for the caller to tell.
