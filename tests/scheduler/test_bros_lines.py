@@ -333,3 +333,209 @@ def test_no_real_time_request_stands_aside_where_there_is_no_best_effort():
         decider.add(f"rt{i}", slo=EASY)
     assert list(decider.decide()) == ["rt0", "rt1"]
     assert not decider.output.left_out
+
+
+# -- starving best-effort ---------------------------------------------------------------------------------------------
+
+
+def starving(decider, *names):
+    """Has these BE wait as long as `be_max_wait_steps` says, to the step: they starve in the next one."""
+    for name in names:
+        decider.scheduler.requests[name].last_step = decider.scheduler.step - decider.scheduler.config.be_max_wait_steps
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_seat_is_kept_for_a_starving_request_whether_real_time_is_on_time_or_late(is_late):
+    decider = Decider("bros", max_num_seqs=2, be_max_wait_steps=4)
+    decider.add("be0")
+    decider.step()
+    for i in range(2):  # alone each takes 11 ms: neither can wait two iterations
+        decider.add(f"rt{i}").deadline_s = decider.now_s + (0.001 if is_late else 0.015)
+    assert list(decider.decide()) == ["rt0", "rt1"]
+    starving(decider, "be0")
+    assert list(decider.decide()) == ["rt0", "be0"]
+
+
+def test_one_starving_request_per_step_is_exempt_from_the_deadlines():
+    """The RT leaves half a millisecond, less than a decode takes."""
+    decider = Decider("bros", be_max_wait_steps=4)
+    rt = decider.add("rt0")
+    for i in range(3):
+        decider.add(f"be{i}")
+    decider.step()
+    starving(decider, "be0", "be1", "be2")
+    decider.scheduler.requests["be1"].last_step -= 1
+    rt.deadline_s = decider.now_s + 0.0115
+    assert list(decider.step()) == ["rt0", "be1"], "the longest-waiting"
+    rt.deadline_s = decider.now_s + 0.0115
+    assert list(decider.step()) == ["rt0", "be0"], "the next"
+
+
+def test_a_starving_request_is_exempt_from_the_token_budget():
+    decider = Decider("bros", max_num_batched_tokens=1, be_max_wait_steps=4)
+    decider.add("be0")
+    decider.step()
+    decider.add("rt0")
+    assert decider.step() == {"rt0": 1}
+    assert decider.output.left_out == {"be0": TOKEN_BUDGET}
+    starving(decider, "be0")
+    assert decider.step() == {"rt0": 1, "be0": 1}
+
+
+@pytest.mark.parametrize(("waited", "is_admitted"), [(4, False), (5, True)])
+def test_a_pending_request_starves_from_the_step_after_n(waited, is_admitted):
+    decider = Decider("bros", be_max_wait_steps=4)
+    request = decider.add("be0")
+    decider.step()
+    decider.add("rt0").deadline_s = decider.now_s + 0.0115
+    request.last_step = decider.scheduler.step + 1 - waited
+    assert ("be0" in decider.decide()) is is_admitted
+
+
+@pytest.mark.parametrize(("waited", "be_holds_kv", "is_admitted"), [
+    (4, False, False), (5, False, True), (5, True, False)])
+def test_the_head_of_the_queue_starves_if_no_best_effort_request_holds_kv(waited, be_holds_kv, is_admitted):
+    decider = Decider("bros", be_max_wait_steps=4, num_blocks=200, max_num_batched_tokens=1000)
+    if be_holds_kv:
+        decider.add("be-pending")
+        decider.step()
+    head = decider.add("be-head", prompt_tokens=100)
+    decider.add("rt0").deadline_s = decider.now_s + 0.03
+    head.last_step = decider.scheduler.step + 1 - waited
+    assert ("be-head" in decider.decide()) is is_admitted
+
+
+def test_a_starving_request_that_ran_is_not_tried_again_in_its_turn():
+    decider = Decider("bros", be_max_wait_steps=4)
+    for i in range(2):
+        decider.add(f"be{i}")
+    decider.step()
+    starving(decider, "be0")
+    assert decider.step() == {"be0": 1, "be1": 1}
+    assert not decider.output.left_out
+
+
+def test_copies_back_do_not_keep_a_starving_request_out():
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=200, be_max_wait_steps=4)
+    decider.add("be0", prompt_tokens=120)
+    decider.step()
+    assert decider.kv.swap_out("be0")
+    decider.add("rt0").deadline_s = decider.now_s + 0.05
+    assert decider.decide() == {"rt0": 1}
+    starving(decider, "be0")
+    assert decider.decide() == {"rt0": 1, "be0": 1}
+
+
+def test_no_newcomer_passes_pending_best_effort_that_finds_no_blocks():
+    """The swapped out one needs four blocks, and two are free."""
+    decider = Decider("bros", num_blocks=4)
+    decider.add("be-pending", prompt_tokens=12)
+    decider.step()
+    assert decider.kv.swap_out("be-pending")
+    decider.add("rt0", prompt_tokens=8)
+    decider.add("be-new", prompt_tokens=4)
+    assert decider.decide() == {"rt0": 8}
+    assert decider.output.left_out == {"be-pending": NO_BLOCKS}
+
+
+# -- who is late ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("offloaded", "context", "safety", "alone_s"), [
+    (False, 100, 1.0, 0.0120), (False, 100, 1.5, 0.0180), (True, 100, 1.0, 0.0500), (True, 100, 1.5, 0.0750),
+    (True, 8, 1.0, 0.01108)])
+def test_a_request_is_late_if_not_even_alone_it_would_be_on_time(offloaded, context, safety, alone_s):
+    """A decode behind `context` tokens, or the copies that it needs if they take longer."""
+    for residual_s, is_late in ((alone_s - 1e-4, True), (alone_s + 1e-4, False)):
+        decider = Decider("bros", num_blocks=100, max_num_batched_tokens=200)
+        rt = decider.add("rt0", prompt_tokens=context)
+        decider.step()
+        if offloaded:
+            assert decider.kv.swap_out("rt0")
+        decider.latency.safety = safety
+        rt.deadline_s = decider.now_s + residual_s
+        decider.decide()
+        bound_s = decider.scheduler.output.step_budget_s
+        assert (bound_s is None) is is_late, f"{residual_s}: the late set no bound"
+
+
+def test_all_late_newcomers_are_tried_and_the_ended_are_skipped():
+    decider = Decider("bros", max_num_seqs=4)
+    late = [decider.add(f"rt{i}", slo=SLO(0.001, 1.0)) for i in range(4)]
+    decider.abort(late[0])
+    assert decider.decide() == {"rt1": 1, "rt2": 1, "rt3": 1}
+
+
+def test_late_newcomers_that_ended_in_their_queue_are_skipped():
+    decider = Decider("bros", max_num_seqs=1)
+    late = [decider.add(f"rt{i}", max_tokens=1, slo=SLO(0.001, 1.0)) for i in range(3)]
+    assert decider.step() == {"rt0": 1}
+    decider.abort(late[1])
+    assert decider.step() == {"rt2": 1}
+
+
+def test_slack_is_what_is_left_after_one_average_iteration():
+    decider = Decider("bros")
+    decider.add("rt0", slo=SLO(1.0, 0.5))
+    decider.step()
+    decider.decide()
+    assert decider.output.slack_s == {"rt0": pytest.approx(0.5 - decider.scheduler.iteration_s)}
+
+
+def test_newcomers_and_pending_real_time_are_one_order():
+    decider = Decider("bros")
+    for name, residual_s in (("rt-b", 2.0), ("rt-d", 4.0)):
+        decider.add(name).deadline_s = residual_s
+    decider.step()
+    decider.scheduler.requests["rt-b"].deadline_s = 4.0
+    decider.scheduler.requests["rt-d"].deadline_s = 2.0
+    decider.add("rt-c", slo=SLO(3.0 - decider.now_s, 1.0))
+    decider.add("rt-a", slo=SLO(1.0 - decider.now_s, 1.0))
+    assert list(decider.decide()) == ["rt-a", "rt-d", "rt-c", "rt-b"]
+
+
+# -- what the output says ---------------------------------------------------------------------------------------------
+
+
+def test_the_output_of_a_step_without_deadlines_names_no_budget_and_the_last_reason():
+    decider = Decider("bros", num_blocks=4, max_num_seqs=2)
+    for i in range(3):
+        decider.add(f"be{i}", prompt_tokens=4)
+    decider.decide()
+    assert decider.output.step_budget_s is None
+    assert decider.output.binding == BATCH_CAP
+    assert decider.output.num_used_blocks == 2
+
+
+def test_a_recomputed_request_is_counted_and_starts_over():
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=10)
+    decider.step()
+    decider.scheduler.output.recomputed_tokens = 0
+    decider.scheduler.recompute(request)
+    assert decider.scheduler.output.recomputed_tokens == 10
+    assert (request.num_preemptions, request.num_computed_tokens, request.status) == (1, 0, RequestStatus.WAITING)
+    assert decider.step() == {"be0": 11}
+
+
+def test_times_of_the_first_and_the_last_token_are_kept():
+    decider = Decider("bros")
+    request = decider.add("be0")
+    decider.step()
+    first_s = decider.now_s
+    decider.step()
+    assert (request.first_token_s, request.last_token_s) == (first_s, decider.now_s)
+    assert first_s < decider.now_s
+
+
+def test_a_restart_makes_everybody_wait_with_nothing_computed():
+    decider = Decider("bros", max_num_seqs=2)
+    running = [decider.add(f"be{i}", prompt_tokens=3) for i in range(2)]
+    waiting = decider.add("be2", prompt_tokens=3)
+    decider.step()
+    decider.scheduler.restart()
+    assert decider.kv.num_used_blocks == 0
+    assert decider.scheduler.running == []
+    assert [request.num_preemptions for request in (*running, waiting)] == [1, 1, 0]
+    assert decider.step() == {"be0": 4, "be1": 4}
+    assert decider.scheduler.num_waiting == 1
