@@ -539,3 +539,137 @@ def test_a_restart_makes_everybody_wait_with_nothing_computed():
     assert [request.num_preemptions for request in (*running, waiting)] == [1, 1, 0]
     assert decider.step() == {"be0": 4, "be1": 4}
     assert decider.scheduler.num_waiting == 1
+
+
+# -- small things with consequences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_the_first_real_time_request_that_finds_no_seat_ends_the_step(is_late):
+    decider = Decider("bros", max_num_seqs=4)
+    for i in range(4):
+        decider.add(f"rt{i}")
+    decider.step()
+    for request in decider.scheduler.requests.values():
+        request.deadline_s = decider.now_s + (0.001 if is_late else 9.0)
+    decider.scheduler.config = type(decider.scheduler.config)(max_num_seqs=2)
+    assert list(decider.decide()) == ["rt0", "rt1"]
+    assert decider.output.left_out == {"rt2": BATCH_CAP}
+    assert decider.output.num_behind == 1
+
+
+def test_best_effort_without_a_seat_ends_the_step():
+    decider = Decider("bros", max_num_seqs=4)
+    for i in range(4):
+        decider.add(f"be{i}")
+    decider.step()
+    decider.scheduler.config = type(decider.scheduler.config)(max_num_seqs=2)
+    assert list(decider.decide()) == ["be0", "be1"]
+    assert decider.output.left_out == {"be2": BATCH_CAP}
+    assert decider.output.num_behind == 1
+
+
+def test_without_slow_start_the_batch_is_as_large_as_the_seats():
+    decider = Decider("bros+seats", base_batch_cap=1)
+    for i in range(8):
+        decider.add(f"be{i}")
+    assert len(decider.step()) == 8
+
+
+def test_a_newcomer_of_best_effort_needs_room_for_its_whole_prompt():
+    """Its first chunk alone would fit."""
+    decider = Decider("bros-plus", num_blocks=8, max_num_batched_tokens=8)
+    decider.add("be0", prompt_tokens=8)
+    decider.step()
+    decider.add("be1", prompt_tokens=28)
+    assert decider.step() == {"be0": 1}
+    assert decider.output.left_out == {"be1": NO_BLOCKS}
+
+
+def test_an_ended_head_of_the_queue_is_skipped():
+    decider = Decider("bros")
+    decider.abort(decider.add("be0"))
+    decider.add("be1")
+    assert decider.decide() == {"be1": 1}
+
+
+def test_a_preempted_best_effort_request_comes_back_before_those_that_wait():
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=4)
+    decider.step()
+    decider.add("be1")
+    decider.scheduler.recompute(request)
+    assert list(decider.decide()) == ["be0", "be1"]
+
+
+def test_a_whole_prompt_beyond_the_budget_is_the_only_prefill_of_its_step():
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=8)
+    decider.add("be0")
+    decider.step()
+    for name in ("be1", "be2"):
+        decider.add(name, prompt_tokens=20)
+    assert decider.decide() == {"be0": 1, "be1": 20}
+    assert decider.output.left_out == {"be2": TOKEN_BUDGET}
+
+
+@pytest.mark.parametrize(("waited", "admitted"), [(4, {}), (5, {"rt-late": 20})])
+def test_a_late_whole_prompt_that_waited_too_long_joins_another_prefill(waited, admitted):
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=8, be_max_wait_steps=4)
+    decider.add("rt0", prompt_tokens=8)
+    decider.add("rt-late", prompt_tokens=20, slo=SLO(0.001, 1.0)).last_step = 1 - waited
+    assert decider.decide() == {"rt0": 8, **admitted}
+
+
+@pytest.mark.parametrize(("min_chunk_tokens", "admitted"), [(16, False), (4, True)])
+def test_a_chunk_shorter_than_the_least_is_refused(min_chunk_tokens, admitted):
+    """9.5 ms are left beside the RT: 9 tokens."""
+    decider = Decider("bros-plus", num_blocks=100, min_chunk_tokens=min_chunk_tokens)
+    decider.add("rt0").deadline_s = decider.now_s + 0.0205
+    decider.add("be0", prompt_tokens=40)
+    assert decider.decide() == ({"rt0": 1, "be0": 9} if admitted else {"rt0": 1})
+    assert decider.output.left_out == ({} if admitted else {"be0": DEADLINE})
+
+
+def test_an_empty_batch_takes_the_least_chunk_whatever_the_deadline():
+    decider = Decider("bros-plus", num_blocks=100, coefficients=(0.010, 0.001, 0.01, 0.0), max_num_batched_tokens=1)
+    rt = decider.add("rt0", prompt_tokens=4, slo=SLO(0.08, 1.0))
+    for _ in range(4):
+        assert decider.step() == {"rt0": 1}
+    assert rt.output_token_ids == [7]
+
+
+def test_no_time_is_learnt_from_nothing_and_every_step_is_observed():
+    decider = Decider("bros", coefficients=(0.010, 0.001, 0.00001, 0.00001))
+    decider.truth.c0 = 0.020
+    for i in range(4):
+        decider.add(f"be{i}", prompt_tokens=3)
+    for _ in range(32):
+        decider.step()
+    assert decider.latency.c0 > 0.015
+    assert decider.latency.safety > 1.0
+
+
+def test_the_step_after_one_that_ended_a_request_has_its_blocks_and_seat():
+    decider = Decider("bros", num_blocks=2, max_num_seqs=1)
+    decider.add("be0", prompt_tokens=8, max_tokens=1)
+    decider.add("be1", prompt_tokens=8, max_tokens=1)
+    assert [list(decider.step()) for _ in range(3)] == [["be0"], ["be1"], []]
+    assert decider.scheduler.running == []
+    assert decider.kv.num_used_blocks == 0
+    decider.add("be2", prompt_tokens=8)
+    decider.step()
+    decider.abort(decider.scheduler.requests["be2"])
+    assert decider.scheduler.running == []
+
+
+def test_stored_kv_that_cannot_be_trusted_is_recomputed():
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=4)
+    waiting = decider.add("be-waiting", prompt_tokens=4)
+    decider.scheduler.forget_kv("be-waiting")
+    decider.scheduler.forget_kv("nobody")
+    assert waiting.num_preemptions == 0
+    decider.step()
+    decider.scheduler.forget_kv("be0")
+    assert (request.status, request.num_computed_tokens, request.num_preemptions) == (RequestStatus.WAITING, 0, 1)
+    assert decider.step()["be0"] == 5
