@@ -333,3 +333,343 @@ def test_no_real_time_request_stands_aside_where_there_is_no_best_effort():
         decider.add(f"rt{i}", slo=EASY)
     assert list(decider.decide()) == ["rt0", "rt1"]
     assert not decider.output.left_out
+
+
+# -- starving best-effort ---------------------------------------------------------------------------------------------
+
+
+def starving(decider, *names):
+    """Has these BE wait as long as `be_max_wait_steps` says, to the step: they starve in the next one."""
+    for name in names:
+        decider.scheduler.requests[name].last_step = decider.scheduler.step - decider.scheduler.config.be_max_wait_steps
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_seat_is_kept_for_a_starving_request_whether_real_time_is_on_time_or_late(is_late):
+    decider = Decider("bros", max_num_seqs=2, be_max_wait_steps=4)
+    decider.add("be0")
+    decider.step()
+    for i in range(2):  # alone each takes 11 ms: neither can wait two iterations
+        decider.add(f"rt{i}").deadline_s = decider.now_s + (0.001 if is_late else 0.015)
+    assert list(decider.decide()) == ["rt0", "rt1"]
+    starving(decider, "be0")
+    assert list(decider.decide()) == ["rt0", "be0"]
+
+
+def test_one_starving_request_per_step_is_exempt_from_the_deadlines():
+    """The RT leaves half a millisecond, less than a decode takes."""
+    decider = Decider("bros", be_max_wait_steps=4)
+    rt = decider.add("rt0")
+    for i in range(3):
+        decider.add(f"be{i}")
+    decider.step()
+    starving(decider, "be0", "be1", "be2")
+    decider.scheduler.requests["be1"].last_step -= 1
+    rt.deadline_s = decider.now_s + 0.0115
+    assert list(decider.step()) == ["rt0", "be1"], "the longest-waiting"
+    rt.deadline_s = decider.now_s + 0.0115
+    assert list(decider.step()) == ["rt0", "be0"], "the next"
+
+
+def test_a_starving_request_is_exempt_from_the_token_budget():
+    decider = Decider("bros", max_num_batched_tokens=1, be_max_wait_steps=4)
+    decider.add("be0")
+    decider.step()
+    decider.add("rt0")
+    assert decider.step() == {"rt0": 1}
+    assert decider.output.left_out == {"be0": TOKEN_BUDGET}
+    starving(decider, "be0")
+    assert decider.step() == {"rt0": 1, "be0": 1}
+
+
+@pytest.mark.parametrize(("waited", "is_admitted"), [(4, False), (5, True)])
+def test_a_pending_request_starves_from_the_step_after_n(waited, is_admitted):
+    decider = Decider("bros", be_max_wait_steps=4)
+    request = decider.add("be0")
+    decider.step()
+    decider.add("rt0").deadline_s = decider.now_s + 0.0115
+    request.last_step = decider.scheduler.step + 1 - waited
+    assert ("be0" in decider.decide()) is is_admitted
+
+
+@pytest.mark.parametrize(("waited", "be_holds_kv", "is_admitted"), [
+    (4, False, False), (5, False, True), (5, True, False)])
+def test_the_head_of_the_queue_starves_if_no_best_effort_request_holds_kv(waited, be_holds_kv, is_admitted):
+    decider = Decider("bros", be_max_wait_steps=4, num_blocks=200, max_num_batched_tokens=1000)
+    if be_holds_kv:
+        decider.add("be-pending")
+        decider.step()
+    head = decider.add("be-head", prompt_tokens=100)
+    decider.add("rt0").deadline_s = decider.now_s + 0.03
+    head.last_step = decider.scheduler.step + 1 - waited
+    assert ("be-head" in decider.decide()) is is_admitted
+
+
+def test_a_starving_request_that_ran_is_not_tried_again_in_its_turn():
+    decider = Decider("bros", be_max_wait_steps=4)
+    for i in range(2):
+        decider.add(f"be{i}")
+    decider.step()
+    starving(decider, "be0")
+    assert decider.step() == {"be0": 1, "be1": 1}
+    assert not decider.output.left_out
+
+
+def test_copies_back_do_not_keep_a_starving_request_out():
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=200, be_max_wait_steps=4)
+    decider.add("be0", prompt_tokens=120)
+    decider.step()
+    assert decider.kv.swap_out("be0")
+    decider.add("rt0").deadline_s = decider.now_s + 0.05
+    assert decider.decide() == {"rt0": 1}
+    starving(decider, "be0")
+    assert decider.decide() == {"rt0": 1, "be0": 1}
+
+
+def test_no_newcomer_passes_pending_best_effort_that_finds_no_blocks():
+    """The swapped out one needs four blocks, and two are free."""
+    decider = Decider("bros", num_blocks=4)
+    decider.add("be-pending", prompt_tokens=12)
+    decider.step()
+    assert decider.kv.swap_out("be-pending")
+    decider.add("rt0", prompt_tokens=8)
+    decider.add("be-new", prompt_tokens=4)
+    assert decider.decide() == {"rt0": 8}
+    assert decider.output.left_out == {"be-pending": NO_BLOCKS}
+
+
+# -- who is late ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("offloaded", "context", "safety", "alone_s"), [
+    (False, 100, 1.0, 0.0120), (False, 100, 1.5, 0.0180), (True, 100, 1.0, 0.0500), (True, 100, 1.5, 0.0750),
+    (True, 8, 1.0, 0.01108)])
+def test_a_request_is_late_if_not_even_alone_it_would_be_on_time(offloaded, context, safety, alone_s):
+    """A decode behind `context` tokens, or the copies that it needs if they take longer."""
+    for residual_s, is_late in ((alone_s - 1e-4, True), (alone_s + 1e-4, False)):
+        decider = Decider("bros", num_blocks=100, max_num_batched_tokens=200)
+        rt = decider.add("rt0", prompt_tokens=context)
+        decider.step()
+        if offloaded:
+            assert decider.kv.swap_out("rt0")
+        decider.latency.safety = safety
+        rt.deadline_s = decider.now_s + residual_s
+        decider.decide()
+        bound_s = decider.scheduler.output.step_budget_s
+        assert (bound_s is None) is is_late, f"{residual_s}: the late set no bound"
+
+
+def test_all_late_newcomers_are_tried_and_the_ended_are_skipped():
+    decider = Decider("bros", max_num_seqs=4)
+    late = [decider.add(f"rt{i}", slo=SLO(0.001, 1.0)) for i in range(4)]
+    decider.abort(late[0])
+    assert decider.decide() == {"rt1": 1, "rt2": 1, "rt3": 1}
+
+
+def test_late_newcomers_that_ended_in_their_queue_are_skipped():
+    decider = Decider("bros", max_num_seqs=1)
+    late = [decider.add(f"rt{i}", max_tokens=1, slo=SLO(0.001, 1.0)) for i in range(3)]
+    assert decider.step() == {"rt0": 1}
+    decider.abort(late[1])
+    assert decider.step() == {"rt2": 1}
+
+
+def test_slack_is_what_is_left_after_one_average_iteration():
+    decider = Decider("bros")
+    decider.add("rt0", slo=SLO(1.0, 0.5))
+    decider.step()
+    decider.decide()
+    assert decider.output.slack_s == {"rt0": pytest.approx(0.5 - decider.scheduler.iteration_s)}
+
+
+def test_newcomers_and_pending_real_time_are_one_order():
+    decider = Decider("bros")
+    for name, residual_s in (("rt-b", 2.0), ("rt-d", 4.0)):
+        decider.add(name).deadline_s = residual_s
+    decider.step()
+    decider.scheduler.requests["rt-b"].deadline_s = 4.0
+    decider.scheduler.requests["rt-d"].deadline_s = 2.0
+    decider.add("rt-c", slo=SLO(3.0 - decider.now_s, 1.0))
+    decider.add("rt-a", slo=SLO(1.0 - decider.now_s, 1.0))
+    assert list(decider.decide()) == ["rt-a", "rt-d", "rt-c", "rt-b"]
+
+
+# -- what the output says ---------------------------------------------------------------------------------------------
+
+
+def test_the_output_of_a_step_without_deadlines_names_no_budget_and_the_last_reason():
+    decider = Decider("bros", num_blocks=4, max_num_seqs=2)
+    for i in range(3):
+        decider.add(f"be{i}", prompt_tokens=4)
+    decider.decide()
+    assert decider.output.step_budget_s is None
+    assert decider.output.binding == BATCH_CAP
+    assert decider.output.num_used_blocks == 2
+
+
+def test_a_recomputed_request_is_counted_and_starts_over():
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=10)
+    decider.step()
+    decider.scheduler.output.recomputed_tokens = 0
+    decider.scheduler.recompute(request)
+    assert decider.scheduler.output.recomputed_tokens == 10
+    assert (request.num_preemptions, request.num_computed_tokens, request.status) == (1, 0, RequestStatus.WAITING)
+    assert decider.step() == {"be0": 11}
+
+
+def test_times_of_the_first_and_the_last_token_are_kept():
+    decider = Decider("bros")
+    request = decider.add("be0")
+    decider.step()
+    first_s = decider.now_s
+    decider.step()
+    assert (request.first_token_s, request.last_token_s) == (first_s, decider.now_s)
+    assert first_s < decider.now_s
+
+
+def test_a_restart_makes_everybody_wait_with_nothing_computed():
+    decider = Decider("bros", max_num_seqs=2)
+    running = [decider.add(f"be{i}", prompt_tokens=3) for i in range(2)]
+    waiting = decider.add("be2", prompt_tokens=3)
+    decider.step()
+    decider.scheduler.restart()
+    assert decider.kv.num_used_blocks == 0
+    assert decider.scheduler.running == []
+    assert [request.num_preemptions for request in (*running, waiting)] == [1, 1, 0]
+    assert decider.step() == {"be0": 4, "be1": 4}
+    assert decider.scheduler.num_waiting == 1
+
+
+# -- small things with consequences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_the_first_real_time_request_that_finds_no_seat_ends_the_step(is_late):
+    decider = Decider("bros", max_num_seqs=4)
+    for i in range(4):
+        decider.add(f"rt{i}")
+    decider.step()
+    for request in decider.scheduler.requests.values():
+        request.deadline_s = decider.now_s + (0.001 if is_late else 9.0)
+    decider.scheduler.config = type(decider.scheduler.config)(max_num_seqs=2)
+    assert list(decider.decide()) == ["rt0", "rt1"]
+    assert decider.output.left_out == {"rt2": BATCH_CAP}
+    assert decider.output.num_behind == 1
+
+
+def test_best_effort_without_a_seat_ends_the_step():
+    decider = Decider("bros", max_num_seqs=4)
+    for i in range(4):
+        decider.add(f"be{i}")
+    decider.step()
+    decider.scheduler.config = type(decider.scheduler.config)(max_num_seqs=2)
+    assert list(decider.decide()) == ["be0", "be1"]
+    assert decider.output.left_out == {"be2": BATCH_CAP}
+    assert decider.output.num_behind == 1
+
+
+def test_without_slow_start_the_batch_is_as_large_as_the_seats():
+    decider = Decider("bros+seats", base_batch_cap=1)
+    for i in range(8):
+        decider.add(f"be{i}")
+    assert len(decider.step()) == 8
+
+
+def test_a_newcomer_of_best_effort_needs_room_for_its_whole_prompt():
+    """Its first chunk alone would fit."""
+    decider = Decider("bros-plus", num_blocks=8, max_num_batched_tokens=8)
+    decider.add("be0", prompt_tokens=8)
+    decider.step()
+    decider.add("be1", prompt_tokens=28)
+    assert decider.step() == {"be0": 1}
+    assert decider.output.left_out == {"be1": NO_BLOCKS}
+
+
+def test_an_ended_head_of_the_queue_is_skipped():
+    decider = Decider("bros")
+    decider.abort(decider.add("be0"))
+    decider.add("be1")
+    assert decider.decide() == {"be1": 1}
+
+
+def test_a_preempted_best_effort_request_comes_back_before_those_that_wait():
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=4)
+    decider.step()
+    decider.add("be1")
+    decider.scheduler.recompute(request)
+    assert list(decider.decide()) == ["be0", "be1"]
+
+
+def test_a_whole_prompt_beyond_the_budget_is_the_only_prefill_of_its_step():
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=8)
+    decider.add("be0")
+    decider.step()
+    for name in ("be1", "be2"):
+        decider.add(name, prompt_tokens=20)
+    assert decider.decide() == {"be0": 1, "be1": 20}
+    assert decider.output.left_out == {"be2": TOKEN_BUDGET}
+
+
+@pytest.mark.parametrize(("waited", "admitted"), [(4, {}), (5, {"rt-late": 20})])
+def test_a_late_whole_prompt_that_waited_too_long_joins_another_prefill(waited, admitted):
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=8, be_max_wait_steps=4)
+    decider.add("rt0", prompt_tokens=8)
+    decider.add("rt-late", prompt_tokens=20, slo=SLO(0.001, 1.0)).last_step = 1 - waited
+    assert decider.decide() == {"rt0": 8, **admitted}
+
+
+@pytest.mark.parametrize(("min_chunk_tokens", "admitted"), [(16, False), (4, True)])
+def test_a_chunk_shorter_than_the_least_is_refused(min_chunk_tokens, admitted):
+    """9.5 ms are left beside the RT: 9 tokens."""
+    decider = Decider("bros-plus", num_blocks=100, min_chunk_tokens=min_chunk_tokens)
+    decider.add("rt0").deadline_s = decider.now_s + 0.0205
+    decider.add("be0", prompt_tokens=40)
+    assert decider.decide() == ({"rt0": 1, "be0": 9} if admitted else {"rt0": 1})
+    assert decider.output.left_out == ({} if admitted else {"be0": DEADLINE})
+
+
+def test_an_empty_batch_takes_the_least_chunk_whatever_the_deadline():
+    decider = Decider("bros-plus", num_blocks=100, coefficients=(0.010, 0.001, 0.01, 0.0), max_num_batched_tokens=1)
+    rt = decider.add("rt0", prompt_tokens=4, slo=SLO(0.08, 1.0))
+    for _ in range(4):
+        assert decider.step() == {"rt0": 1}
+    assert rt.output_token_ids == [7]
+
+
+def test_no_time_is_learnt_from_nothing_and_every_step_is_observed():
+    decider = Decider("bros", coefficients=(0.010, 0.001, 0.00001, 0.00001))
+    decider.truth.c0 = 0.020
+    for i in range(4):
+        decider.add(f"be{i}", prompt_tokens=3)
+    for _ in range(32):
+        decider.step()
+    assert decider.latency.c0 > 0.015
+    assert decider.latency.safety > 1.0
+
+
+def test_the_step_after_one_that_ended_a_request_has_its_blocks_and_seat():
+    decider = Decider("bros", num_blocks=2, max_num_seqs=1)
+    decider.add("be0", prompt_tokens=8, max_tokens=1)
+    decider.add("be1", prompt_tokens=8, max_tokens=1)
+    assert [list(decider.step()) for _ in range(3)] == [["be0"], ["be1"], []]
+    assert decider.scheduler.running == []
+    assert decider.kv.num_used_blocks == 0
+    decider.add("be2", prompt_tokens=8)
+    decider.step()
+    decider.abort(decider.scheduler.requests["be2"])
+    assert decider.scheduler.running == []
+
+
+def test_stored_kv_that_cannot_be_trusted_is_recomputed():
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=4)
+    waiting = decider.add("be-waiting", prompt_tokens=4)
+    decider.scheduler.forget_kv("be-waiting")
+    decider.scheduler.forget_kv("nobody")
+    assert waiting.num_preemptions == 0
+    decider.step()
+    decider.scheduler.forget_kv("be0")
+    assert (request.status, request.num_computed_tokens, request.num_preemptions) == (RequestStatus.WAITING, 0, 1)
+    assert decider.step()["be0"] == 5
