@@ -673,3 +673,71 @@ def test_stored_kv_that_cannot_be_trusted_is_recomputed():
     decider.scheduler.forget_kv("be0")
     assert (request.status, request.num_computed_tokens, request.num_preemptions) == (RequestStatus.WAITING, 0, 1)
     assert decider.step()["be0"] == 5
+
+
+def test_a_request_that_ended_while_it_could_still_be_on_time_is_skipped():
+    decider = Decider("bros")
+    decider.abort(decider.add("rt0"))
+    decider.add("rt1")
+    assert decider.decide() == {"rt1": 1}
+
+
+def test_the_one_that_stood_aside_is_bound_by_real_time_alone():
+    """No BE may slow RT down at all; that is no reason to keep an RT out."""
+    decider = Decider("bros", max_num_seqs=2, rt_slowdown=1.0)
+    decider.add("be0")
+    for i in range(2):
+        decider.add(f"rt{i}")
+    assert list(decider.decide()) == ["rt0", "rt1"]
+    assert decider.output.left_out == {"be0": DEADLINE}
+
+
+def test_a_starving_head_of_the_queue_begins_with_the_room_there_is():
+    decider = Decider("bros-plus", num_blocks=8, max_num_batched_tokens=8, be_max_wait_steps=4)
+    decider.add("rt0", prompt_tokens=8)
+    decider.step()
+    head = decider.add("be0", prompt_tokens=28)
+    assert decider.decide() == {"rt0": 1}, "seven blocks for the whole prompt, and five are free"
+    head.last_step -= 5
+    assert decider.decide() == {"rt0": 1, "be0": 16}, "min_chunk_tokens"
+
+
+def test_each_chunk_of_a_prompt_that_is_left_takes_the_fixed_time_of_a_step():
+    """16 chunks: 0.16 s, 0.128 s for their tokens and 0.082 s for the pairs."""
+    for residual_s, is_late in ((0.365, True), (0.375, False)):
+        decider = Decider("bros-plus", max_num_batched_tokens=8)
+        decider.add("rt0", prompt_tokens=128).deadline_s = residual_s
+        decider.decide()
+        assert (decider.output.step_budget_s is None) is is_late
+
+
+def test_best_effort_out_of_blocks_swaps_out_those_ordered_after_it():
+    decider = Decider("bros", num_blocks=4)
+    for i in range(2):
+        decider.add(f"be{i}", prompt_tokens=8)
+    decider.step()
+    assert decider.step() == {"be0": 1}
+    assert decider.kv.offloaded_tokens == {"be1": 4}
+    assert not decider.output.preempted
+
+
+def test_best_effort_whose_victims_find_no_host_memory_recomputes_the_last():
+    decider = Decider("bros", num_blocks=4, num_host_blocks=0)
+    for i in range(2):
+        decider.add(f"be{i}", prompt_tokens=8)
+    decider.step()
+    assert decider.step() == {"be0": 1}
+    assert decider.output.preempted == {"be1": "recompute"}
+    assert decider.output.left_out == {"be1": NO_BLOCKS}, "it does not come back in the step in which it gave way"
+
+
+def test_best_effort_never_takes_blocks_of_real_time():
+    decider = Decider("bros", num_blocks=4, max_num_batched_tokens=64)
+    decider.add("be0", prompt_tokens=8)
+    rt = decider.add("rt0", prompt_tokens=8)
+    decider.step()
+    rt.deadline_s = decider.now_s + 0.001  # late, and its decode needs a block too
+    decider.step()
+    assert not decider.scheduler.output.preempted.get("rt0")
+    assert rt.num_preemptions == 0
+    assert "rt0" not in decider.kv.offloaded_tokens
