@@ -798,3 +798,45 @@ def test_the_last_resort_takes_the_real_time_request_with_the_latest_deadline_fi
         decider.add("rt-urgent", prompt_tokens=8, slo=SLO(1.0, 1.0))
         assert "rt-urgent" in decider.decide()
         assert decider.output.preempted == {victim: "swap"}
+
+
+def test_the_copies_ordered_for_a_victim_still_count():
+    """Copies of a victim are made all the same; the step waits for them."""
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=40)
+    decider.step()
+    assert decider.kv.swap_out("be0")
+    decider.decide()
+    decider.scheduler.recompute(request)
+    assert decider.scheduler.output.features.restored_tokens == 40
+    assert decider.scheduler.output.features.new_tokens == 0
+
+
+@pytest.mark.parametrize("is_swapped_out", [True, False])
+def test_an_empty_batch_takes_a_request_whatever_it_takes(is_swapped_out):
+    """58 ms are left beside a typical newcomer: 120 tokens take 60 ms to copy back, and 0.2 s to compute."""
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=200)
+    decider.add("be0", prompt_tokens=120)
+    if is_swapped_out:
+        decider.step()
+        assert decider.kv.swap_out("be0")
+    decider.abort(decider.add("rt-typical", prompt_tokens=20, slo=SLO(0.09, 1.0)))
+    assert decider.decide() == {"be0": 1 if is_swapped_out else 120}
+    assert decider.output.step_budget_s == pytest.approx(0.058)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_lower_limit_on_the_tokens_of_a_step_ends_with_that_step(chunked):
+    decider = Decider("bros", max_num_batched_tokens=8, chunked_prefill=chunked)
+    decider.scheduler.max_step_tokens = 1
+    for i in range(2):
+        decider.add(f"be{i}", prompt_tokens=4)
+    assert decider.decide() == {"be0": 4, "be1": 4}
+
+
+def test_each_newcomer_of_real_time_is_offered_once_a_seat_at_most():
+    decider = Decider("bros", max_num_seqs=2)
+    for i in range(5):
+        decider.add(f"rt{i}")
+    decider.decide()
+    assert list(decider.output.slack_s) == ["rt0", "rt1"]
