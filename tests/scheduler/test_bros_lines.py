@@ -90,14 +90,16 @@ def test_a_batch_of_decodes_costs_their_contexts():
     assert decider.output.predicted_s == pytest.approx(0.010 + 2 * 0.001 + 150 * 0.00001)
 
 
-def test_pending_best_effort_ends_where_not_even_one_decode_fits():
-    """12.0 ms are left; the RT takes 11.01 ms, and a decode 1 ms and more: a shorter context behind would not help."""
+@pytest.mark.parametrize(("safety", "residual_s"), [(1.0, 0.0120), (1.5, 0.0175)])
+def test_pending_best_effort_ends_where_not_even_one_decode_fits(safety, residual_s):
+    """The RT takes 11.01 ms and a decode 1 ms and more, times the safety factor: a shorter context would not help."""
     decider = Decider("bros", num_blocks=100, max_num_batched_tokens=300)
     rt = decider.add("rt0", prompt_tokens=1)
     for i in range(3):
         decider.add(f"be{i}", prompt_tokens=1)
     decider.step()
-    rt.deadline_s = decider.now_s + 0.0120
+    decider.latency.safety = safety
+    rt.deadline_s = decider.now_s + residual_s
     decider.add("be-new", prompt_tokens=1)
     assert decider.decide() == {"rt0": 1}
     assert decider.output.left_out == {"be0": DEADLINE}
@@ -202,20 +204,26 @@ def test_an_exempt_late_request_is_exempt_from_the_token_budget_too():
     assert decider.decide() == {"rt-on-time": 1, "rt-next": 31, "rt-late": 16}, "min_chunk_tokens, beyond the 32"
 
 
-@pytest.mark.parametrize(("prompt_tokens", "admitted"), [(40, True), (60, False)])
-def test_best_effort_leaves_time_for_a_typical_newcomer(prompt_tokens, admitted):
-    """A typical RT: 20 tokens, due after 0.1 s. They take 32 ms alone, so an iteration may take 68 ms."""
+@pytest.mark.parametrize(("safety", "prompt_tokens", "admitted"), [
+    (1.0, 40, True), (1.0, 60, False), (1.5, 18, True), (1.5, 28, False)])
+def test_best_effort_leaves_time_for_a_typical_newcomer(safety, prompt_tokens, admitted):
+    """A typical RT: 20 tokens, due after 0.1 s. They take 32 ms alone, so an iteration may take 68 ms; with a safety
+    factor of 1.5 they take 48 ms, so an iteration may be predicted to take 34.7 ms."""
     decider = Decider("bros", num_blocks=400, max_num_batched_tokens=1000)
     decider.add("rt-typical", prompt_tokens=20, max_tokens=2, slo=SLO(0.1, 9.0))
     decider.step()
-    decider.add("be0", prompt_tokens=prompt_tokens)  # 58 ms or 88 ms, without the RT's decode of 1.2 ms
+    decider.latency.safety = safety
+    decider.add("be0", prompt_tokens=prompt_tokens)
     assert ("be0" in decider.decide()) is admitted
 
 
-def test_a_typical_newcomer_that_no_iteration_can_serve_bounds_nobody():
+@pytest.mark.parametrize(("safety", "ttft_s"), [(1.0, 0.040), (1.5, 0.061)])
+def test_a_typical_newcomer_that_no_iteration_can_serve_bounds_nobody(safety, ttft_s):
+    """20 tokens take 32 ms, or 48 ms with the safety factor; the shortest iteration takes 11 ms, or 16.5 ms."""
     decider = Decider("bros", num_blocks=400, max_num_batched_tokens=1000)
-    decider.add("rt-typical", prompt_tokens=80, max_tokens=2, slo=SLO(0.05, 9.0))
+    decider.add("rt-typical", prompt_tokens=20, max_tokens=2, slo=SLO(ttft_s, 9.0))
     decider.step()
+    decider.latency.safety = safety
     decider.add("be0", prompt_tokens=200)
     assert "be0" in decider.decide()
 
@@ -741,3 +749,94 @@ def test_best_effort_never_takes_blocks_of_real_time():
     assert not decider.scheduler.output.preempted.get("rt0")
     assert rt.num_preemptions == 0
     assert "rt0" not in decider.kv.offloaded_tokens
+
+
+def test_of_several_reasons_the_last_is_the_binding_one():
+    decider = Decider("bros", num_blocks=8, max_num_batched_tokens=1000)
+    decider.add("rt0", slo=SLO(0.1, 9.0))
+    decider.add("rt-long", prompt_tokens=80, slo=SLO(9.0, 9.0))
+    decider.add("be0", prompt_tokens=36)
+    decider.decide()
+    assert decider.output.left_out == {"rt-long": DEADLINE, "be0": NO_BLOCKS}
+    assert decider.output.binding == NO_BLOCKS
+
+
+def test_those_who_remain_in_the_batch_of_a_victim_are_added_up_anew():
+    decider = Decider("vllm-priority", num_blocks=5, max_num_batched_tokens=64, chunked_prefill=True)
+    decider.add("rt0")
+    decider.add("be0", prompt_tokens=5)
+    decider.step()
+    decider.add("rt1", prompt_tokens=8)
+    decider.step()
+    assert decider.decide() == {"rt0": 1, "rt1": 1}
+    assert decider.output.preempted == {"be0": "recompute"}
+    assert decider.output.features.decode_contexts == 2 + 8
+    assert decider.output.features.new_tokens == 2
+
+
+def test_a_more_urgent_real_time_request_without_blocks_does_not_shorten_the_step():
+    """The newcomer is due in 0.1 s, and spares the holder of all blocks, which is due before its own TTFT is over."""
+    decider = Decider("bros-plus", num_blocks=4)
+    holder = decider.add("rt-holder", prompt_tokens=15)
+    decider.step()
+    holder.deadline_s = decider.now_s + 0.5
+    decider.add("rt-newcomer", prompt_tokens=8, slo=SLO(1.1, 1.0), arrival_s=decider.now_s - 1.0)
+    assert decider.decide() == {"rt-holder": 1}
+    assert decider.output.left_out == {"rt-newcomer": NO_BLOCKS}
+    assert decider.output.step_budget_s == pytest.approx(0.5)
+
+
+def test_the_last_resort_takes_the_real_time_request_with_the_latest_deadline_first_the_late():
+    for late, victim in ((False, "rt-b"), (True, "rt-a")):
+        decider = Decider("bros", num_blocks=4)
+        for name in ("rt-a", "rt-b"):
+            decider.add(name, prompt_tokens=7)
+        decider.step()
+        requests = decider.scheduler.requests
+        requests["rt-a"].deadline_s = decider.now_s + (0.001 if late else 5.0)
+        requests["rt-b"].deadline_s = decider.now_s + 9.0
+        decider.add("rt-urgent", prompt_tokens=8, slo=SLO(1.0, 1.0))
+        assert "rt-urgent" in decider.decide()
+        assert decider.output.preempted == {victim: "swap"}
+
+
+def test_the_copies_ordered_for_a_victim_still_count():
+    """Copies of a victim are made all the same; the step waits for them."""
+    decider = Decider("bros")
+    request = decider.add("be0", prompt_tokens=40)
+    decider.step()
+    assert decider.kv.swap_out("be0")
+    decider.decide()
+    decider.scheduler.recompute(request)
+    assert decider.scheduler.output.features.restored_tokens == 40
+    assert decider.scheduler.output.features.new_tokens == 0
+
+
+@pytest.mark.parametrize("is_swapped_out", [True, False])
+def test_an_empty_batch_takes_a_request_whatever_it_takes(is_swapped_out):
+    """58 ms are left beside a typical newcomer: 120 tokens take 60 ms to copy back, and 0.2 s to compute."""
+    decider = Decider("bros", num_blocks=100, max_num_batched_tokens=200)
+    decider.add("be0", prompt_tokens=120)
+    if is_swapped_out:
+        decider.step()
+        assert decider.kv.swap_out("be0")
+    decider.abort(decider.add("rt-typical", prompt_tokens=20, slo=SLO(0.09, 1.0)))
+    assert decider.decide() == {"be0": 1 if is_swapped_out else 120}
+    assert decider.output.step_budget_s == pytest.approx(0.058)
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_lower_limit_on_the_tokens_of_a_step_ends_with_that_step(chunked):
+    decider = Decider("bros", max_num_batched_tokens=8, chunked_prefill=chunked)
+    decider.scheduler.max_step_tokens = 1
+    for i in range(2):
+        decider.add(f"be{i}", prompt_tokens=4)
+    assert decider.decide() == {"be0": 4, "be1": 4}
+
+
+def test_each_newcomer_of_real_time_is_offered_once_a_seat_at_most():
+    decider = Decider("bros", max_num_seqs=2)
+    for i in range(5):
+        decider.add(f"rt{i}")
+    decider.decide()
+    assert list(decider.output.slack_s) == ["rt0", "rt1"]
