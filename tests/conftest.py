@@ -6,6 +6,7 @@ exit status 1 and the name of the test that ran.
 """
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("bros_ref")
+# A shell has the jobs that it starts in the background ignore Ctrl-C, and child processes inherit that. Tests send
+# SIGINT to themselves and to their children, so they take it however the run was started.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEAD_WORKERS = pytest.StashKey[list[str]]()
 
