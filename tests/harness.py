@@ -14,6 +14,7 @@ from bros_ref.config import KVCacheConfig, SchedulerConfig
 from bros_ref.engine import LLMEngine, Runner, StepFailed
 from bros_ref.engine.model_runner import ModelRunner
 from bros_ref.model.checksum import VOCAB_SIZE, ChecksumModel, next_token
+from bros_ref.model.tokenizer import ByteTokenizer
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import make_scheduler
 from bros_ref.scheduler.latency_model import StepLatencyModel
@@ -131,3 +132,9 @@ def alone(request: Request) -> list[int]:
     for _ in range(request.sampling.max_tokens):
         token_ids.append(next_token(token_ids))
     return token_ids[request.num_prompt_tokens:]
+
+
+def byte_engine(policy="bros", **limits):
+    """A checksum engine whose tokens are read as bytes, so that text callbacks can be tested."""
+    plain = checksum_engine(policy, num_blocks=20, **limits)
+    return LLMEngine(plain.scheduler, plain.runner, plain.clock, ByteTokenizer(), plain.trace)
