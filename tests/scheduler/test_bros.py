@@ -143,7 +143,7 @@ def test_a_real_time_request_without_blocks_does_not_bound_those_that_can_run():
     decider.decide()
     assert decider.output.left_out["rtA"] == NO_BLOCKS
     assert decider.output.requests
-    assert decider.output.step_budget_s > 0.0135
+    assert decider.output.step_budget_s > 0.1  # of D, not the 13.5 ms of A
     decider.compute()
     for _ in range(20):
         decider.step()
