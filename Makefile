@@ -25,12 +25,14 @@ serve: $(VENV)/.installed-server
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
 
-# Random lives of the engine under faults, aborts and interrupts, then the server's tests of kill -9 and of clients that
-# leave, at the sizes that the documentation states: make soak MINUTES=30
+# Random lives of the engine under faults, aborts and interrupts; the property tests and the kernels on data that no run
+# drew before; then the server's tests of kill -9 and of clients that leave, at the sizes that the documentation states:
+# make soak MINUTES=30
 MINUTES ?= 30
 soak: $(VENV)/.installed-dev
 	LIVES_SECONDS=$$((60 * $(MINUTES))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -s \
 		tests/test_random_lives.py
+	BROS_REF_FRESH=1 $(TEST) tests --ignore=tests/browser --ignore=tests/server
 	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest -p no:cacheprovider tests/server/test_durability.py \
 		tests/server/test_soak.py
 
