@@ -24,7 +24,7 @@ from kernels_cupy.launch_prefill import TENSOR_CORES, prefill_attention, prefill
 from kernels_cupy.proof.emulator import Emulator
 from kernels_cupy.proof.ptx import PtxDevice
 
-# Of every row of the output (one token and head), in the L2 norm: rounding of weights, of sums, and of the output itself.
+# Of every row of the output (one token and head), in the L2 norm: rounding of weights, sums and the output itself.
 # In float32 a row whose values cancel is off by up to 2.1e-6 (about 1,000 draws); twice that is still far from what a
 # wrong slot or a dropped token does.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}

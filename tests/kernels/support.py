@@ -26,6 +26,7 @@ needs_emulator = pytest.mark.skipif(NO_EMULATOR is not None, reason=f"no kernel 
 def rng_of(name: str) -> np.random.Generator:
     """A generator for the test of this name: the same data in every run, so that a run can be repeated, or new data
     with BROS_REF_FRESH=1. pytest shows the seed of a failed test."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0]) if os.environ.get("BROS_REF_FRESH") else zlib.crc32(name.encode())
+    fresh = bool(os.environ.get("BROS_REF_FRESH"))
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if fresh else zlib.crc32(name.encode())
     print("seed", seed)
     return np.random.default_rng(seed)
