@@ -80,7 +80,7 @@ def test_sharing_free_middle_slots_copies_nothing():
     assert not manager._changes.copies
     memory.run_step([(rt, 2)])
     assert [view.state for view in manager.snapshot()].count("shared") == 1
-    assert [row.offloaded_tokens for row in manager.preemption_table()] == [0]
+    assert manager.preemption_table() == [("be", 1, manager.block_table("be")[1], "rt", 0)]
 
 
 def test_only_the_slots_about_to_be_overwritten_are_checkpointed():
@@ -273,6 +273,14 @@ def test_a_victim_gives_its_newest_blocks_first_and_the_last_in_order_gives_all_
     assert manager.allocate_slots(make_request("rt3", True), 4) == [tables[0][1]]
 
 
+def test_a_best_effort_request_that_runs_in_this_step_does_not_shield_those_ordered_before_it():
+    manager, _memory, [_, running] = filled_by(4, 3, num_blocks=2)
+    table = list(manager.block_table("be0"))
+    assert manager.allocate_slots(running, 1) is not None
+    assert manager.allocate_slots(make_request("rt", True), 4) == table
+    assert manager.offloaded_tokens == {"be0": 4}
+
+
 def test_a_victim_that_only_shares_frees_blocks_for_nobody_but_the_one_it_shares_with():
     manager, _memory, _ = filled_by(2, 4, num_blocks=2)
     manager.allocate_slots(make_request("rt", True), 2)  # beside be0
@@ -389,9 +397,15 @@ def break_host(manager):
     manager.host.free_ids.pop()
 
 
+def break_lost_block(manager):
+    sequence = manager._sequences["be"]
+    sequence.offloaded[0], sequence.host_blocks[0] = 4, manager.host.free_ids.pop()
+    manager.offloaded_tokens["be"] = 4
+
+
 @pytest.mark.parametrize("damage", [break_double_free, break_stale_epoch, break_foreign_owner, break_lost_count,
                                     break_overlap, break_length, break_entry_too_many, break_entry_outside,
-                                    break_host])
+                                    break_host, break_lost_block])
 def test_check_integrity_sees_each_kind_of_damage(damage):
     manager, memory, _be = pending_be(6, num_blocks=2)
     manager.allocate_slots(rt := make_request("rt", True), 2)

@@ -120,6 +120,8 @@ def test_a_restart_makes_everybody_wait_with_nothing_computed():
     assert [request.num_preemptions for request in (*running, waiting)] == [1, 1, 0]
     assert decider.step() == {"be0": 4, "be1": 4}
     assert decider.scheduler.num_waiting == 1
+    decider.scheduler.restart()
+    assert [request.num_preemptions for request in (*running, waiting)] == [2, 2, 0]
 
 
 # -- small things with consequences -----------------------------------------------------------------------------------

@@ -129,6 +129,15 @@ def test_a_lazy_request_waits_as_long_as_two_iterations_leave_it_the_time_that_i
     assert ("rt-waiting" in decider.decide()) is comes_back
 
 
+@pytest.mark.parametrize(("residual_s", "gives_way"), [(0.5, False), (0.75, True)])
+def test_a_lazy_newcomer_spares_those_that_cannot_wait_longer_than_its_ttft(residual_s, gives_way):
+    decider, holding = full("bros+lazy", "rt-holding", num_blocks=2)
+    decider.now_s = 1.0
+    holding.deadline_s = 1.0 + residual_s
+    decider.add("rt-new", slo=SLO(0.5, 9.0), arrival_s=0.9)
+    assert ("rt-new" in decider.decide()) is gives_way
+
+
 def test_real_time_is_never_cut_to_the_blocks_there_are():
     """Three blocks are free, and the holder of the others is more urgent: a chunk of 16 tokens waits for four."""
     decider = Decider("bros-plus", num_blocks=8, max_num_batched_tokens=32)

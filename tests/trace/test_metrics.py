@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from bros_ref.environment import environment_stamp
 from bros_ref.trace import RequestRecord, StepRecord, Trace
-from bros_ref.trace.metrics import measure, request_timings, summarise
+from bros_ref.trace.metrics import StreamedTrace, measure, request_timings, summarise
 from tests.viz.factory import make_trace
 
 CLASS_KEYS = {
@@ -135,6 +136,16 @@ def test_overwritten_slots_leave_out_whole_swaps_and_forget_dropped_tables() -> 
                    step(3, 3.0, 1.0, block_changes=[["b", -1, -1]]),
                    step(4, 4.0, 1.0, offloaded=[["b", 1, 2]])]  # a new life: 2 overwritten
     assert summarise(trace)["kv"]["overwritten_slots"] == 5
+
+
+def test_a_trace_that_keeps_no_steps_is_summarised_as_one_that_does(trace: Trace) -> None:
+    streamed = StreamedTrace("hand", "none", "cpu", 10, 4, 100, 5)
+    streamed.requests, streamed.rejected, streamed.ended_outside = trace.requests, trace.rejected, trace.ended_outside
+    for record in trace.steps:
+        streamed.append(record)
+    assert not streamed.steps
+    for until_s in (3.0, math.inf):
+        assert summarise(streamed, until_s) == summarise(trace, until_s)
 
 
 @pytest.mark.parametrize("policy", ["bros", "vllm"])
