@@ -2,8 +2,9 @@
 
     python tools/mutation.py --mutants 300 --seed 1
 
-mutmut (`[tool.mutmut]` in pyproject.toml: which files, which tests) makes every mutant of these files, some five
-thousand. Trying all takes days on two cores, so a sample is drawn, the same one for the same sources and seed. A mutant
+mutmut (`[tool.mutmut]` in pyproject.toml: which files, which tests) makes every mutant of these files, some 3,500.
+Trying all takes a night, so a sample is drawn: those whose names, hashed with the seed, come first. The same sources
+and seed give the same sample, and most of it stays when a few functions change. A mutant
 counts as killed if a test fails or the tests do not end within a multiple of their usual time. The score is killed /
 tried, with the Wilson interval at 95 %. The exit status is 1 if it is below `--at-least`.
 """
@@ -11,9 +12,9 @@ tried, with the Wilson interval at 95 %. The exit status is 1 if it is below `--
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -60,7 +61,7 @@ def main() -> int:
     mutmut("run", FIRST, shown=True)
     names = sorted(outcomes())
     size = min(asked.mutants or len(names), len(names))
-    sample = random.Random(asked.seed).sample(names, size)
+    sample = sorted(names, key=lambda name: hashlib.sha256(f"{asked.seed} {name}".encode()).digest())[:size]
     print(f"{size} of {len(names)} mutants, seed {asked.seed}", flush=True)
     mutmut("run", "--max-children", str(asked.children), *sample, shown=True)
     became = {name: what for name, what in outcomes().items() if name in set(sample)}

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from bros_ref.clock import WallClock
 from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
 from bros_ref.engine.llm_engine import RequestsFailed
-from bros_ref.engine.serve import ServeInterrupted, serve
+from bros_ref.engine.serve import ServeInterrupted, keep_class, serve
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import POLICIES
 from bros_ref.scheduler.output import SchedulerOutput
 from bros_ref.trace.metrics import summarise
-from bros_ref.workload import ClosedLoopBatches, Workload, uniform_lengths
+from bros_ref.workload import ClosedLoopBatches, Workload, WorkloadItem, uniform_lengths
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
@@ -429,6 +429,29 @@ def test_an_interrupt_of_the_serving_loop_brings_the_trace_and_the_failures_so_f
     assert [name for failure in interrupted.value.failures for name in failure.failed] == in_trace != []
 
 
+def test_the_serving_loop_sleeps_until_the_next_arrival_or_until_it_is_to_end():
+    engine = checksum_engine("bros")
+    items = [WorkloadItem(arrival_s, RequestClass.BEST_EFFORT, 1, 1) for arrival_s in (0.5, 2.0)]
+    serve(engine, Workload(items), to_request, until_s=1.5)
+    assert [step.start_s for step in engine.trace.steps] == [0.5]
+    assert engine.clock.now_s() == 1.5
+
+
+def test_the_serving_loop_goes_on_behind_requests_that_are_refused():
+    engine = checksum_engine("bros", num_blocks=2)
+    loop = closed_loop(num_batches=3)
+    serve(engine, Workload(closed_loops=[loop]), to_request)
+    assert loop.num_started == 3
+    assert len(engine.trace.rejected) == 9
+    assert not engine.trace.steps
+
+
+def test_the_bounds_of_one_class_serve_that_class_alone():
+    rt = WorkloadItem(0.0, RequestClass.REAL_TIME, 1, 1, SLO(1.0, 1.0))
+    be = WorkloadItem(0.0, RequestClass.BEST_EFFORT, 1, 1)
+    assert [keep_class([rt, be], policy) for policy in ("bros", "rt-only", "be-only")] == [[rt, be], [rt], [be]]
+
+
 @pytest.mark.parametrize(("until_s", "num_steps"), [(0.0, 0), (1e-9, 1), (math.inf, 3)])
 def test_the_serving_loop_begins_no_step_at_the_time_at_which_it_is_to_end(until_s, num_steps):
     engine = checksum_engine("bros")
@@ -485,13 +508,15 @@ def test_the_lowest_temperatures_are_greedy_and_fail_no_batch(temperature, top_p
 
 
 def test_a_request_without_a_seed_is_given_one_that_follows_from_the_engines():
-    given = []
+    given = []  # to those that sample; a greedy one needs none
     for seed in (3, 3, 4):
         plain = checksum_engine("bros")
         engine = LLMEngine(plain.scheduler, plain.runner, plain.clock, trace=plain.trace, seed=seed)
         for name, own in (("a", None), ("b", None), ("own", 5)):
             params = SamplingParams(max_tokens=1, temperature=1.0, seed=own)
             engine.add_request(Request(name, RequestClass.BEST_EFFORT, [1], params, 0.0))
+        engine.add_request(make_request("greedy", False, [1], 1))
+        assert engine.trace.requests.pop("greedy").seed is None
         assert [record.seed for record in engine.trace.requests.values()][-1] == 5
         given.append([record.seed for record in engine.trace.requests.values()])
     assert given[0] == given[1] != given[2]

@@ -264,6 +264,19 @@ def test_an_rt_finds_a_free_middle_behind_full_blocks_of_others():
     assert not manager.offloaded_tokens
 
 
+@pytest.mark.parametrize(("unit", "lost"), [("slot", {}), ("block", {"be1": 4}), ("request", {"be1": 4})])
+def test_only_slots_are_shared_coarser_units_take_the_last_in_order(unit, lost):
+    manager = bidirectional(2, 4, unit)
+    memory, all_be = ShadowMemory(manager), [make_request(f"be{i}", False) for i in range(2)]
+    manager.begin_step()
+    for be, count in zip(all_be, (2, 4), strict=True):
+        manager.allocate_slots(be, count)
+    memory.run_step([(all_be[0], 2), (all_be[1], 4)])
+    manager.begin_step(all_be)
+    assert manager.allocate_slots(make_request("rt", True), 1) is not None
+    assert manager.offloaded_tokens == lost
+
+
 def test_a_victim_gives_its_newest_blocks_first_and_the_last_in_order_gives_all_before_another_gives_any():
     manager, _memory, _ = filled_by(8, 8, num_blocks=4)
     tables = [list(manager.block_table(name)) for name in ("be0", "be1")]
@@ -345,14 +358,16 @@ def test_a_full_host_store_does_not_keep_an_rt_out_of_a_free_middle():
 
 
 def test_a_table_entry_from_before_its_block_was_given_up_is_stale_even_for_the_same_owner():
-    manager, memory, be = pending_be(7)
+    manager, memory, be = pending_be(6)
     sequence = manager._sequences["be"]
-    blocks, epochs = list(sequence.block_ids), list(sequence.epochs)
-    assert manager.swap_out("be")
-    memory.run_step([])
-    manager.begin_step([be])
-    assert manager.allocate_slots(be, 1) is not None
-    memory.run_step([(be, 1)])
+    for _ in range(2):  # also one from before the last of several times
+        manager.begin_step([be])
+        blocks, epochs = list(sequence.block_ids), list(sequence.epochs)
+        assert manager.swap_out("be")
+        memory.run_step([])
+        manager.begin_step([be])
+        assert manager.allocate_slots(be, 1) is not None
+        memory.run_step([(be, 1)])
     assert sorted(sequence.block_ids) == sorted(blocks)
     manager.check_integrity()
     by_block = dict(zip(blocks, epochs, strict=True))

@@ -265,14 +265,24 @@ def test_a_request_that_ended_while_it_could_still_be_on_time_is_skipped():
     assert decider.decide() == {"rt1": 1}
 
 
-def test_the_one_that_stood_aside_is_bound_by_real_time_alone():
+@pytest.mark.parametrize("is_pending", [False, True])
+def test_the_one_that_stood_aside_is_bound_by_real_time_alone(is_pending):
     """No BE may slow RT down at all; that is no reason to keep an RT out."""
     decider = Decider("bros", max_num_seqs=2, rt_slowdown=1.0)
     decider.add("be0")
+    if is_pending:
+        decider.step()
     for i in range(2):
         decider.add(f"rt{i}")
     assert list(decider.decide()) == ["rt0", "rt1"]
     assert decider.output.left_out == {"be0": DEADLINE}
+
+
+def test_the_only_seat_is_left_to_nobody():
+    decider = Decider("bros", max_num_seqs=1)
+    decider.add("be0")
+    decider.add("rt0")
+    assert decider.decide() == {"rt0": 1}
 
 
 def test_a_starving_head_of_the_queue_begins_with_the_room_there_is():

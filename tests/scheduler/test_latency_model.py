@@ -145,6 +145,7 @@ def test_copies_overlap_the_computation():
     for restored, seconds in ((0, 0.1), (10, 0.1), (11, 0.11)):
         batch.restored_tokens = restored
         assert model.predict(batch) == pytest.approx(seconds)
+    assert StepLatencyModel((0.1, 0, 0, 0)).predict(batch) == 0.1, "unless told otherwise they take no time"
 
 
 # -- refitting online -----------------------------------------------------------------------------------------------

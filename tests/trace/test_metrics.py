@@ -160,6 +160,16 @@ def test_every_key_is_there_and_the_json_is_strict(policy: str) -> None:
         assert (set(run["kv"]), set(run["scheduler"])) == (KV_KEYS, SCHEDULER_KEYS)
 
 
+def test_what_has_no_sample_is_none_and_never_a_number() -> None:
+    run = summarise(Trace("hand", "none", "cpu", 1, 1, 1, 0))
+    for summary in run["classes"].values():
+        statistics_and_shares = {key: value for key, value in summary.items() if key.endswith(("_ms", "attainment"))}
+        assert len(statistics_and_shares) == 20
+        assert set(statistics_and_shares.values()) == {None}
+        assert (summary["arrived"], summary["output_tokens"], summary["request_throughput"]) == (0, 0, None)
+    assert run["scheduler"]["share_of_iteration"] is None
+
+
 def test_the_json_is_the_typed_result_under_the_same_names() -> None:
     trace = make_trace("bros")
     metrics, run = measure(trace), summarise(trace)
