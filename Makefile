@@ -13,7 +13,7 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint soak lab serve notebooks docs book kernels gpu-day bench lock clean
+.PHONY: demo test lint soak mutation lab serve notebooks docs book kernels gpu-day bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -35,6 +35,12 @@ soak: $(VENV)/.installed-dev
 	BROS_REF_FRESH=1 $(TEST) tests --ignore=tests/browser --ignore=tests/server
 	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest -p no:cacheprovider tests/server/test_durability.py \
 		tests/server/test_soak.py
+
+# Mutants of what decides and accounts: a seeded sample of them, its score and its survivors (docs/testing.md).
+MUTANTS ?= 300
+SEED ?= 1
+mutation: $(VENV)/.installed-mutation
+	$(BIN)/python tools/mutation.py --mutants $(MUTANTS) --seed $(SEED)
 
 # A notebook that Jupyter does not trust shows no script and no drawing of its saved outputs; these are the project's own.
 lab: $(VENV)/.installed-dev
@@ -87,6 +93,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[notebooks,server,kernels,docs,dev]'
 	@touch $@
 
+$(VENV)/.installed-mutation: $(VENV)/.installed-dev
+	$(PIP) -e '.[mutation]'
+	@touch $@
+
 # Remakes the pins of every extra; needs the network.
 lock: $(VENV)/.installed
 	$(PIP) uv
@@ -94,4 +104,4 @@ lock: $(VENV)/.installed
 		--custom-compile-command "make lock" --quiet -o requirements.lock
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) out build mutants *.egg-info

@@ -12,7 +12,7 @@ import os
 import signal
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, later, by the tests that need it
 settings.register_profile(
@@ -20,6 +20,10 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("bros_ref")
+# `make mutation`: the same examples for every mutant, and none of the time that it takes to shrink a failing one.
+settings.register_profile(
+    "mutation", settings.get_profile("bros_ref"), derandomize=True, database=None,
+    phases=[Phase.explicit, Phase.generate])
 # A shell has the jobs that it starts in the background ignore Ctrl-C, and child processes inherit that. Tests send
 # SIGINT to themselves and to their children, so they take it however the run was started.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -261,7 +261,7 @@ class BROSScheduler(Scheduler):
         """The longest iteration after which a typical RT that arrives right now can still meet its TTFT; no bound if
         even the shortest iteration is too long."""
         latency, prompt_tokens = self.latency, int(self._typical_prompt_tokens)
-        own_s = (latency.c0 + latency.cost_s(max(prompt_tokens, 1), 0)) * latency.safety
+        own_s = (latency.c0 + latency.cost_s(prompt_tokens, 0)) * latency.safety
         left_s = self._typical_ttft_s - own_s
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
@@ -291,16 +291,14 @@ class BROSScheduler(Scheduler):
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
         """Preempts only if `request` fits once all requests that it may preempt have given up their blocks.
 
-        For BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full; a new BE
-        preempts nothing. For RT, when slots of BE did not suffice: recompute the BE ordered last if that makes enough
-        room (their slots would have been taken before if the host store had room for them); else swap out the RT with
-        the most slack (paper), or recompute it if the host store is full.
+        For BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full. (A new BE
+        preempts nothing: it is tried when its blocks are there, or as the starving head where no BE holds KV.) For RT,
+        when slots of BE did not suffice: recompute the BE ordered last if that makes enough room (their slots would
+        have been taken before if the host store had room for them); else swap out the RT with the most slack (paper),
+        or recompute it if the host store is full.
         """
-        if not request.is_rt:
-            if request.status is WAITING:
-                return False
-            if self.kv.reclaim(request, num_new_tokens):
-                return True
+        if not request.is_rt and self.kv.reclaim(request, num_new_tokens):
+            return True
         victims = [*takewhile(lambda other: other is not request, reversed(self._be_order))]
         victims = [other for other in victims if self._can_give(other)]
         if not self.kv.fits_without(request, num_new_tokens, victims):
@@ -344,5 +342,4 @@ class BROSScheduler(Scheduler):
 
     def _can_give(self, other: Request) -> bool:
         """Whether it holds blocks and is not in this step's batch."""
-        return (other.status is RUNNING and other.last_step < self.step
-                and self.kv.num_device_blocks(other.request_id) > 0)
+        return other.last_step < self.step and self.kv.num_device_blocks(other.request_id) > 0

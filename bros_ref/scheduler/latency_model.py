@@ -124,7 +124,7 @@ class StepLatencyModel:
         if predicted_s <= 0:
             return
         self._ratios.append(actual_s / predicted_s)
-        if 0 < self.restore_s_per_token * features.restored_tokens >= predicted_s:
+        if self.restore_s_per_token * features.restored_tokens >= predicted_s:
             return  # it waited for the copies: that says nothing about what computing costs
         self._recent.append((1.0 / actual_s, features.new_tokens / actual_s, features.prefill_products / actual_s,
                              features.decode_contexts / actual_s))
