@@ -1,7 +1,7 @@
 """vLLM's block pool, as our scheduler sees it while it plans one step.
 
-It answers "would this fit?" from vLLM's own block tables and changes none of them: the plan is carried out by vLLM, which
-then allocates. Where vLLM shares blocks by prefix caching the answers are on the safe side: a shared block counts as
+It answers "would this fit?" from vLLM's own block tables and changes none of them: vLLM carries the plan out, and
+allocates then. Where vLLM shares blocks by prefix caching the answers are on the safe side: a shared block counts as
 new for a request that is admitted, and as not freed when one of its owners leaves.
 """
 
@@ -30,7 +30,7 @@ class VLLMBlocks(KVCacheManager):
 
     def _clear(self) -> None:
         self.offloaded_tokens = {}
-        self._free = self._manager.block_pool.get_num_free_blocks()
+        self._free: int = self._manager.block_pool.get_num_free_blocks()
         self._granted: dict[str, int] = {}  # request id -> blocks that the plan adds
         self._gone: set[str] = set()  # ids of requests that the plan preempts
 
@@ -66,10 +66,11 @@ class VLLMBlocks(KVCacheManager):
                 - self.num_device_blocks(request.request_id))
 
     def _num_emptied(self, victim_id: str, leaving_ids: object) -> int:
-        return sum(block.ref_cnt == 1 for block in self._held(victim_id)) + self._granted.get(victim_id, 0)
+        return int(sum(block.ref_cnt == 1 for block in self._held(victim_id))) + self._granted.get(victim_id, 0)
 
     def _held(self, request_id: str) -> Sequence[Any]:
-        return () if request_id in self._gone else self._manager.get_blocks(request_id).blocks[0]
+        blocks: Sequence[Any] = self._manager.get_blocks(request_id).blocks[0]
+        return () if request_id in self._gone else blocks
 
     @property
     def num_free_blocks(self) -> int:

@@ -7,17 +7,17 @@ Each step has three parts:
     3. carry out   vLLM's own `schedule` runs with only the planned requests in sight, and no more tokens for each than
                    the plan grants; so block tables, prefix cache, sampling and statistics stay vLLM's
 
-What carries over: the order by slack, batches bounded by deadlines, chunks cut to what the deadlines leave, RT preempting
-BE, and the bound on the waiting of BE. A request that the plan leaves out keeps its KV and sits out the step, as in the
-paper. What does not: two owners in one block (vLLM's kernels fill blocks from the front), and copies of single slots to
-host memory. A request that gives up its blocks is recomputed, less what vLLM's prefix cache still holds of it.
+What carries over: the order by slack, batches bounded by deadlines, chunks cut to what the deadlines leave, RT
+preempting BE, and the bound on the waiting of BE. A request that the plan leaves out keeps its KV and sits out the step,
+as in the paper. What does not: two owners in one block (vLLM's kernels fill blocks from the front), and copies of single
+slots to host memory. A request that gives up its blocks is recomputed, less what vLLM's prefix cache still holds.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from itertools import chain
 from typing import Any
 
 from vllm.logger import init_logger
@@ -39,18 +39,23 @@ from bros_ref.scheduler.latency_model import UNLIMITED_TOKENS, StepLatencyModel
 
 logger = init_logger(__name__)
 LOOKED_UP = 16  # of each waiting queue, this many requests are looked up in the prefix cache in each step
+# An RT that arrives waits for the end of a step, then perhaps for one with the prefill of another RT, then for its own.
+WAIT_SHARE = 1 / 3
 
 
 class Planner(bros.BROSScheduler):
-    """`bros-plus`, with vLLM's limits on who may newly hold KV.
+    """`bros-plus`, with three changes (ours): vLLM's limits on who may newly hold KV, shorter steps while no RT waits,
+    and BE that sit out rather than preempt, since vLLM recomputes whoever is preempted.
 
     Attributes:
         max_holders: the most requests that may hold KV; None: no limit besides the blocks.
         takes_newcomers: whether requests without KV may enter; not while vLLM is told to drain.
+        expected_ttft_s: the target that an RT is expected to have before the first one has come.
     """
 
     max_holders: int | None = None
     takes_newcomers = True
+    expected_ttft_s = math.inf
 
     def can_admit(self, request: ours.Request) -> bool:
         return self.takes_newcomers and super().can_admit(request) and self._finds_a_row(request)
@@ -67,9 +72,24 @@ class Planner(bros.BROSScheduler):
                     return True
         return False
 
+    def preempt_for(self, request: ours.Request, num_new_tokens: int) -> bool:
+        """A BE that needs a block sits out while others can run: it keeps its KV, and recomputing one costs more. A
+        starving BE, or one without which the machine would idle, preempts as in `bros.py`; so does RT."""
+        waits = not request.is_rt and self.output.requests and request not in self._starving_be
+        return not waits and super().preempt_for(request, num_new_tokens)
+
+    def _newcomer_budget_s(self) -> float:
+        """At most `WAIT_SHARE` of the TTFT of a typical RT, if the shortest iteration is no longer than that."""
+        ttft_s = self._typical_ttft_s if self._typical_ttft_s < math.inf else self.expected_ttft_s
+        wait_s = WAIT_SHARE * ttft_s
+        if wait_s <= (self.latency.c0 + self.latency.c1) * self.latency.safety:
+            wait_s = math.inf
+        return min(wait_s, super()._newcomer_budget_s())
+
     def first_waiting(self, num: int) -> list[ours.Request]:
         """The first `num` of each queue: those that may be admitted next."""
-        return [*self._rt_waiting[:num], *self._rt_late.first(num), *self._be_waiting.first(num)]
+        urgent = [request for request in self._rt_waiting[:num] if not request.status.is_end]
+        return [*urgent, *self._rt_late.first(num), *self._be_waiting.first(num)]
 
 
 class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where it is not installed
@@ -98,10 +118,11 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         self.planner = Planner(config, VLLMBlocks(self.kv_cache_manager, self.block_size),
                                StepLatencyModel(settings.latency) if settings.latency else None)
         self.planner.max_holders = self.max_num_running_reqs if self.use_v2_model_runner else None
+        self.planner.expected_ttft_s = settings.ttft_slo_s
         self.scheduler_reserve_full_isl = False  # whether a whole prompt has to fit is decided by the plan
         self._grants: dict[str, int] = {}  # request id -> the most tokens of this step
         self._in_flight: deque[tuple[SchedulerOutput, float]] = deque()  # and when they were scheduled
-        self._updated_s = -float("inf")
+        self._updated_s = -math.inf
         self._blocked: list[Request] = []  # not ready yet, such as those whose grammar is being compiled
         self._refused: set[str] = set()  # ids of requests with arguments that make no sense
 
@@ -139,7 +160,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         return scheduled
 
     def _sync(self) -> None:
-        """What vLLM knows better: which requests are ready, which hold KV, and how many of their tokens are computed."""
+        """What vLLM knows better: which requests are ready, which hold KV, how many of their tokens are computed."""
         planner, requests = self.planner, self.requests
         self._blocked = [request for request in self._blocked if not request.is_finished() and not (
             self._handle_blocked_waiting_request(request) and self._enter(request))]
@@ -181,11 +202,11 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
     def _carry_out(self, throttle_prefills: bool) -> SchedulerOutput:
         """Runs vLLM's `schedule` on the planned requests, in the plan's order, and hides all others from it."""
         grants = self._grants
-        pending = [request for request in self.running if request.request_id not in grants]
-        behind = [request for request in self.waiting if request.request_id not in grants]
+        pending: list[Request] = [request for request in self.running if request.request_id not in grants]
+        behind: list[Request] = [request for request in self.waiting if request.request_id not in grants]
         planned = [self.requests[request_id] for request_id in grants]
-        self.running = [request for request in planned if request.status == RequestStatus.RUNNING]
-        self.waiting = create_request_queue(self.policy)
+        self.running: list[Request] = [request for request in planned if request.status == RequestStatus.RUNNING]
+        self.waiting: Any = create_request_queue(self.policy)
         for request in planned:
             if request.status != RequestStatus.RUNNING:
                 self.waiting.add_request(request)
@@ -227,12 +248,13 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         cached = scheduled.scheduled_cached_reqs
         contexts = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         contexts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        step, token_ids = output.SchedulerOutput(self.planner.step, now_s), []
+        step = output.SchedulerOutput(self.planner.step, now_s)
+        token_ids: list[int | None] = []
         for request_id, count in scheduled.num_scheduled_tokens.items():
             step.features.add(count, contexts[request_id])
             if (mirror := self.planner.requests.get(request_id)) is not None:  # else it was aborted meanwhile
                 sampled = model_output.sampled_token_ids
-                new_ids = sampled[model_output.req_id_to_index[request_id]] if sampled else ()
+                new_ids = sampled[model_output.req_id_to_index[request_id]] if sampled else []
                 step.requests.append(mirror)
                 step.num_scheduled_tokens.append(count)
                 token_ids.append(int(new_ids[-1]) if len(new_ids) else None)
@@ -270,5 +292,5 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         return super()._free_request(request, delay_free_blocks)
 
 
-class AsyncBROSScheduler(BROSScheduler, AsyncScheduler):
+class AsyncBROSScheduler(BROSScheduler, AsyncScheduler):  # type: ignore[misc]
     """The same on top of vLLM's asynchronous scheduler. Deadlines are then those of one step ago."""
