@@ -26,18 +26,18 @@ from bros_ref.integrations.vllm.stepping import VOCAB_SIZE, Pool, Served, Steppe
 
 SYSTEMS: dict[str, tuple[type[Any], str]] = {  # scheduler class and vLLM's policy
     "vllm-fcfs": (Scheduler, "fcfs"), "vllm-priority": (Scheduler, "priority"), "bros": (BROSScheduler, "fcfs")}
-REFERENCES = {"rt-only": True, "be-only": False}  # one class alone, under BROS; the value: whether it is RT
+REFERENCES = {"rt-only": ("bros", True), "be-only": ("vllm-fcfs", False)}  # the system, and whether RT are kept
 
 
 def serve_hybrid(system: str, seed: int, pool: Pool) -> dict[str, Served]:
     """One run to the end; ids start with "rt" or "be"."""
-    scheduler_cls, policy = SYSTEMS["bros" if system in REFERENCES else system]
+    scheduler_cls, policy = SYSTEMS[REFERENCES[system][0] if system in REFERENCES else system]
     settings = {"latency": (*MODELLED_STEP, 0.0, 0.0), "ttft_slo_s": HYBRID_SLO.ttft_s,
                 "tpot_slo_s": HYBRID_SLO.tpot_s} if scheduler_cls is BROSScheduler else None
     stepper = Stepper(scheduler_cls, pool, policy, settings, *MODELLED_STEP)
     rng = np.random.default_rng(seed)
     arrivals = [item for item in hybrid_items(seed, HYBRID_SLO)
-                if system not in REFERENCES or (item.slo is not None) == REFERENCES[system]]
+                if system not in REFERENCES or (item.slo is not None) == REFERENCES[system][1]]
     num_added = 0
     while num_added < len(arrivals) or stepper.scheduler.has_requests():
         if not stepper.scheduler.has_requests():

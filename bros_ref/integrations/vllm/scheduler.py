@@ -8,9 +8,9 @@ Each step has three parts:
                    the plan grants; so block tables, prefix cache, sampling and statistics stay vLLM's
 
 What carries over: the order by slack, batches bounded by deadlines, chunks cut to what the deadlines leave, RT
-preempting BE, and the bound on the waiting of BE. A request that the plan leaves out keeps its KV and sits out the step,
-as in the paper. What does not: two owners in one block (vLLM's kernels fill blocks from the front), and copies of single
-slots to host memory. A request that gives up its blocks is recomputed, less what vLLM's prefix cache still holds.
+preempting BE, and the bound on the waiting of BE. A request that the plan leaves out keeps its KV and sits out the
+step, as in the paper. What does not: two owners in one block (vLLM's kernels fill blocks from the front), and copying
+single slots to host memory. A request that gives up its blocks is recomputed, less what vLLM's prefix cache still has.
 """
 
 from __future__ import annotations
