@@ -78,7 +78,7 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
         if tp != 1:
             raise ValueError(f"the checksum model has no weights to split: tp must be 1, got {tp}")
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    dtype = half_precision() if device == "cuda" else torch.float32
     try:
         attention = attention_backend(backend, device)
     except RuntimeError as error:  # "cupy" where it cannot be used
@@ -97,6 +97,12 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
         raise ValueError(f"model {name!r} cannot be put into the memory of {device}: "
                          f"{str(error).splitlines()[0]}") from error
     return LoadedModel(name, model, tokenizer, torch.device(device), dtype, parameters, used)
+
+
+def half_precision() -> torch.dtype:
+    """The 16-bit dtype for this GPU: bf16 where tensor cores take it (sm_80 and later), since fp16 overflows in some
+    models trained in bf16; else fp16."""
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def blocks_that_fit(loaded: LoadedModel, block_size: int, max_num_seqs: int) -> int:

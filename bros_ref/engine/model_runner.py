@@ -105,6 +105,8 @@ class ModelRunner:
         requests, work = output.requests, StepWork.of(output)
         logits = self.compute(work)
         sampled = work.sampled
+        if not sampled and self.device.type == "cuda":  # nothing is read back, so nothing else waits for the GPU
+            torch.cuda.current_stream(self.device).record_event().synchronize()
         result: list[int | None] = [None] * len(requests)
         errors: dict[int, Exception] = {}
         finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one NaN or infinity spoils the sum
