@@ -49,18 +49,14 @@ def sample_rows(logits: Tensor, draws: Tensor, drawn: Sequence[Draw]) -> Tensor:
         temperature, top_p, uniform = draws[:, :, None]
         is_drawn = temperature > 0
         chances = torch.softmax(logits.float() / torch.where(is_drawn, temperature, 1), dim=-1)
-        order = None
-        if any(top_p < 1 for _, top_p, _ in drawn):
-            chances, order = chances.sort(dim=-1, descending=True)
-            before = chances.cumsum(dim=-1) - chances
-            beyond = (before >= top_p) & (top_p < 1)
+        if any(one < 1 for _, one, _ in drawn):
+            falling, order = chances.sort(dim=-1, descending=True)
+            beyond = (falling.cumsum(dim=-1) - falling >= top_p) & (top_p < 1)
             beyond[:, 0] = False  # keeps the smallest set that reaches top_p, never none
-            chances = chances.masked_fill(beyond, 0)
+            chances = chances.masked_fill(torch.zeros_like(beyond).scatter_(1, order, beyond), 0)
         sums = chances.cumsum(dim=-1)
-        choice = torch.searchsorted(sums, uniform * sums[:, -1:], right=True)
-        last = torch.searchsorted(sums, sums[:, -1:])  # the last token with any chance, should rounding pass it
-        choice = torch.minimum(choice, last)
-        if order is not None:
-            choice = order.gather(1, choice)
-        tokens = torch.where(is_drawn[:, 0], choice[:, 0], tokens)
+        total = sums[:, -1:].contiguous()
+        choice = torch.searchsorted(sums, uniform * total, right=True)
+        last = torch.searchsorted(sums, total)  # the last token with any chance, should rounding pass it
+        tokens = torch.where(is_drawn[:, 0], torch.minimum(choice, last)[:, 0], tokens)
     return torch.where(finite, tokens, NOT_FINITE)

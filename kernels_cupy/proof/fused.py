@@ -46,6 +46,7 @@ def check_rope_store(device: Device, rng: np.random.Generator, heads: Heads, num
     is padding."""
     rows = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
     qkv = _normal(rng, (num_tokens, sum(rows), heads.head_dim), heads.dtype, place)
+    qkv[0] /= 100  # beside such a row eps counts
     q_norm, k_norm = (_normal(rng, (heads.head_dim,), heads.dtype, place) for _ in range(2))
     norms = (q_norm, k_norm) if qk_norm else None
     angles = torch.from_numpy(rng.uniform(0, 6, (50, rotary // 2)))
@@ -76,6 +77,7 @@ def check_add_norm(device: Device, rng: np.random.Generator, rows: int, hidden: 
                    add: bool = True, place: str = "cpu") -> None:
     """Raises AssertionError unless the sum and its norm are right."""
     residual, delta = (_normal(rng, (rows, hidden), dtype, place) for _ in range(2))
+    residual[0], delta[0] = residual[0] / 100, delta[0] / 100  # beside such a row eps counts
     weight, out = _normal(rng, (hidden,), dtype, place), torch.full((rows, hidden), torch.nan, dtype=dtype,
                                                                    device=place)
     total = (residual + delta if add else residual).clone()  # rounded to the dtype, as it is stored
