@@ -13,6 +13,7 @@ import torch
 from bros_ref.config import KVCacheConfig
 from bros_ref.engine.model_runner import ModelRunner
 from bros_ref.engine.profile import _batch_output
+from bros_ref.evaluation.bench import gpu_step
 from bros_ref.evaluation.bench.gpu_step import counted_step, meta_runner
 from bros_ref.gpu.runner import KernelRunner
 from bros_ref.model.weights.load import load_model_config
@@ -158,6 +159,30 @@ def test_the_recorder_sees_what_it_must():
         assert len(recorder.waits) == 3, "what happens on the host is no business of the GPU"
     with pytest.raises(RuntimeError, match="cannot hold allocations"):
         recorder.replay()
+
+
+def test_the_estimate_is_the_sum_of_what_was_counted(monkeypatch):
+    def total_ms(**constants):
+        for name, value in constants.items():
+            monkeypatch.setattr(gpu_step, name, value)
+        rows = gpu_step.estimate_steps(gpus=["h100-80gb"], batches=[1])
+        monkeypatch.undo()
+        return {row.path: row for row in rows}
+
+    rows = total_ms()
+    plain, fused, graph = (rows[path] for path in gpu_step.PATHS)
+    assert plain.kernels > 600 > 330 > fused.kernels == graph.kernels
+    assert (fused.uploads, fused.waits) == (1, 1)
+    assert (plain.uploads, plain.waits) == (8, 2)
+    for row in rows.values():
+        assert row.estimated_ms > max(row.device_ms, row.roofline_ms)
+    slower = total_ms(LAUNCH_S=gpu_step.LAUNCH_S + 1e-4)
+    assert slower[plain.path].host_ms - plain.host_ms == pytest.approx(0.1 * plain.kernels)
+    assert slower[graph.path] == graph, "a graph is one launch"
+    gaps = total_ms(GAP_S=gpu_step.GAP_S + 1e-4)
+    assert gaps[graph.path].estimated_ms - graph.estimated_ms == pytest.approx(0.1 * graph.kernels)
+    crossings = total_ms(CROSSING_S=gpu_step.CROSSING_S + 1e-3)
+    assert crossings[plain.path].estimated_ms - plain.estimated_ms == pytest.approx(plain.uploads + plain.waits)
 
 
 def test_a_pool_for_the_counts_takes_no_memory():
