@@ -176,6 +176,19 @@ def kernel_times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> FittedTab
     return table
 
 
+def gpu_step_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
+    """A decode step: what was counted, and an estimate of its time."""
+    table = FittedTable(f"{rows[0]['model']}, {number(rows[0]['context'])} tokens of context: counted, and times "
+                        "estimated; nothing here was timed",
+                        _columns("GPU", "batch", "path", figures=("kernels", "uploads", "waits", "allocations",
+                                                                  "estimated ms", "roofline ms")), num_keys=3)
+    for row in rows:
+        table.add_row(row["gpu"], number(row["batch"]), row["path"],
+                      *(number(row[name]) for name in ("kernels", "uploads", "waits", "allocations")),
+                      number(row["estimated_ms"], 1), number(row["roofline_ms"], 1))
+    return table
+
+
 def _columns(*texts: str, figures: Sequence[str]) -> list[Column]:
     return [*(Column(heading, is_text=True) for heading in texts), *map(Column, figures)]
 

@@ -71,6 +71,9 @@ TABLES = {
     "kernels": tables.kernels_table([KERNEL, {**KERNEL, "sectors_over_minimum": None}]),
     "kernel times": tables.kernel_times_table([{"case": "decode 64 x 4096", "system": "decode_7_tensor_cores",
                                                 "us": BIG, "gb_per_s": BIG, "share_of_copy_bandwidth": 1.0}], "GPU"),
+    "gpu step": tables.gpu_step_table([{"gpu": "h200-141gb", "batch": 1024, "path": "attention only",
+                                        "model": "llama-3-70b", "context": 131072, "kernels": BIG, "uploads": BIG,
+                                        "waits": BIG, "allocations": BIG, "estimated_ms": 1e5, "roofline_ms": 1e5}]),
 }
 
 
