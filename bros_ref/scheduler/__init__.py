@@ -49,6 +49,7 @@ PLUS: dict[str, dict[str, Any]] = {
     "chunks": {"chunked_prefill": True},  # prompts are cut to what the deadlines leave
     "seats": {"batch_slow_start": False},  # the deadlines bound the batch, and no cap besides
     "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
+    "triage": {"rt_triage": True},  # of RT that cannot all be on time, as many as possible are
     "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
 # One class alone: the floor of latency and the ceiling of throughput. A run uses whichever form serves its class better
