@@ -127,8 +127,8 @@ def reproduce_paper(duration_s: float, seed: int, *, seeds: int = 5, minutes: fl
 
     Returns:
         "figures", "overhead" and "bounds" (both None without the part "paper"), "dominance", and the absolute values of
-        every run: "systems" (the paper's sweep), "sweeps" (beyond the paper), "ablation" (the options of bros-plus) and
-        "unseen"; "duration_s" and "seeds" are what was run; all JSON.
+        every run: "systems" (the paper's sweep), "sweeps" (beyond the paper, and unseen) and "ablation" (the options of
+        bros-plus); "duration_s" and "seeds" are what was run; all JSON.
 
     Raises:
         ValueError: an unknown part, or traces without the part "unseen"; the budget does not suffice for one seed of
@@ -165,8 +165,9 @@ def reproduce_paper(duration_s: float, seed: int, *, seeds: int = 5, minutes: fl
     return {"duration_s": duration_s, "seeds": finished,
             "figures": figures, "overhead": _overhead(runs) if has_paper else None, "bounds": bounds,
             "dominance": dominance(runs),
-            **{group: [_row(name, own) for name, own in runs.items() if name.startswith(f"{part}/")]
-               for group, part in zip(("systems", "sweeps", "ablation", "unseen"), PARTS, strict=True)}}
+            **{group: [_row(name, own) for name, own in runs.items() if name.partition("/")[0] in own_parts]
+               for group, own_parts in (("systems", ["paper"]), ("sweeps", ["sweep", "unseen"]),
+                                        ("ablation", ["ablation"]))}}
 
 
 def _affordable_s(jobs: Sequence[Job], budget_s: float, seeds: int, processes: int) -> float:

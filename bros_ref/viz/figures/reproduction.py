@@ -33,7 +33,7 @@ LINE_SWEEPS = ("SLO", "KV pool", "BE outstanding")  # sweeps whose points make a
 def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
     """Writes one self-contained HTML page that opens offline."""
     places = {policy: place for place, policy in enumerate(dict.fromkeys(
-        row["policy"] for row in (*result["systems"], *result["sweeps"], *result["unseen"])))}
+        row["policy"] for row in (*result["systems"], *result["sweeps"])))}
     sections = _sections(result, places)
     nav = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, *_ in sections)
     parts = [page.section(anchor, heading, lead, *content) for anchor, _, heading, lead, content in sections]
@@ -72,9 +72,10 @@ def _sections(result: dict[str, Any], places: dict[str, int]) -> list[tuple[str,
         ("options", "Options", "What each option of bros-plus gives", "bros is the paper's form; then each option "
          "alone, then all of them.", _run_tables(result["ablation"])),
         ("sweeps", "Sweeps", "Beyond the paper", "OPT-13B on two A100-40GB unless said otherwise; one thing is changed "
-         "at a time.", _run_tables(result["sweeps"])),
+         "at a time.", _run_tables([row for row in result["sweeps"] if not row["name"].startswith("unseen/")])),
         ("unseen", "Unseen", "Traces and long prompts on which nothing was tuned", "RT load, targets and system follow "
-         "from each trace by one rule, and the best-effort batches are the paper's.", _run_tables(result["unseen"])))
+         "from each trace by one rule, and the best-effort batches are the paper's.",
+         _run_tables([row for row in result["sweeps"] if row["name"].startswith("unseen/")])))
     return [section for section in sections if section[-1]]
 
 
