@@ -10,6 +10,7 @@ from typing import Any
 
 from bros_ref.viz.notebook import unanswered
 
+SHORT = 400  # characters of two results that are shown as they are
 _passed: dict[str, Any] = {}  # name -> the reader's function or class
 
 
@@ -46,7 +47,8 @@ def check_against(answer: Any, oracle: Callable[..., Any], cases: Mapping[str, t
             elif got != wanted:
                 raise AssertionError(f"got {got!r}, wanted {wanted!r}.")
         except (AssertionError, TypeError) as error:
-            raise AssertionError(f"{which}: {error} Hint: {hint}") from None
+            shown = "" if same is None else f" Got {got!r}, wanted {wanted!r}."
+            raise AssertionError(f"{which}: {error}{shown if len(shown) <= SHORT else ''} Hint: {hint}") from None
     _passed[name] = answer
     print("right")
 

@@ -30,8 +30,10 @@ def test_a_comparison_of_ones_own_says_what_differs(capsys):
 
     check_against(lambda n: 2 * n + 0.1, doubled, CASES, "add", same=same)
     assert capsys.readouterr().out == "right\n"
-    with pytest.raises(AssertionError, match=r"^case 2 of 3, two: 2 apart\. Hint: add$"):
+    with pytest.raises(AssertionError, match=r"^case 2 of 3, two: 2 apart\. Got 6, wanted 4\. Hint: add$"):
         check_against(lambda n: 3 * n, doubled, CASES, "add", same=same)
+    with pytest.raises(AssertionError, match=r"^case 1 of 3, nothing: 1{500} apart\. Hint: add$"):
+        check_against(lambda n: int("1" * 500), doubled, CASES, "add", same=same)
     with pytest.raises(AssertionError, match=r"^case 1 of 3, nothing: .*NoneType.*Hint: add$"):
         check_against(lambda n: None if n == 0 else n, doubled, CASES, "add", same=same)
 
