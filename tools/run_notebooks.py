@@ -30,6 +30,8 @@ def run(path: Path) -> None:
             if output.output_type == "error":  # the last line says it; the rest names folders of this machine
                 output.traceback = [f"{output.ename}: {output.evalue}"]
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if "answer" in cell.metadata.get("tags", ()):  # JupyterLab shows it folded, and runs it
+            cell.metadata["jupyter"] = {"source_hidden": True}
     nbformat.write(notebook, path)
 
 

@@ -1,4 +1,8 @@
-"""Every exercise can be solved by the answer that is folded below it; that the bare stub fails, nbval sees."""
+"""Every exercise can be solved by the answer that is folded below it; that the bare stub fails, nbval sees.
+
+A part of the system that the reader builds is an exercise too: its answer is a folded code cell, tagged `answer`, which
+runs, so that what follows works for whoever skipped it.
+"""
 
 import re
 from pathlib import Path
@@ -11,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
+FOLDED = re.compile(r"<details>.*?```python\n(.*?)```", re.DOTALL)
+
+
 def exercises(cells):
     """(stub, checks, answer): cell indices, and the code of the folded answer, of each exercise of a notebook."""
     found = []
@@ -18,10 +25,12 @@ def exercises(cells):
         if "exercise" not in cell.metadata.get("tags", ()):
             continue
         rest = list(range(i + 1, len(cells)))
-        answered = next((j for j in rest if cells[j].cell_type == "markdown"
-                         and re.search(r"<details>.*?```python\n", cells[j].source, re.DOTALL)), None)
-        assert answered is not None, f"exercise without a folded ```python answer: {cell.source}"
-        answer = re.search(r"<details>.*?```python\n(.*?)```", cells[answered].source, re.DOTALL)[1]
+        answered = next((j for j in rest if "answer" in cells[j].metadata.get("tags", ())
+                         or (cells[j].cell_type == "markdown" and FOLDED.search(cells[j].source))), None)
+        assert answered is not None, f"exercise without a folded answer: {cell.source}"
+        answer = cells[answered].source
+        if cells[answered].cell_type == "markdown":
+            answer = FOLDED.search(answer)[1]
         found.append((i, [j for j in rest if j < answered and cells[j].cell_type == "code"], answer))
     return found
 

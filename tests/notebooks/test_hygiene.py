@@ -38,8 +38,20 @@ def test_a_notebook_follows_the_template(path):
     text = "\n".join(headings)
     for part in ("Predict", "Build", "See", "Measure", "Break it", "Summary", "Exercises"):
         assert part in text, f"no section {part!r}"
-    assert len(cells) <= 50
+    work = {"exercise", "raises-exception", "answer"}  # stub, check and answer of what the reader builds
+    assert sum(not work & set(cell["metadata"].get("tags", ())) for cell in cells) <= 50
     assert all(len(cell["source"]) <= 30 for cell in cells if cell["cell_type"] == "code"), "one idea a cell"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_an_answer_is_folded_and_stands_below_its_check(path):
+    cells = json.loads(path.read_text())["cells"]
+    tags = [set(cell["metadata"].get("tags", ())) for cell in cells]
+    for i in (i for i, tag in enumerate(tags) if "answer" in tag):
+        assert "hide-input" in tags[i], "folded in the book"
+        assert cells[i]["metadata"]["jupyter"] == {"source_hidden": True}, "folded in JupyterLab: make notebooks"
+        assert "raises-exception" in tags[i - 1], "the check comes first"
+        assert "exercise" in tags[i - 2]
 
 
 NAMED_FILE = re.compile(r"`((?:\w+/)+\w+\.\w+)(?:: ?([\w.]+))?`")  # a path in backquotes; a name after a colon
