@@ -131,5 +131,5 @@ def toys_of(notebook: str, folder: str | Path = ".") -> ModuleType:
     module = ModuleType(notebook)
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if {"toy", "answer"} & set(cell["metadata"].get("tags", ())):
-            exec(compile("".join(cell["source"]), path.name, "exec"), module.__dict__)
+            exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), module.__dict__)
     return module

@@ -69,7 +69,9 @@ def test_the_toys_of_another_notebook_are_its_tagged_cells(tmp_path):
     def cell(source, *tags):
         return {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": source}
 
-    cells = [cell(["X = 2\n", "def twice(n):\n", "    return X * n"], "toy"), cell("def answer(): ...", "exercise"),
+    one_class = "from dataclasses import dataclass\n@dataclass\nclass Toy:\n    size: int"
+    cells = [cell(one_class, "toy"), cell(["X = 2\n", "def twice(n):\n", "    return X * n"], "toy"),
+             cell("def answer(): ...", "exercise"),
              cell("def answer():\n    return twice(4)", "answer", "hide-input"), cell("raise SystemExit")]
     (tmp_path / "03_any.ipynb").write_text(json.dumps({"cells": cells}))
     assert toys_of("03_any", tmp_path).answer() == 8
