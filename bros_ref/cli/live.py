@@ -135,7 +135,8 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     from bros_ref.engine.serve import keep_class
     from bros_ref.evaluation.demo import demo_items, pool_blocks
     from bros_ref.trace.metrics import summarise
-    from bros_ref.viz.figures.report import write_report
+    from bros_ref.viz.figures.report import featured_trace, write_report
+    from bros_ref.viz.widgets.schedule_player import SchedulePlayer
 
     names, console = parse_policies(policies), make_console(json_path)
     loaded = _load(model, device, threads, seed, tp=tp)
@@ -162,7 +163,9 @@ def demo(policies: Annotated[str, typer.Option(help="Comma-separated.")] = "vllm
     result = write_json(json_path, "demo", seed, runs=runs, interrupted=interrupted)
     for trace in traces:
         trace.save(out / f"trace-{trace.policy}.json")
-    write_report(out / "report.html", traces, runs, "Real-time and best-effort on one model", samples)
+    featured = featured_trace(traces)
+    player = SchedulePlayer(featured).to_html() if featured.steps else ""
+    write_report(out / "report.html", traces, runs, "Real-time and best-effort on one model", samples, player)
     write_json(str(out / "summary.json"), "demo", seed, runs=runs, interrupted=interrupted,
                environment=result["environment"])
     say(console, f"report: {out / 'report.html'}")

@@ -179,6 +179,12 @@ class Scheduler:
             self.running.append(request)
         return ADMITTED
 
+    def admit_newcomer(self, request: Request) -> Admission:
+        """`try_admit` for policies in which each running request holds a seat, also in steps that it sits out."""
+        if len(self.running) >= self.max_batch_size:
+            return self.refuse(request, BATCH_CAP)
+        return self.try_admit(request)
+
     def refuse(self, request: Request, reason: Admission) -> Admission:
         """Records why `request` sits out this step, if it is the first reason, and returns the reason."""
         self.output.left_out.setdefault(request.request_id, reason)

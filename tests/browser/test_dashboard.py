@@ -50,6 +50,41 @@ def test_both_sides_follow_one_slider(shown):
     assert reasons - {BEHIND}
 
 
+INK_BEYOND = """(canvas, [end, kind]) => {
+  const scaled = (length) => Math.round(length * canvas.width / canvas.clientWidth);
+  const [left, top, high] = [scaled(end + 3), scaled(18), scaled(canvas.clientHeight - 38)];
+  const wide = canvas.width - left - scaled(8);
+  const pixels = canvas.getContext('2d').getImageData(left, top, wide, high).data;
+  let count = 0;
+  for (let i = 0; i < pixels.length; i += 4) {
+    const more_red = pixels[i] - pixels[i + 2];
+    count += kind === 'red' ? more_red > 60 : more_red < -60;
+  }
+  return count;
+}"""
+
+
+@pytest.mark.parametrize("shorter", [0, 1])
+def test_a_curve_ends_where_its_run_ends(chromium, tmp_path, shorter):
+    pair = [make_trace("bros", seed=2, num_rt=8, num_be=2 if i == shorter else 9, num_blocks=30) for i in (0, 1)]
+    pair[shorter].steps = pair[shorter].steps[:len(pair[shorter].steps) // 2]
+    dashboard = Dashboard(*pair)
+    page = opened(chromium, tmp_path, dashboard.to_html())
+    root = page.locator("[data-bros-dashboard]")
+    last = len(dashboard.times_s) - 1
+    go_to(root, last)
+    ends = [next(i for i, time_s in enumerate(dashboard.times_s) if round(time_s, 3) >= round(side.ends[-1], 3))
+            for side in dashboard.sides]
+    assert ends[shorter] < last - 5, "one run is over long before the other"
+    for canvas in root.locator("canvas[data-chart]").all():
+        width = canvas.evaluate("canvas => canvas.clientWidth")
+        beyond = 44 + ends[shorter] / last * (width - 50)
+        inks = [canvas.evaluate(INK_BEYOND, [beyond, kind]) for kind in ("red", "blue")]  # of A and of B
+        assert inks[shorter] == 0
+        assert inks[1 - shorter] > 20
+    page.close()
+
+
 def test_keyboard_and_play(shown):
     dashboard, root = shown
     slider = root.locator("input[type=range]")

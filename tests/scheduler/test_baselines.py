@@ -507,3 +507,16 @@ def test_the_same_seed_gives_the_same_decisions(policy, seed):
                 decider.add(f"{rng.choice(['rt', 'be'])}{step}", prompt, rng.randint(1, 40 - prompt))
             yield list(decider.step().items()), decider.output.preempted, decider.output.left_out
     assert list(decisions()) == list(decisions())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seats", [1, 2, 3])
+def test_where_seats_are_full_the_head_of_the_queue_says_so(policy, seats):
+    decider = Decider(policy, max_num_seqs=seats)
+    for i in range(seats + 2):
+        decider.add(f"be{i}", 2, 20)
+    for _ in range(4):
+        decider.step()
+        assert waiting_ids(decider) == {f"be{seats}", f"be{seats + 1}"}
+        assert decider.output.left_out.get(f"be{seats}") == BATCH_CAP
+        assert set(decider.output.left_out.values()) == {BATCH_CAP}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bros_ref.trace import REASONS, BlockView, Trace
 from bros_ref.trace.metrics import request_timings
-from bros_ref.viz.widgets.dashboard import Dashboard, Moments, seen_of_two_owners
+from bros_ref.viz.widgets.dashboard import FIELDS, Dashboard, Moments, seen_of_two_owners
 from tests.viz.factory import make_trace
 from tests.viz.test_player import pool_after
 
@@ -46,7 +46,8 @@ def test_the_page_carries_the_pool_of_each_moment():
     for side, packed in zip(dashboard.sides, dashboard.data()["sides"], strict=True):
         before = None
         pools = pool_after(side.trace, packed["pool"]["steps"])
-        for time_s, moment, pool in zip(dashboard.times_s, packed["moments"], pools, strict=True):
+        moments = [dict(zip(FIELDS, moment, strict=True)) for moment in packed["moments"]]
+        for time_s, moment, pool in zip(dashboard.times_s, moments, pools, strict=True):
             step = side.step_at(time_s)
             if step >= 0:
                 assert pool == side.trace.pool_at(step)
@@ -71,6 +72,15 @@ def test_two_owners_are_counted_from_what_changes(trace, monkeypatch):
     monkeypatch.setattr(Trace, "pools", None)
     assert seen_of_two_owners(trace) == counted
     Dashboard(trace, trace).data()
+
+
+@pytest.mark.parametrize("most", [1, 2, 60])
+def test_the_slider_has_as_many_moments_as_asked_for(most):
+    dashboard = Dashboard(*PAIR, max_moments=most)
+    assert len(dashboard.times_s) == most + 1
+    assert (dashboard.times_s[0], dashboard.times_s[-1]) == (0, dashboard.end_s)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        Dashboard(*PAIR, max_moments=0)
 
 
 def test_it_starts_where_two_owners_are_to_be_seen():

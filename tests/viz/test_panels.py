@@ -1,11 +1,16 @@
 """The panels: what a press does to the engine or the pool, and that the picture says so."""
 
+import asyncio
+import re
+from html import unescape
+
 import pytest
 from harness import checksum_engine, make_request
 
 from bros_ref.config import KVCacheConfig
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.trace import BlockView
+from bros_ref.viz.widgets.ask_panel import AskPanel
 from bros_ref.viz.widgets.panels import InjectPanel, PoolPanel, holdings
 
 
@@ -83,3 +88,102 @@ def test_holdings_are_the_block_tables_in_logical_order():
     assert kv.block_table("second") == [1, 0]
     pool = [BlockView("a", 2, "b", 4, 1, 1, 0), BlockView(), BlockView("a", 4, None, 0, 0, 0, 0)]
     assert holdings(pool) == {"a": (6, [2, 0]), "b": (3, [0])}
+
+
+def ask_panel(num_blocks=12, output=20):
+    engine = checksum_engine("bros", num_blocks=num_blocks)
+    for i in range(2):
+        engine.add_request(make_request(f"be{i}", False, range(10), output))
+    return AskPanel(engine, lambda n, text: make_request(f"rt{n}", True, range(1, len(text) + 1), 3))
+
+
+def rows_of(made):
+    cells = {name: re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL) for name, row in
+             re.findall(r'<tr data-request="(.*?)">(.*?)</tr>', made.picture.value, re.DOTALL)}
+    return {name: [unescape(cell) for cell in row] for name, row in cells.items()}
+
+
+def test_a_question_is_asked_in_the_middle_of_the_work_and_answered():
+    made = ask_panel()
+    assert "nothing has run yet" in made.picture.value
+    made.step_button.click()
+    made.step_button.click()
+    made.box.value = "  why?  "
+    made.ask_button.click()
+    assert made.box.value == ""
+    assert len(made.engine.scheduler.requests["rt0"].prompt_token_ids) == len("why?")
+    assert rows_of(made)["rt0"][2:] == ["", ""]
+    made.step_button.click()
+    step, rows = made.trace.steps[-1], rows_of(made)
+    assert list(rows) == ["be0", "be1", "rt0"]
+    for name, (_, state, slack, text) in rows.items():
+        assert (f"{step.scheduled[name]} token" in state) == (name in step.scheduled)
+        assert slack == (f"{1e3 * step.slack_s[name]:.0f} ms" if name in step.slack_s else "")
+        assert text == ""  # this engine has no tokenizer, so no streams
+    assert rows["rt0"][2]
+    made.ask_button.click()  # an empty box asks the example
+    assert len(made.engine.scheduler.requests["rt1"].prompt_token_ids) == len(made.box.placeholder)
+
+
+def test_it_plays_until_nothing_is_left_and_takes_a_question_on_the_way():
+    made = ask_panel()
+
+    async def play():
+        made.play_button.click()
+        assert made.play_button.description == "pause"
+        while len(made.trace.steps) < 3:
+            await asyncio.sleep(0)
+        made.ask_button.click()
+        await made.playing
+
+    asyncio.run(play())
+    assert not made.engine.has_unfinished
+    assert made.play_button.description == "play"
+    assert {row[1] for row in rows_of(made).values()} == {"has ended"}
+    steps = len(made.trace.steps)
+    made.step_button.click()
+    assert len(made.trace.steps) == steps
+
+
+def test_a_second_press_pauses():
+    made = ask_panel(num_blocks=120, output=200)
+
+    async def play():
+        made.play_button.click()
+        while len(made.trace.steps) < 2:
+            await asyncio.sleep(0)
+        made.play_button.click()
+        steps = len(made.trace.steps)
+        await asyncio.sleep(0.1)
+        assert len(made.trace.steps) == steps
+
+    asyncio.run(play())
+    assert made.engine.has_unfinished
+    assert made.play_button.description == "play"
+
+
+def test_a_question_that_the_engine_refuses_is_explained():
+    made = ask_panel()
+    made.box.value = "x" * 60
+    made.ask_button.click()
+    assert "60 prompt + 3 new tokens exceed the KV pool" in made.picture.value
+    assert made.box.value == "x" * 60
+    made.box.value = "x"
+    made.ask_button.click()
+    assert "exceed" not in made.picture.value
+
+
+def test_a_text_is_shown_as_text_and_an_ask_panel_needs_a_trace():
+    made = ask_panel()
+    made.engine.streams["be0"] = type("Said", (), {"text": "<b>" + "x" * 300})
+    made.step_button.click()
+    assert rows_of(made)["be0"][3] == "… " + "x" * 160
+    made.engine.streams["be0"] = type("Said", (), {"text": "<b>bold"})
+    made.step_button.click()
+    assert "&lt;b&gt;bold" in made.picture.value
+    bundle = made._repr_mimebundle_()
+    assert bundle["text/html"] == made.picture.value
+    assert bundle["text/plain"] == repr(made) == "a panel of 2 requests: ask now, one step, play"
+    made.engine.trace = None
+    with pytest.raises(ValueError, match="has none"):
+        AskPanel(made.engine, lambda n, text: None)

@@ -14,12 +14,13 @@ from plotly.offline import get_plotlyjs
 
 from bros_ref.trace import RequestRecord, Trace
 from bros_ref.trace.metrics import summarise
-from bros_ref.viz.figures.report import TERMS, write_report
+from bros_ref.viz.figures.report import TERMS, featured_trace, verdict, write_report
+from bros_ref.viz.widgets.schedule_player import SchedulePlayer
 from tests.viz.factory import make_trace
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SAMPLES = {"What is <2 + 2>?": "It is 4 & no more.</main>"}
-SECTIONS = ["results", "trade-off", "schedule", "memory", "reasons", "prediction", "answers", "reading"]
+SECTIONS = ["reading", "player", "results", "trade-off", "schedule", "memory", "reasons", "prediction", "answers"]
 FETCHING = {"src", "srcset", "href", "data", "poster", "action", "xlink:href", "background"}
 
 
@@ -53,7 +54,8 @@ class Page(HTMLParser):
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     traces = [make_trace(policy, seed=2, num_rt=10, num_be=12, num_blocks=30) for policy in ("vllm", "bros")]
-    write_report(path, traces, [summarise(trace) for trace in traces], "A <title> & more", SAMPLES)
+    write_report(path, traces, [summarise(trace) for trace in traces], "A <title> & more", SAMPLES,
+                 SchedulePlayer(featured_trace(traces)).to_html())
     return path
 
 
@@ -113,11 +115,34 @@ def test_the_numbers_are_the_summaries(page: Page) -> None:
     assert f"× {ratio:.2f}" in page.text["small"]
 
 
+def test_it_opens_with_a_verdict_of_two_sentences(page: Page) -> None:
+    traces = [make_trace(policy, seed=2, num_rt=10, num_be=12, num_blocks=30) for policy in ("vllm", "bros")]
+    base, run = (summarise(trace) for trace in traces)
+    said = verdict(run, base)
+    assert page.text["p"][0] == said
+    on_time, work = ([one["classes"][kind][key] for one in (run, base)] for kind, key in (
+        ("rt", "slo_attainment"), ("be", "output_throughput")))
+    assert said == (f"Under bros, {on_time[0]:.1%} of the real-time requests had all their tokens in time, against "
+                    f"{on_time[1]:.1%} under vllm. Best-effort work got {work[0]:,.1f} tokens per second, against "
+                    f"{work[1]:,.1f} under vllm.")
+    alone = verdict(base, base)
+    assert "against" not in alone
+    assert alone.count(". ") == 1
+    for classes in ((0, 3), (3, 0)):
+        trace = make_trace("bros", num_rt=classes[0], num_be=classes[1])
+        del trace.requests["rt-refused"], trace.rejected["rt-refused"]
+        run = summarise(trace)
+        words = verdict(run, run)
+        assert ("no real-time request arrived" in words) == (classes[0] == 0)
+        assert ("no best-effort work" in words) == (classes[1] == 0)
+        assert "none" not in words
+
+
 def test_text_from_outside_is_shown_as_text(page: Page) -> None:
     assert "".join(page.text["blockquote"]) == "It is 4 & no more.</main>"
     assert "What is <2 + 2>?" in page.text["h3"]
     assert page.text["h1"] == ["A <title> & more"]
-    assert page.text["dt"][-len(TERMS):] == list(TERMS)
+    assert [term for term in page.text["dt"] if term in TERMS] == list(TERMS)
 
 
 def test_a_request_id_cannot_break_out_of_the_page(tmp_path: Path) -> None:
@@ -133,7 +158,8 @@ def test_no_samples_no_section_and_no_best_of_one(tmp_path: Path) -> None:
     trace = make_trace("bros", num_rt=3, num_be=2)
     write_report(tmp_path / "r.html", [trace], [summarise(trace)], "t")
     page = Page((tmp_path / "r.html").read_text())
-    assert [section["id"] for section in page.all("section")] == [name for name in SECTIONS if name != "answers"]
+    assert [section["id"] for section in page.all("section")] == [
+        name for name in SECTIONS if name not in ("answers", "player")]
     assert not any(cell.get("class") for cell in page.all("td"))
 
 

@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bros_ref.trace import PENDING, PHASES, REASONS, WAITING, Trace
-from bros_ref.viz.figures.gantt import gantt_svg, phase_steps, shown_steps, step_position, what_it_does
+from bros_ref.trace import BATCH_CAP, BEHIND, PENDING, PHASES, REASONS, WAITING, Trace
+from bros_ref.viz.figures.gantt import (
+    gantt_svg,
+    phase_steps,
+    shown_steps,
+    stands_behind,
+    step_position,
+    what_it_does,
+)
 from bros_ref.viz.figures.style import REASON_LABELS
 from bros_ref.viz.widgets.schedule_player import SchedulePlayer, schedule_rows, schedule_steps
 from tests.viz.factory import make_trace
@@ -29,6 +36,9 @@ def test_a_request_runs_in_exactly_the_steps_that_schedule_it(seed, policy, num_
 
 def test_what_the_page_says_of_a_step_is_what_the_trace_says():
     trace = make_trace(num_blocks=24)
+    for step in trace.steps[::2]:  # nobody asked the last but one that was left out
+        if len(step.left_out) > 1:
+            del step.left_out[list(step.left_out)[-2]]
     player = SchedulePlayer(trace, max_requests=16)
     spans, last_reason = phase_steps(trace), len(REASONS) - 1
     data = player.data()
@@ -42,9 +52,25 @@ def test_what_the_page_says_of_a_step_is_what_the_trace_says():
             if phase is not None:
                 reason = REASONS[moment["left_out"].get(place, last_reason)]
                 assert reason == trace.reason_for(index, request_id)
-                assert what_it_does(trace, spans, index, request_id) == f"{phase}: {REASON_LABELS[reason]}"
+                said = f"{phase}: {REASON_LABELS[reason]}"
+                if reason == BEHIND and (whom := stands_behind(trace, index, request_id)) is not None:
+                    said = f"{phase}: behind {whom}"
+                    assert data["owners"][moment["behind"][not data["rows"][place]["rt"]]] == whom
+                    seen.add("behind somebody")
+                assert what_it_does(trace, spans, index, request_id) == said
                 seen.add(phase)
-    assert seen == {WAITING, PENDING}
+    assert seen == {WAITING, PENDING, "behind somebody"}
+
+
+def test_one_that_nobody_asked_stands_behind_the_last_of_its_class_that_was_left_out():
+    trace = make_trace()
+    step = trace.steps[5]
+    for left_out, behind_rt, behind_be in (
+            ([], None, None), (["rt-0"], "rt-0", "rt-0"), (["be-1", "rt-0", "rt-3"], "rt-3", "be-1"),
+            (["rt-0", "be-1", "be-2"], "rt-0", "be-2")):
+        step.left_out = dict.fromkeys(left_out, BATCH_CAP)
+        assert stands_behind(trace, 5, "rt-5") == behind_rt
+        assert stands_behind(trace, 5, "be-5") == behind_be
 
 
 def test_rows_know_tokens_and_deadlines():
@@ -83,7 +109,7 @@ def test_the_still_says_who_was_left_out_and_why():
     texts = [text.text or "" for text in svg.iter("{http://www.w3.org/2000/svg}text")]
     said = {name: reason for name in player.request_ids if (reason := trace.reason_for(player.start, name))}
     assert said
-    endings = tuple(f": {label}" for label in REASON_LABELS.values())
+    endings = (*(f": {label}" for label in REASON_LABELS.values()), *(f": behind {name}" for name in trace.requests))
     assert sum(text.endswith(endings) for text in texts) == len(said)
     assert {"◆ RT rt-0", "■ BE be-0"} <= set(texts)
 

@@ -85,10 +85,13 @@ class QoServeScheduler(Scheduler):
         self.max_step_tokens = min(total, self.config.max_num_batched_tokens)
 
     def _prefill(self, candidates: Sequence[Request]) -> None:
-        queue_open = True
+        queue_open, seats_full = True, False
         for request in candidates:
             is_newcomer = request.status is RequestStatus.WAITING
             if is_newcomer and (not queue_open or len(self.running) >= self.max_batch_size):
+                if queue_open and not seats_full:  # the first of the queue; the others stand behind it
+                    self.refuse(request, BATCH_CAP)
+                    seats_full = True
                 continue
             answer = self.try_admit(request)
             if answer == BATCH_CAP or self.output.features.new_tokens >= self.max_step_tokens:

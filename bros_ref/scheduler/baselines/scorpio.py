@@ -85,9 +85,9 @@ class ScorpioScheduler(VLLMV0Scheduler):
         self._reject(now_s)
         self._queue.sort(key=lambda request: (_remaining_s(request, now_s), request.arrival_s))
         for request in list(self._queue):
-            if len(self.running) == self.max_batch_size or not self._guard_admits(request):
+            if len(self.running) < self.max_batch_size and not self._guard_admits(request):
                 break
-            if self.try_admit(request) is not ADMITTED:
+            if self.admit_newcomer(request) is not ADMITTED:
                 break
         if not self.output.requests:
             self._decode()

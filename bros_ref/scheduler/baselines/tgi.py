@@ -29,9 +29,8 @@ class TGIScheduler(Scheduler):
 
     def pack(self, now_s: float) -> None:
         decoding = list(self.running)
-        while len(self.running) < self.max_batch_size and (request := self._waiting.head()):
-            if self.try_admit(request) is not ADMITTED:
-                break
+        while (request := self._waiting.head()) and self.admit_newcomer(request) is ADMITTED:
+            pass
         if not self.output.requests:
             for request in decoding:
                 self.try_admit(request)

@@ -29,9 +29,8 @@ class VLLMFCFSScheduler(Scheduler):
     def pack(self, now_s: float) -> None:
         for started in self.running:  # a preemption shortens the list at its end: the loop ends earlier then
             self.try_admit(started)
-        while (not self.output.preempted and len(self.running) < self.max_batch_size
-               and (request := self._waiting.head())):
-            if self.try_admit(request) is not ADMITTED:
+        while not self.output.preempted and (request := self._waiting.head()):
+            if self.admit_newcomer(request) is not ADMITTED:
                 return
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:

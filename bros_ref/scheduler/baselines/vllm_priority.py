@@ -31,9 +31,8 @@ class VLLMPriorityScheduler(Scheduler):
             self.try_admit(started)
             if was_running and started.status is RequestStatus.WAITING:
                 return  # it was the worst itself: vLLM ends the step's list there
-        while (not self.output.preempted and len(self.running) < self.max_batch_size
-               and (request := self._waiting.head())):
-            if self.try_admit(request) is not ADMITTED:
+        while not self.output.preempted and (request := self._waiting.head()):
+            if self.admit_newcomer(request) is not ADMITTED:
                 return
 
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:

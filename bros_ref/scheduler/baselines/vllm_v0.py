@@ -35,9 +35,8 @@ class VLLMV0Scheduler(Scheduler):
         self._waiting.pop()
 
     def pack(self, now_s: float) -> None:
-        while len(self.running) < self.max_batch_size and (request := self._waiting.head()):
-            if self.try_admit(request) is not ADMITTED:
-                break
+        while (request := self._waiting.head()) and self.admit_newcomer(request) is ADMITTED:
+            pass
         if not self.output.requests:
             for started in self.running:  # a preemption shortens the list at its end: the loop ends earlier then
                 self.try_admit(started)

@@ -90,7 +90,10 @@ class XLLMScheduler(Scheduler):
         for request in [started for started in self.running if not started.is_rt]:
             if self._take(request, budget_s) == BATCH_CAP:
                 return
-        while len(self.running) < self.max_batch_size and (newcomer := self._offline.head()):
+        while newcomer := self._offline.head():
+            if len(self.running) >= self.max_batch_size:
+                self.refuse(newcomer, BATCH_CAP)
+                return
             if self._take(newcomer, budget_s) != ADMITTED:
                 return
 

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from html import escape
 
-from bros_ref.trace import DECODE, PENDING, PREFILL, RESTORING, WAITING, Trace
+from bros_ref.trace import BEHIND, DECODE, PENDING, PREFILL, RESTORING, WAITING, Trace
 from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.kv_blocks import MAX_SCALE
 from bros_ref.viz.figures.style import FONT, INK, LOST_COLOUR, MUTED, PHASE_LOOKS, REASON_LABELS, Fill, svg_pattern
@@ -107,7 +107,17 @@ def what_it_does(trace: Trace, spans: dict[str, list[tuple[str, int, int]]], ste
         count = step.scheduled[request_id]
         return f"{'restored, then' if phase == RESTORING else f'{phase},'} {count} token{'' if count == 1 else 's'}"
     reason = trace.reason_for(step_index, request_id)
+    if reason == BEHIND and (first := stands_behind(trace, step_index, request_id)) is not None:
+        return f"{phase}: behind {first}"
     return phase if reason is None else f"{phase}: {REASON_LABELS[reason]}"
+
+
+def stands_behind(trace: Trace, step_index: int, request_id: str) -> str | None:
+    """Whom a request that nobody asked stands behind: of those that were left out, the last one of its class, else the
+    last one; None if nobody was."""
+    left_out, kind = list(trace.steps[step_index].left_out), trace.requests[request_id].request_class
+    return next((name for name in reversed(left_out) if trace.requests[name].request_class == kind),
+                left_out[-1] if left_out else None)
 
 
 def _mark(x: float, y: float, kind: str) -> str:

@@ -23,7 +23,8 @@ body {{ margin:0; font:16px/1.6 {FONT}; color:var(--ink); background:#fff; }}
 main, header > div, footer {{ max-width:1160px; margin:0 auto; padding:0 28px; }}
 header {{ background:linear-gradient(125deg,#0f1b30 0%,#17325f 62%,#31477e 100%); color:#fff; padding:46px 0 38px; }}
 header h1 {{ font-size:38px; line-height:1.15; letter-spacing:-.02em; margin:0 0 12px; font-weight:700; }}
-header p {{ font-size:18px; max-width:780px; margin:0; color:#d7e0f0; }}
+header p {{ font-size:16px; max-width:780px; margin:10px 0 0; color:#d7e0f0; }}
+header p.verdict {{ font-size:20px; line-height:1.45; margin:0; color:#fff; }}
 .facts {{ display:flex; flex-wrap:wrap; gap:10px 30px; margin:26px 0 0; }}
 .facts dt {{ font-size:12px; letter-spacing:.06em; text-transform:uppercase; color:#a9bad8; }}
 .facts dd {{ margin:0; font-size:15px; font-weight:600; }}
@@ -70,7 +71,8 @@ dl.terms dt {{ font-weight:600; }} dl.terms dd {{ margin:0; }}
 footer {{ color:var(--muted); font-size:13px; padding-top:26px; padding-bottom:44px; overflow-wrap:anywhere; }}
 @media (max-width:820px) {{ main, header > div, footer, nav ul {{ padding-left:18px; padding-right:18px; }}
   header h1 {{ font-size:30px; }} th, td {{ padding:8px; }} figure {{ padding:8px 6px; }}
-  nav {{ position:static; }} .cards {{ grid-template-columns:1fr 1fr; }} }}
+  nav {{ position:static; }} .cards {{ grid-template-columns:1fr 1fr; }}
+  dl.terms {{ grid-template-columns:1fr; gap:0; }} dl.terms dd {{ margin-bottom:10px; }} }}
 @media print {{ nav {{ display:none; }} figure, .card {{ break-inside:avoid; }} }}
 """
 

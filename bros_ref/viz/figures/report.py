@@ -92,12 +92,13 @@ KV_COLUMNS = (
 
 
 def write_report(path: Path | str, traces: Sequence[Trace], summaries: Sequence[Run], title: str,
-                 samples: dict[str, str] | None = None) -> None:
+                 samples: dict[str, str] | None = None, player: str = "") -> None:
     """Writes the report of one or several policies on the same workload; the first one is the baseline.
 
     Args:
         summaries: `summarise(trace)` of each trace, in the same order.
         samples: what was asked -> the answer's text, shown near the end.
+        player: HTML of a player of the featured policy's trace (`featured_trace`), if there is one; shown near the top.
 
     Raises:
         ValueError: there is no trace, or traces and summaries do not belong together.
@@ -105,33 +106,51 @@ def write_report(path: Path | str, traces: Sequence[Trace], summaries: Sequence[
     if not traces or [trace.policy for trace in traces] != [run["policy"] for run in summaries]:
         raise ValueError("a report needs at least one trace, and one summary for each in the same order; got traces of "
                          f"{[trace.policy for trace in traces]}, summaries of {[run['policy'] for run in summaries]}")
-    featured = _featured(traces)
+    featured = traces.index(featured_trace(traces))
     detailed = list(traces) if len(traces) <= MAX_DETAILED else [traces[0], traces[featured]]
-    sections = [_results(summaries), _comparison(traces, summaries), _schedules(detailed),
-                _memory(detailed, traces[featured]), _waiting(traces), _predictions(traces)]
-    links = {"results": "Results", "trade-off": "Trade-off", "schedule": "Schedule", "memory": "Memory",
-             "reasons": "Why they waited", "prediction": "Prediction"}
+    sections, links = [_terms()], {"reading": "How to read this"}
+    if player:
+        sections.append(_player(traces[featured], player))
+        links["player"] = "Step by step"
+    sections += [_results(summaries), _comparison(traces, summaries), _schedules(detailed),
+                 _memory(detailed, traces[featured]), _waiting(traces), _predictions(traces)]
+    links |= {"results": "Results", "trade-off": "Trade-off", "schedule": "Schedule", "memory": "Memory",
+              "reasons": "Why they waited", "prediction": "Prediction"}
     if samples:
         sections.append(_answers(samples))
         links["answers"] = "Answers"
-    sections.append(_terms())
-    links["reading"] = "How to read this"
     nav = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name in links.items())
-    body = (f'{_header(title, traces)}<nav aria-label="Sections"><ul>{nav}</ul></nav>'
+    said = verdict(summaries[featured], summaries[0])
+    body = (f'{_header(title, traces, said)}<nav aria-label="Sections"><ul>{nav}</ul></nav>'
             f"<main>{_cards(summaries, featured)}{''.join(sections)}</main>{_footer(traces[0])}")
     write_text(path, page.document(title, body, get_plotlyjs()))
 
 
-def _featured(traces: Sequence[Trace]) -> int:
-    """The index of the policy that the page features: BROS if present, else the last."""
-    names = [trace.policy for trace in traces]
-    return names.index("bros") if "bros" in names else len(names) - 1
+def featured_trace(traces: Sequence[Trace]) -> Trace:
+    """The policy that the page features: BROS if present, else the last."""
+    return next((trace for trace in traces if trace.policy == "bros"), traces[-1])
+
+
+def verdict(run: Run, base: Run) -> str:
+    """What came out, in two sentences: one for each class."""
+    on_time, work = RT_COLUMNS[0], BE_COLUMNS[0]
+
+    def beside(column: _Column) -> str:
+        return "" if run is base else f", against {_show(column, base)} under {base['policy']}"
+
+    first = f"Under {run['policy']}, no real-time request arrived."
+    if on_time.value(run) is not None:
+        first = (f"Under {run['policy']}, {_show(on_time, run)} of the real-time requests had all their tokens in time"
+                 f"{beside(on_time)}.")
+    if not run["classes"]["be"]["arrived"]:
+        return f"{first} There was no best-effort work."
+    return f"{first} Best-effort work got {_show(work, run)} tokens per second{beside(work)}."
 
 
 # -- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _header(title: str, traces: Sequence[Trace]) -> str:
+def _header(title: str, traces: Sequence[Trace], said: str) -> str:
     trace = traces[0]
     num_rt = sum(record.request_class == "rt" for record in trace.requests.values())
     num_slots = trace.num_blocks * trace.block_size
@@ -147,7 +166,8 @@ def _header(title: str, traces: Sequence[Trace]) -> str:
     lead = (f"{count}: {', '.join(trace.policy for trace in traces)}. Real-time requests need their tokens in time; "
             "best-effort requests take what is left. How much of both does one model on one device deliver?")
     rows = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
-    return f'<header><div><h1>{escape(title)}</h1><p>{escape(lead)}</p><dl class="facts">{rows}</dl></div></header>'
+    return (f'<header><div><h1>{escape(title)}</h1><p class="verdict">{escape(said)}</p><p>{escape(lead)}</p>'
+            f'<dl class="facts">{rows}</dl></div></header>')
 
 
 def _cards(summaries: Sequence[Run], featured: int) -> str:
@@ -162,6 +182,13 @@ def _cards(summaries: Sequence[Run], featured: int) -> str:
         note = "" if run is base else f" ({base['policy']}: {_show(column, base)})"
         cards.append(page.card(kind, heading, _show(column, run), unit, run["policy"] + note))
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _player(trace: Trace, player: str) -> str:
+    return page.section(
+        "player", f"Step by step under {trace.policy}", "Press play, or move the slider with the arrow keys: who runs "
+        "in each iteration, who waits and why, and which slots of the KV pool they hold.",
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Schedule and KV pool">{player}</div>')
 
 
 def _results(summaries: Sequence[Run]) -> str:

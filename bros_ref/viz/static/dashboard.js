@@ -8,6 +8,7 @@ each('dashboard', (root, data) => {
     const box = root.querySelector(`[data-side="${place}"]`), waits = box.querySelector('[data-waits]');
     const fact = (kind) => box.querySelector(`[data-fact="${kind}"]`), detail = box.querySelector('[data-table]');
     let chosen = -1, at = 0;
+    side.moments = side.moments.map((moment) => Object.fromEntries(data.fields.map((field, k) => [field, moment[k]])));
     side.moments.forEach((moment, i) => { moment.left_out ??= side.moments[i - 1].left_out; }); // said where it changes
     const split = (requests) => [requests.filter((one) => side.is_rt[one]), requests.filter((one) => !side.is_rt[one])];
     const list = (requests) => {
@@ -35,14 +36,15 @@ each('dashboard', (root, data) => {
     return { show };
   });
 
-  // 2. The curves: A dashed, B solid; up to the moment in ink, beyond it pale.
+  // 2. The curves: A dashed, B solid; up to the moment in ink, beyond it pale. Each ends where its run ends.
   const charts = [...root.querySelectorAll('canvas[data-chart]')].map((canvas) => {
     const kind = canvas.dataset.chart, ctx = sized(canvas, width, high), left = 44, low = high - 20;
     const top = Math.max(1, ...data.sides.flatMap((side) => side.moments.map((moment) => moment[kind])));
     const x = (moment) => left + moment / last * (width - left - 6), y = (value) => low - value / top * (low - 22);
     const line = (side, place, from, to, colour) => {
+      const over = times.findIndex((time) => time >= side.end_s), end = over < 0 ? to : Math.min(to, over);
       ctx.strokeStyle = colour; ctx.lineWidth = 2; ctx.setLineDash(place === 0 ? [6, 3] : []); ctx.beginPath();
-      for (let i = from; i <= to; i++) ctx.lineTo(x(i), y(side.moments[i][kind]));
+      for (let i = from; i <= end; i++) ctx.lineTo(x(i), y(side.moments[i][kind]));
       ctx.stroke();
     };
     const show = (moment) => {

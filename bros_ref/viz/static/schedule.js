@@ -68,7 +68,8 @@ each('schedule', (root, data) => {
     const moment = moments[step], phase = phaseAt(row, step), tokens = moment.ran[i];
     if (phase === null) return moment.start_s < row.arrival_s ? '' : 'has left';
     if (tokens !== undefined) return `${phase === 'restoring' ? 'restored, then ' : `${phase}, `}${tokens} token${tokens === 1 ? '' : 's'}`;
-    const reason = moment.left_out[i];
+    const reason = moment.left_out[i], whom = moment.behind[row.rt ? 0 : 1];
+    if (reason === undefined && whom >= 0) return `${phase}: behind ${data.owners[whom]}`;
     return `${phase}: ${data.reasons[reason === undefined ? data.reasons.length - 1 : reason]}`;
   };
   const dueIn = (row, step) => {

@@ -25,6 +25,7 @@ from bros_ref.viz.widgets.player import POOL_LABELS, POOL_SCRIPTS, pool_data
 MAX_MOMENTS = 240
 SIDE_W, CHART_H = 460, 120  # pixels
 CHARTS = {"on_time": "RT requests on time so far", "be_tokens": "BE tokens so far"}
+FIELDS = ("step", "ran", "left_out", "arrived", "finished", "on_time", "be_tokens")  # of a moment, in the page's data
 FACTS = {"ran": "running", "left": "left out", "rt": "RT on time, of finished, of arrived", "be": "BE tokens"}
 
 
@@ -85,17 +86,22 @@ def seen_of_two_owners(trace: Trace) -> list[int]:
 class Dashboard:
     """Two runs behind one time slider.
 
+    Args:
+        max_moments: positions of the slider; each makes the page larger.
+
     Raises:
-        ValueError: a trace has no steps.
+        ValueError: a trace has no steps, or there is no moment to show.
     """
 
-    def __init__(self, trace_a: Trace, trace_b: Trace) -> None:
+    def __init__(self, trace_a: Trace, trace_b: Trace, max_moments: int = MAX_MOMENTS) -> None:
+        if max_moments < 1:
+            raise ValueError(f"max_moments must be at least 1, got {max_moments}")
         for name, trace in (("first", trace_a), ("second", trace_b)):
             if not trace.steps:
                 raise ValueError(f"the {name} trace (policy {trace.policy}) has no steps: there is nothing to compare")
         self.sides = (Moments(trace_a), Moments(trace_b))
         self.end_s = max(side.ends[-1] for side in self.sides)
-        count = min(MAX_MOMENTS, max(len(side.starts) for side in self.sides))
+        count = min(max_moments, max(len(side.starts) for side in self.sides))
         self.times_s = [self.end_s * i / count for i in range(count + 1)]
         self.start = self._most_to_see()
 
@@ -109,11 +115,12 @@ class Dashboard:
     def data(self) -> dict[str, Any]:
         """The page's data."""
         return {"times_s": [round(time_s, 3) for time_s in self.times_s], "names": self.names, "width": SIDE_W,
-                "chart_height": CHART_H, "reasons": [REASON_LABELS[reason] for reason in REASONS],
+                "chart_height": CHART_H, "fields": FIELDS, "reasons": [REASON_LABELS[reason] for reason in REASONS],
                 "sides": [self._side_data(side) for side in self.sides]}
 
     def _side_data(self, side: Moments) -> dict[str, Any]:
-        """One run at every moment; requests left out are listed where they change, by reason and request indices."""
+        """One run at every moment, as lists in the order of FIELDS; requests left out are listed where they change, by
+        reason and request indices."""
         moments = [side.at(time_s) for time_s in self.times_s]
         number = {request_id: i for i, request_id in enumerate(side.trace.requests)}
         before: object = None
@@ -122,7 +129,8 @@ class Dashboard:
                         for reason, names in moment["left_out"]]
             moment["left_out"], before = (None if left_out == before else left_out), left_out
         real_time = [record.request_class == "rt" for record in side.trace.requests.values()]
-        return {"pool": pool_data(side.trace, [moment["step"] for moment in moments]), "moments": moments,
+        return {"pool": pool_data(side.trace, [moment["step"] for moment in moments]),
+                "moments": [[moment[field] for field in FIELDS] for moment in moments],
                 "is_rt": [int(is_rt) for is_rt in real_time], "end_s": round(side.ends[-1], 3)}
 
     def _most_to_see(self) -> int:

@@ -25,6 +25,7 @@ from bros_ref.viz.figures.gantt import (
     ROW_H,
     gantt_svg,
     phase_steps,
+    stands_behind,
     step_position,
 )
 from bros_ref.viz.figures.kv_blocks import busiest_step
@@ -55,13 +56,22 @@ def schedule_rows(trace: Trace, request_ids: Sequence[str]) -> list[dict[str, An
 
 def schedule_steps(trace: Trace, request_ids: Sequence[str]) -> list[dict[str, Any]]:
     """What each step says of the rows: tokens of those that ran, slack, and the reason of those listed as left out (an
-    index into REASONS); a waiting row that is not listed counts as behind the listed ones."""
+    index into REASONS); a waiting row that is not listed stands `behind` a request (its number in the trace, for an RT
+    row and for a BE row; -1 if nobody was left out)."""
     row = {request_id: i for i, request_id in enumerate(request_ids)}
+    number = {request_id: i for i, request_id in enumerate(trace.requests)}
+    one_of = {record.request_class: request_id for request_id, record in trace.requests.items()}
+
+    def behind(step_index: int, kind: str) -> int:
+        whom = stands_behind(trace, step_index, one_of[kind]) if kind in one_of else None
+        return -1 if whom is None else number[whom]
+
     return [{"start_s": round(step.start_s, 5), "end_s": round(step.end_s, 5),
              "ran": {row[name]: tokens for name, tokens in step.scheduled.items() if name in row},
              "slack_s": {row[name]: round(slack_s, 4) for name, slack_s in step.slack_s.items() if name in row},
-             "left_out": {row[name]: REASONS.index(reason) for name, reason in step.left_out.items() if name in row}}
-            for step in trace.steps]
+             "left_out": {row[name]: REASONS.index(reason) for name, reason in step.left_out.items() if name in row},
+             "behind": [behind(index, kind) for kind in ("rt", "be")]}
+            for index, step in enumerate(trace.steps)]
 
 
 class SchedulePlayer:
