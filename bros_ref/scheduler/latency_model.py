@@ -110,7 +110,8 @@ class StepLatencyModel:
         scale = np.where(rows.max(axis=0) > 0, rows.max(axis=0), 1.0)
         scaled, _ = nnls(rows / scale, np.ones(len(rows)))
         model = cls(tuple(scaled / scale), restore_s_per_token)
-        model._ratios.extend(seconds / model.predict(features) for features, seconds in samples)
+        model._ratios.extend(seconds / predicted_s for features, seconds in samples
+                             if (predicted_s := model.predict(features)) > 0)  # 0: outvoted by contradicting samples
         model._set_safety()
         return model
 

@@ -4,6 +4,7 @@ vLLM's own scheduler gives it. Needs vLLM (`make test-vllm`)."""
 import gc
 import json
 import os
+from itertools import count
 
 import pytest
 
@@ -49,18 +50,20 @@ def folder(tmp_path_factory):
 
 
 def served(folder, requests, late, **options):
-    """Id -> (tokens, of each the logarithms of the likeliest). `late`: ids that arrive after eight steps."""
+    """Id -> (tokens, of each the logarithms of the likeliest). `late`: ids that arrive after eight steps, on a clock that
+    makes decisions independent of the machine."""
     llm = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=256, max_num_seqs=4, block_size=32,
               max_num_batched_tokens=128, enforce_eager=True, disable_log_stats=True, **options)
     engine = llm.llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
+    scheduler, ticks = engine.engine_core.engine_core.scheduler, count()
+    scheduler.clock = lambda: 0.05 * next(ticks)
     finished, num_steps, preemptions = {}, 0, 0
     waiting = dict(requests)
     while waiting or engine.has_unfinished_requests():
         for request_id in list(waiting):
             if request_id not in late or num_steps >= 8:
                 prompt, params = waiting.pop(request_id)
-                engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+                engine.add_request(request_id, {"prompt_token_ids": prompt}, params, arrival_time=scheduler.clock())
         for output in engine.step():
             if output.finished:
                 [result] = output.outputs
