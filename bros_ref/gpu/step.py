@@ -77,6 +77,7 @@ class PackedStep:
         self._host = torch.zeros(ends[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.empty(ends[-1], dtype=torch.int32, device=device)
         self._numbers = self._host.numpy()
+        self._sent: torch.cuda.Event | None = None
         for name in ("token_ids", "positions", "slots", "context_lens", "reversed", "query_starts", "logits_rows"):
             setattr(self, name, self._device[self._places[name]])
         self.tables = self._device[self._places["tables"]].view(seqs, shape.width)
@@ -91,13 +92,15 @@ class PackedStep:
     logits_rows: Tensor
 
     def upload(self, work: StepWork, draws: Sequence[Draw] = ()) -> None:
-        """Packs a step of this shape and sends it. The step before must be complete, since its buffer is used again.
+        """Packs a step of this shape and sends it.
 
         Args:
             draws: one for each of `work.logits_rows`, or none at all: all greedy.
         """
         meta = AttentionMetadata.build(work.block_tables, work.reversed, work.query_lens, work.context_lens,
                                        self._block_size)
+        if self._sent is not None:
+            self._sent.synchronize()  # a step that was interrupted may not have been sent yet
         self._numbers.fill(0)
         self._put("token_ids", work.token_ids)
         self._put("positions", meta.positions.numpy())
@@ -116,6 +119,8 @@ class PackedStep:
             places = rows if self.shape.is_bucket else np.arange(len(rows))
             self._view("draws").view(np.float32).reshape(3, -1)[:, places] = np.asarray(draws, np.float32).T
         self._device.copy_(self._host, non_blocking=True)
+        if self._device.device.type == "cuda":
+            self._sent = torch.cuda.current_stream(self._device.device).record_event()
 
     def _view(self, name: str) -> np.ndarray:
         return self._numbers[self._places[name]]

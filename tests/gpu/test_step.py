@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +76,15 @@ def test_sequences_with_one_token_must_come_first(rng):
     assert work.logits_rows == [0, 1, 4, 6]
     assert [work.block_tables[0], work.block_tables[2]] == [output.block_tables[1], output.block_tables[0]]
     assert StepWork.of(output).query_lens == [3, 1, 2, 1], "else the batch's order stays"
+
+
+def test_a_buffer_that_is_still_being_read_is_not_overwritten(rng):
+    """After an interrupted step the copy to the GPU may still wait in its stream."""
+    work, seen = work_of([1, 1], [3, 4], rng), []
+    step = PackedStep(StepShape.of(work), 16, CPU)
+    step.upload(work)
+    before = step._numbers.copy()
+    step._sent = SimpleNamespace(synchronize=lambda: seen.append(step._numbers.copy()))
+    step.upload(work_of([1, 1], [7, 9], rng))
+    assert [part.tolist() for part in seen] == [before.tolist()]
+    assert step._numbers.tolist() != before.tolist()
