@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from harness import (
     FailingRunner,
     alone,
@@ -64,6 +65,9 @@ def test_what_could_never_finish_is_refused_and_everything_else_goes_on(policy):
     run(engine, [])
     assert good.output_token_ids == alone(good)
     assert set(engine.trace.rejected) == {"pool", "context"}
+    assert {name: record.request_id for name, record in engine.trace.requests.items()} == {
+        name: name for name in ("good", "pool", "context")}
+    assert not engine.abort("pool"), "it was never there"
 
 
 def test_a_prompt_larger_than_the_pool_is_refused():
@@ -521,6 +525,21 @@ def test_a_request_without_a_seed_is_given_one_that_follows_from_the_engines():
         given.append([record.seed for record in engine.trace.requests.values()])
     assert given[0] == given[1] != given[2]
     assert len({*given[0], *given[2]}) == 5
+
+
+def test_a_step_that_completes_no_prompt_asks_for_no_logits():
+    engine = checksum_engine("bros", chunked_prefill=True, max_num_batched_tokens=2)
+    engine.add_request(make_request("r", False, [1, 2, 3], 1))
+    model, asked = engine.runner.runner.model, []
+    forward = model.forward
+
+    def spy(token_ids, positions, kv, meta, logits_rows):
+        asked.append(logits_rows)
+        return forward(token_ids, positions, kv, meta, logits_rows)
+
+    model.forward = spy
+    run(engine, [])
+    assert [(rows.tolist(), rows.dtype) for rows in asked] == [([], torch.long), ([0], torch.long)]
 
 
 def test_logits_that_are_not_finite_fail_their_own_request_by_name():
