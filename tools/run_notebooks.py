@@ -1,5 +1,8 @@
 """Executes notebooks in place and leaves what is to be committed: outputs and counts, no widget state, no versions.
 
+A cell tagged `hide-input` or `hide-output` is folded: by its tag on a page of the site, in JupyterLab by the metadata
+that is written here. Running a cell in JupyterLab unfolds its output.
+
     python tools/run_notebooks.py [notebooks/03_*.ipynb ...]
 """
 
@@ -11,6 +14,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+FOLDED = {"hide-input": "source_hidden", "hide-output": "outputs_hidden"}  # tag -> JupyterLab's metadata
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -29,10 +33,14 @@ def run(path: Path) -> None:
                 output.data.pop("application/vnd.jupyter.widget-view+json", None)
             if output.output_type == "error":  # the last line says it; the rest names folders of this machine
                 output.traceback = [f"{output.ename}: {output.evalue}"]
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
-        if "answer" in cell.metadata.get("tags", ()):  # JupyterLab shows it folded, and runs it
-            cell.metadata["jupyter"] = {"source_hidden": True}
+        cell.metadata = folded(cell.metadata.get("tags", []))
     nbformat.write(notebook, path)
+
+
+def folded(tags: list[str]) -> dict[str, object]:
+    """A cell's whole metadata: its tags, and what folds it in JupyterLab."""
+    hidden = {FOLDED[tag]: True for tag in tags if tag in FOLDED}
+    return ({"tags": list(tags)} if tags else {}) | ({"jupyter": hidden} if hidden else {})
 
 
 def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:

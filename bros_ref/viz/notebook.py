@@ -6,15 +6,23 @@ Notebooks import and never copy, so `show_source` prints what runs. Nothing here
 from __future__ import annotations
 
 import inspect
-import json
 import textwrap
-from collections.abc import Callable, Iterable
-from itertools import zip_longest
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from bros_ref.environment import compute_device, environment_stamp
+
+
+class Loaded(Protocol):
+    """What `device_line` asks of a loaded model."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of its weights and of the KV cache."""
+
+    @property
+    def backend(self) -> str:
+        """Of its attention: torch, cupy or cpu-emulated."""
 
 
 class Source:
@@ -53,83 +61,50 @@ def device() -> str:
     return compute_device()
 
 
-def device_line() -> str:
+def device_line(loaded: Loaded | None = None) -> str:
     """Where the measurements of this notebook are made: a GPU where there is one, else the CPU, unless the variable
-    BROS_REF_DEVICE says which.
+    BROS_REF_DEVICE says which. With a loaded model also its numbers' type and the backend that computes its attention.
 
     Raises:
         ValueError: see `compute_device`.
     """
     on_gpu, stamp = device() == "cuda", environment_stamp()
-    return f"measured on {stamp['gpu'] if on_gpu else stamp['cpu_model']}, torch {stamp['torch']}"
+    line = f"measured on {stamp['gpu'] if on_gpu else stamp['cpu_model']}, torch {stamp['torch']}"
+    if loaded is None:
+        return line
+    return f"{line}, {str(loaded.dtype).removeprefix('torch.')}, attention backend {loaded.backend}"
+
+
+def unanswered(answer: object) -> bool:
+    """Whether it is what the stub of an exercise leaves: None or `...`, lists of them, a function without a body, a
+    class that has such a method, a text with a line that is `...`."""
+    if isinstance(answer, list | tuple):
+        return bool(answer) and all(unanswered(part) for part in answer)
+    if isinstance(answer, str):
+        return any(line.strip() == "..." for line in answer.splitlines())
+    if isinstance(answer, type):
+        return any(unanswered(member) for member in vars(answer).values() if inspect.isfunction(member))
+    if inspect.isfunction(answer):
+        return answer.__code__.co_code == _without_body.__code__.co_code
+    return answer is None or answer is ...
+
+
+def _without_body() -> None: ...
 
 
 def check(answer: object, expected: object, hint: str) -> None:
-    """Checks an exercise. Says what is wrong and gives the hint; prints "right" if nothing is."""
-    if answer is None or answer is ...:
+    """Checks an exercise. Says what is wrong and gives the hint; prints "right" if nothing is. Where both are lists of
+    one entry for each case, it shows the first case that is wrong, and what was wanted.
+
+    Raises:
+        AssertionError: there is no answer yet, or a wrong one.
+    """
+    if unanswered(answer) and answer != expected:
         raise AssertionError(f"there is no answer yet: replace the ... above. Hint: {hint}")
+    if isinstance(answer, list) and isinstance(expected, list) and len(answer) == len(expected):
+        for number, (got, wanted) in enumerate(zip(answer, expected, strict=True), 1):
+            if got != wanted:
+                raise AssertionError(f"case {number} of {len(expected)}: got {got!r}, wanted {wanted!r}. Hint: {hint}")
     if answer != expected:
         raise AssertionError(f"got {answer!r}, which is not what comes out. Hint: {hint}")
     print("right")
-
-
-def check_cases(stub: Callable[..., object], cases: Iterable[tuple[tuple[Any, ...], object]], hint: str,
-                needs: Iterable[Callable[..., object]] = ()) -> None:
-    """Checks a function that the reader wrote: calls it for each case and stops at the first wrong result.
-
-    Args:
-        stub: the function to check.
-        cases: (arguments, wanted result) pairs.
-        hint: what to think of, if a result is wrong.
-        needs: more functions that the reader writes and `stub` calls.
-
-    Raises:
-        AssertionError: a function is still the bare stub, or a result is wrong; the message has the case, what came
-            out and what was wanted, and for lists the first entry that differs.
-    """
-    if unanswered := [one.__name__ for one in (*needs, stub) if _is_bare(one)]:
-        raise AssertionError(f"there is no answer yet: replace the ... in {', '.join(unanswered)}. Hint: {hint}")
-    number = 0
-    for number, (arguments, wanted) in enumerate(cases, 1):
-        got = stub(*arguments)
-        if got != wanted:
-            shown = ", ".join(repr(argument) for argument in arguments)
-            raise AssertionError(f"case {number}, {stub.__name__}({shown}): {_difference(got, wanted)}. Hint: {hint}")
-    print(f"right in {number} cases")
-
-
-def _is_bare(function: Callable[..., object]) -> bool:
-    """Whether a function's body is nothing but `...`."""
-    def bare() -> None: ...
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_code == bare.__code__.co_code and code.co_consts == bare.__code__.co_consts
-
-
-def _difference(got: object, wanted: object) -> str:
-    if isinstance(got, list) and isinstance(wanted, list):
-        for i, (mine, right) in enumerate(zip_longest(got, wanted, fillvalue="nothing")):
-            if mine != right:
-                return f"entry {i} is {mine!r}, wanted {right!r}"
-    return f"got {got!r}, wanted {wanted!r}"
-
-
-def toys_of(notebook: str, folder: str | Path = ".") -> ModuleType:
-    """What an earlier notebook built by hand, with the answers of its exercises: runs its cells tagged `toy` or
-    `answer`, in order, in a module of their own.
-
-    Args:
-        notebook: the file's name without its ending.
-        folder: where it lies; a notebook runs in its own folder.
-
-    Raises:
-        FileNotFoundError: the notebook is not there.
-    """
-    path = Path(folder) / f"{notebook}.ipynb"
-    if not path.is_file():
-        raise FileNotFoundError(f"this notebook uses what {path.name} built: both must lie in the same folder, and "
-                                f"{path.resolve().parent} has none")
-    module = ModuleType(notebook)
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if {"toy", "answer"} & set(cell["metadata"].get("tags", ())):
-            exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), module.__dict__)
-    return module

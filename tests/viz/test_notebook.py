@@ -1,12 +1,12 @@
 """What every notebook leans on: the device it asks for, the checks of its exercises, the source it shows."""
 
-import json
+from types import SimpleNamespace
 
 import pytest
 
 from bros_ref.request import Request
 from bros_ref.viz import notebook
-from bros_ref.viz.notebook import check, check_cases, device, device_line, show_source, toys_of
+from bros_ref.viz.notebook import check, device, device_line, show_source, unanswered
 
 
 def test_the_line_names_the_device_that_models_get(monkeypatch):
@@ -14,7 +14,10 @@ def test_the_line_names_the_device_that_models_get(monkeypatch):
     for name in ("cpu", "cuda"):
         monkeypatch.setattr(notebook, "compute_device", lambda name=name: name)
         assert device() == name
-        assert device_line() == f"measured on {'a GPU' if name == 'cuda' else 'a CPU'}, torch 2"
+        line = f"measured on {'a GPU' if name == 'cuda' else 'a CPU'}, torch 2"
+        assert device_line() == line
+        loaded = SimpleNamespace(dtype="torch.float16", backend="cupy")
+        assert device_line(loaded) == f"{line}, float16, attention backend cupy"
 
 
 def test_a_check_says_what_is_wrong(capsys):
@@ -24,6 +27,50 @@ def test_a_check_says_what_is_wrong(capsys):
         check(..., 3, "count")
     with pytest.raises(AssertionError, match=r"got 4, .*Hint: count"):
         check(4, 3, "count")
+    with pytest.raises(AssertionError, match=r"^case 2 of 3: got 0, wanted 4\. Hint: count$"):
+        check([2, 0, 0], [2, 4, 6], "count")
+    with pytest.raises(AssertionError, match=r"got \[1\], which is not"):
+        check([1], [1, 2], "count")
+
+
+@pytest.mark.parametrize("stub", [None, ..., [None, None], [[None], ...], (None, ...)])
+def test_a_check_knows_a_bare_stub(stub, capsys):
+    with pytest.raises(AssertionError, match="no answer yet"):
+        check(stub, [1, 2], "count")
+    check([None], [None], "an answer may be None")
+    assert not unanswered([])
+    assert not unanswered([None, 1])
+
+
+def test_a_function_or_class_without_bodies_is_a_stub():
+    def stub(a, b=3, *more):  # a comment is no body
+        ...
+
+    def answer(a):
+        return None if a else a
+
+    class Stub:
+        def __init__(self, size): ...
+
+        def free(self, name): ...
+
+    class Begun:
+        def __init__(self, size):
+            self.size = size
+
+        def free(self, name): ...
+
+    class Done(Begun):
+        def free(self, name):
+            del self.size
+
+    assert unanswered(stub)
+    assert unanswered(Stub)
+    assert unanswered(Begun)
+    assert not unanswered(answer)
+    assert not unanswered(Done)
+    assert unanswered("float sum = 0;\n    ...\n")
+    assert not unanswered("float sum = 0; // ... and more")
 
 
 def test_source_is_the_packages_own_without_its_docstring():
@@ -33,47 +80,3 @@ def test_source_is_the_packages_own_without_its_docstring():
     assert Request.__doc__ not in shown.text
     with pytest.raises(ValueError, match="bros_ref's own"):
         show_source(pytest.fixture)
-
-
-def test_a_check_of_cases_shows_the_first_that_is_wrong(capsys):
-    cases = [((n,), n * n) for n in (0, 1, 2, 3)]
-    check_cases(lambda n: n * n, cases, "multiply")
-    assert capsys.readouterr().out == "right in 4 cases\n"
-
-    def double(n):
-        return n + n
-
-    with pytest.raises(AssertionError, match=r"^case 2, double\(1\): got 2, wanted 1\. Hint: multiply$"):
-        check_cases(double, cases, "multiply")
-    with pytest.raises(AssertionError, match=r"entry 2 is 'nothing', wanted 5\."):
-        check_cases(lambda: [3, 4], [((), [3, 4, 5])], "go on")
-    with pytest.raises(AssertionError, match=r"got None, wanted \[3\]"):
-        check_cases(lambda: print(), [((), [3])], "return it")
-
-
-def test_a_check_of_cases_knows_a_stub_without_an_answer():
-    def bare(one, *, other=3):
-        ...
-
-    def returns_none():
-        return print()
-
-    with pytest.raises(AssertionError, match=r"no answer yet: replace the \.\.\. in bare\. Hint: think"):
-        check_cases(bare, [((1,), None)], "think")
-    with pytest.raises(AssertionError, match=r"in bare\."):
-        check_cases(lambda n: bare(n), [((1,), None)], "think", needs=[bare])
-    check_cases(returns_none, [((), None)], "none is wanted")
-
-
-def test_the_toys_of_another_notebook_are_its_tagged_cells(tmp_path):
-    def cell(source, *tags):
-        return {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": source}
-
-    one_class = "from dataclasses import dataclass\n@dataclass\nclass Toy:\n    size: int"
-    cells = [cell(one_class, "toy"), cell(["X = 2\n", "def twice(n):\n", "    return X * n"], "toy"),
-             cell("def answer(): ...", "exercise"),
-             cell("def answer():\n    return twice(4)", "answer", "hide-input"), cell("raise SystemExit")]
-    (tmp_path / "03_any.ipynb").write_text(json.dumps({"cells": cells}))
-    assert toys_of("03_any", tmp_path).answer() == 8
-    with pytest.raises(FileNotFoundError, match=r"04_none\.ipynb built: both must lie in the same folder"):
-        toys_of("04_none", tmp_path)

@@ -24,6 +24,7 @@ from bros_ref.config import KVCacheConfig, SchedulerConfig, cdiv
 from bros_ref.engine.build import LoadedModel
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import ModelRunner
+from bros_ref.evaluation.bench.machine import matrix_flops_per_s, read_bytes_per_s
 from bros_ref.evaluation.bench.memory import PeakMemory
 from bros_ref.evaluation.bench.reference import transformers_llama
 from bros_ref.request import Request, RequestClass, SamplingParams
@@ -95,24 +96,6 @@ def run_reference(model: Any, lengths: Lengths, vocab_size: int, seed: int) -> f
         with torch.inference_mode():
             model.generate(input_ids=token_ids, attention_mask=mask, min_new_tokens=output, max_new_tokens=output,
                            do_sample=False, pad_token_id=0)
-    return time.perf_counter() - start_s
-
-
-def read_bytes_per_s(num_bytes: int) -> float:
-    """Memory bandwidth: the best of five sums over as many bytes as the weights have."""
-    data = torch.ones(num_bytes // 4)
-    return num_bytes / min(_timed(data.sum) for _ in range(5))
-
-
-def matrix_flops_per_s() -> float:
-    """fp32 matrix rate: the best of five products of 1,024 x 1,024 matrices."""
-    a = torch.randn(1024, 1024)
-    return 2 * 1024**3 / min(_timed(lambda: a @ a) for _ in range(5))
-
-
-def _timed(work: Callable[[], Any]) -> float:
-    start_s = time.perf_counter()
-    work()
     return time.perf_counter() - start_s
 
 

@@ -1,0 +1,72 @@
+"""What would give an answer away is saved folded: outputs that answer a prediction, and the code of answers."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BUILT_BY_HAND = [path for path in NOTEBOOKS if path.name[:2] in ("01", "02", "03", "04")]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    """tools/run_notebooks.py as a module."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    yield importlib.import_module("run_notebooks")
+    sys.path.remove(str(ROOT / "tools"))
+
+
+def test_tags_become_the_metadata_that_folds(runner):
+    assert runner.folded([]) == {}
+    assert runner.folded(["exercise"]) == {"tags": ["exercise"]}
+    assert runner.folded(["hide-output"]) == {"tags": ["hide-output"], "jupyter": {"outputs_hidden": True}}
+    assert runner.folded(["answer", "hide-input"]) == {"tags": ["answer", "hide-input"],
+                                                       "jupyter": {"source_hidden": True}}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_saved_as_its_tags_say(runner, path):
+    for cell in json.loads(path.read_text())["cells"]:
+        assert cell["metadata"] == runner.folded(cell["metadata"].get("tags", [])), "run it: make notebooks"
+
+
+ANSWERED = [path for path in NOTEBOOKS if path.name[:2] in ("00", "01", "02", "03", "04", "05", "06", "08", "09")]
+
+
+@pytest.mark.parametrize("path", ANSWERED, ids=lambda path: path.stem)
+def test_outputs_that_answer_predict_are_folded(path):
+    cells = json.loads(path.read_text())["cells"]
+    folded = [cell for cell in cells if "hide-output" in cell["metadata"].get("tags", ())]
+    assert folded
+    assert all(cell["outputs"] for cell in folded)
+
+
+@pytest.mark.parametrize("path", BUILT_BY_HAND, ids=lambda path: path.stem)
+def test_the_reader_builds_a_part_and_measures_it(path):
+    """The stub says what to do in numbered steps; the check stands right below it, and then the folded answer."""
+    cells = json.loads(path.read_text())["cells"]
+    tags = [set(cell["metadata"].get("tags", ())) for cell in cells]
+    built = [i for i, tag in enumerate(tags) if "answer" in tag]
+    assert len(built) == 1
+    stub, check = cells[built[0] - 2], cells[built[0] - 1]
+    assert "# 1 " in "".join(stub["source"]) or "// 1 " in "".join(stub["source"])
+    assert "check_against(" in "".join(check["source"])
+    assert any("## Live on your device\n" in cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+
+
+def test_four_notebooks_have_a_part_to_build():
+    assert len(BUILT_BY_HAND) == 4
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_folded_answer_gives_way_to_one_that_passed(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        if "answer" in cell["metadata"].get("tags", ()):
+            source = "".join(cell["source"])
+            parts = re.findall(r"^(?:def|class) ", source, re.MULTILINE)
+            assert source.count("yours_if_right") >= len(parts) >= 1 or path.name.startswith("04"), "04's is CUDA text"
