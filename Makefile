@@ -1,4 +1,4 @@
-# make demo | test | lab | serve | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
+# make demo | test | test-vllm | lab | serve | docs | notebooks | kernels | bench | lint     each does its own set-up in .venv; a second call
 # installs nothing
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,7 +13,7 @@ WORKERS ?= 2
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --max-worker-restart=0 -p no:cacheprovider
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-kernel-startup-timeout=120
 
-.PHONY: demo test lint soak lab serve notebooks docs book kernels gpu-day bench lock clean
+.PHONY: demo test test-vllm lint soak mutation lab serve notebooks docs book kernels gpu-day bench lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bros-ref demo --out out/demo
@@ -25,14 +25,32 @@ serve: $(VENV)/.installed-server
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
 
-# Random lives of the engine under faults, aborts and interrupts, then the server's tests of kill -9 and of clients that
-# leave, at the sizes that the documentation states: make soak MINUTES=30
+# BROS inside real vLLM on the CPU, in an environment of its own: 2 GB, minutes to install. `make test` skips these tests.
+VLLM_VENV := .venv-vllm
+test-vllm: $(VLLM_VENV)/.installed
+	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider tests/integrations $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.installed: requirements-vllm.lock
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.lock
+	@touch $@
+
+# Random lives of the engine under faults, aborts and interrupts; the property tests and the kernels on data that no run
+# drew before; then the server's tests of kill -9 and of clients that leave, at the sizes that the documentation states:
+# make soak MINUTES=30
 MINUTES ?= 30
 soak: $(VENV)/.installed-dev
 	LIVES_SECONDS=$$((60 * $(MINUTES))) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -s \
 		tests/test_random_lives.py
+	BROS_REF_FRESH=1 $(TEST) tests --ignore=tests/browser --ignore=tests/server
 	BROS_REF_KILLS=100 BROS_REF_SOAK_REQUESTS=2000 $(BIN)/python -m pytest -p no:cacheprovider tests/server/test_durability.py \
 		tests/server/test_soak.py
+
+# Mutants of what decides and accounts: a seeded sample of them, its score and its survivors (docs/testing.md).
+MUTANTS ?= 300
+SEED ?= 1
+mutation: $(VENV)/.installed-mutation
+	$(BIN)/python tools/mutation.py --mutants $(MUTANTS) --seed $(SEED)
 
 # A notebook that Jupyter does not trust shows no script and no drawing of its saved outputs; these are the project's own.
 lab: $(VENV)/.installed-dev
@@ -85,6 +103,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[notebooks,server,kernels,docs,dev]'
 	@touch $@
 
+$(VENV)/.installed-mutation: $(VENV)/.installed-dev
+	$(PIP) -e '.[mutation]'
+	@touch $@
+
 # Remakes the pins of every extra; needs the network.
 lock: $(VENV)/.installed
 	$(PIP) uv
@@ -92,4 +114,4 @@ lock: $(VENV)/.installed
 		--custom-compile-command "make lock" --quiet -o requirements.lock
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) out build mutants *.egg-info

@@ -122,21 +122,46 @@ def workspace(device: torch.device, floats: int) -> Tensor:
     return current
 
 
+def workspace_floats(heads: Heads, num_seqs: int, max_blocks: int, gpu: Gpu) -> int:
+    """float32 values of workspace that `paged_attention` needs for such a launch, with the step and the splits that it
+    chooses by itself."""
+    p = Problem(heads, num_seqs, max_blocks)
+    step = best_step(p, gpu)
+    return _workspace_floats(p, step, _pieces(p, step, None, gpu.num_sms))
+
+
+def _pieces(p: Problem, step: int, num_splits: int | None, num_sms: int) -> int:
+    """The splits of a sequence, or step 5's thread blocks."""
+    if step == 5:
+        return BLOCKS_PER_SM * num_sms
+    return (num_splits or choose_splits(p, num_sms)) if DECODE_STEPS[step].splits else 1
+
+
+def _workspace_floats(p: Problem, step: int, pieces: int) -> int:
+    if step == 5:
+        return tensor_cores.decode_5_workspace(p.heads, pieces)
+    return p.num_seqs * p.heads.num_heads * pieces * (p.heads.head_dim + 1) if pieces > 1 else 1
+
+
 def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor,
                     context_lens: Tensor, reversed: Tensor, out: Tensor, step: int | None = None,
-                    num_splits: int | None = None, scale: float | None = None, num_sms: int | None = None) -> None:
+                    num_splits: int | None = None, scale: float | None = None, num_sms: int | None = None,
+                    scratch: Tensor | None = None) -> None:
     """Decode attention of one new token per sequence over a paged cache, either direction, into `out`.
 
     Args:
         q, out: [S, H, D].
         k_cache, v_cache: [num_blocks, B, K, D], the new tokens already stored. Slots of others may hold anything.
         block_tables: [S, max_blocks] int32 block ids in logical order.
-        context_lens: [S] int32, tokens visible, the new one included; at least 1.
+        context_lens: [S] int32, tokens visible, the new one included. A sequence of 0 is padding: nothing is read for
+            it, and its row of `out` is undefined.
         reversed: [S] int32, not 0 if the sequence fills its blocks from the right.
         step: rung of the ladder, 0 to 5; None takes the best that serves these sizes on the device.
         num_splits: pieces that a sequence is split into (steps 3 and 4); None lets `choose_splits` decide.
         scale: of the scores; D ** -0.5 if None.
         num_sms: multiprocessors to fill; the device's if None.
+        scratch: float32, at least as many as `workspace_floats` says, of the caller's own, as a CUDA graph needs; None
+            takes the `workspace` that all launches share.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape, device or layout, or the step does not serve these
@@ -155,13 +180,18 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
         raise ValueError(f"step {step} does not serve these sizes: {reason}")
     pointers = (q, k_cache, v_cache, block_tables, context_lens, reversed, out)
     factor = np.float32(heads.head_dim ** -0.5 if scale is None else scale)
-    num_sms = num_sms or device.gpu.num_sms
+    splits = _pieces(p, step, num_splits, num_sms or device.gpu.num_sms)
+    floats = _workspace_floats(p, step, splits)
+    if scratch is None:
+        scratch = workspace(q.device, floats)
+    elif scratch.dtype != torch.float32 or not scratch.is_contiguous() or scratch.numel() < floats \
+            or scratch.device != q.device:
+        raise ValueError(f"scratch must be {floats} contiguous float32 values on {q.device}, not {scratch.numel()} of "
+                         f"{scratch.dtype} on {scratch.device}")
     if step == 5:
-        _launch_balanced(device, p, pointers, factor, BLOCKS_PER_SM * num_sms)
+        _launch_balanced(device, p, pointers, factor, splits, scratch)
         return
     rung = DECODE_STEPS[step]
-    splits = (num_splits or choose_splits(p, num_sms)) if rung.splits else 1
-    scratch = workspace(q.device, num_seqs * heads.num_heads * splits * (heads.head_dim + 1) if splits > 1 else 1)
     shape = rung.shape(p, splits)
     device.launch(heads.kernel(rung.file, "paged_attention"), shape.grid, shape.block, shape.shared_bytes,
                   (*pointers, scratch, factor, np.int32(num_seqs), np.int32(p.max_blocks), np.int32(splits)))
@@ -171,9 +201,8 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
 
 
 def _launch_balanced(device: Device, p: Problem, pointers: tuple[Tensor, ...], factor: np.float32,
-                     blocks: int) -> None:
+                     blocks: int, scratch: Tensor) -> None:
     """Step 5: a fixed grid for every batch."""
-    scratch = workspace(pointers[0].device, tensor_cores.decode_5_workspace(p.heads, blocks))
     workers, num_seqs = np.int32(tensor_cores.decode_5_workers(p.heads, blocks)), np.int32(p.num_seqs)
     file, shape = DECODE_STEPS[5].file, tensor_cores.decode_5(p.heads, blocks)
     device.launch(p.heads.kernel(file, "paged_attention"), shape.grid, shape.block, shape.shared_bytes,

@@ -55,6 +55,11 @@ def make_request(name: str, is_rt: bool, prompt: Sequence[int], max_tokens: int,
                    SamplingParams(max_tokens=max_tokens), arrival_s, (slo or SLO(0.2, 0.05)) if is_rt else None)
 
 
+def accepted_budget(policy: str, seats: int, budget: int) -> int:
+    """Tokens of a step that the policy accepts: vLLM refuses fewer tokens than seats."""
+    return max(budget, seats) if policy.startswith("vllm-") else budget
+
+
 def random_requests(rng: random.Random, count: int, longest: int, block_size: int, spread_s: float) -> list[Request]:
     """Lengths favour block borders; arrivals are spread over `spread_s` seconds."""
     requests = []

@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from harness import alone, check_accounts, checksum_engine, make_request, random_requests
+from harness import accepted_budget, alone, check_accounts, checksum_engine, make_request, random_requests
 
 from bros_ref.engine import LLMEngine, RequestRefused, Runner, StepFailed
 from bros_ref.engine.detokenizer import TextStream
@@ -42,12 +42,13 @@ class Life:
         self.trouble = rng.choice([0.0, 0.02, 0.1])  # how often each thing that can go wrong does
         block_size, num_blocks = rng.choice([1, 2, 3, 4, 8, 16]), rng.choice([2, 3, 5, 8, 13, 20])
         self.policy = rng.choice([*POLICIES, *(f"bros+{option}" for option in PLUS)])
+        seats, budget = rng.choice([1, 2, 6, 16]), rng.choice([1, 2, 8, 32, 64])
         plain = checksum_engine(
             self.policy, num_blocks, block_size, rng.choice([None, 0, 1, 2, num_blocks]),
-            chunked_prefill=rng.random() < 0.5, max_num_seqs=rng.choice([1, 2, 6, 16]),
-            max_num_batched_tokens=rng.choice([1, 2, 8, 32, 64]), be_max_wait_steps=rng.choice([1, 4, 128]),
-            base_batch_cap=rng.choice([1, 2, 128]), min_chunk_tokens=rng.choice([1, 4, 16]),
-            be_aging_tokens_per_step=rng.choice([0, 1, 3]))
+            chunked_prefill=rng.random() < 0.5, max_num_seqs=seats,
+            max_num_batched_tokens=accepted_budget(self.policy, seats, budget),
+            be_max_wait_steps=rng.choice([1, 4, 128]), base_batch_cap=rng.choice([1, 2, 128]),
+            min_chunk_tokens=rng.choice([1, 4, 16]), be_aging_tokens_per_step=rng.choice([0, 1, 3]))
         self.snapshots: list[list[BlockView]] = []
         self.engine = LLMEngine(plain.scheduler, TroubledRunner(self, plain.runner), plain.clock, ByteTokenizer(),
                                 plain.trace)

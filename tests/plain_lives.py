@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field
 
 from decisions import Decider
+from harness import accepted_budget
 
 from bros_ref.request import SLO
 
@@ -163,7 +164,8 @@ def run_beside(oracle_type, policy, seed, *, steps=60, arrivals=0.4, slos=ODD_SL
     """Steps policy and oracle through the same random life and compares every decision. Returns the numbers of
     preemptions and rejections."""
     rng = random.Random(seed)
-    num_blocks, block_size, seats, budget = (sizes[name] for name in ("num_blocks", "block_size", "seats", "budget"))
+    num_blocks, block_size, seats = (sizes[name] for name in ("num_blocks", "block_size", "seats"))
+    budget = accepted_budget(policy, seats, sizes["budget"])
     decider = Decider(policy, num_blocks, block_size, max_num_seqs=seats, max_num_batched_tokens=budget,
                       chunked_prefill=oracle_type.chunked)
     oracle = oracle_type(decider.latency, num_blocks, block_size, seats, budget)

@@ -185,8 +185,17 @@ def test_only_the_backends_name_the_kernels():
     users = {module for module, source in SOURCES.items()
              if any(found.startswith("kernels_cupy") for found in imports(source, top_level_only=False))}
     assert users <= {"bros_ref.model.backends", "bros_ref.cli.kernels", "bros_ref.evaluation.bench.kernels",
-                     "bros_ref.evaluation.bench.peers"}
+                     "bros_ref.evaluation.bench.peers", "bros_ref.evaluation.bench.gpu_step", "bros_ref.gpu.copies",
+                     "bros_ref.gpu.decoder"}
     assert users
+
+
+def test_only_the_builder_knows_the_room_of_the_gpu():
+    """Everything on a CPU works without it, and the builder imports it only when it is asked for."""
+    users = {module for module, source in SOURCES.items() if not module.startswith("bros_ref.gpu")
+             and any(found.startswith("bros_ref.gpu") for found in imports(source, top_level_only=False))}
+    assert users == {"bros_ref.engine.build", "bros_ref.evaluation.bench.gpu_step"}
+    assert not any(found.startswith("bros_ref.gpu") for found in imports(SOURCES["bros_ref.engine.build"]))
 
 
 def clock_reads(source):

@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from harness import FailingRunner, alone, checksum_engine, random_requests, run
+from harness import FailingRunner, accepted_budget, alone, checksum_engine, random_requests, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -48,9 +48,10 @@ def test_everything_that_can_go_wrong_at_once_costs_nobody_else_a_token(policy, 
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 3, 4, 16])
     num_blocks = rng.choice([2, 3, 5, 8, 20])
+    seats, budget = rng.choice([1, 2, 6, 16]), rng.choice([1, 2, 8, 64])
     engine = checksum_engine(
         policy, num_blocks, block_size, rng.choice([None, 0, 1, 2]), chunked_prefill=rng.random() < 0.5,
-        max_num_seqs=rng.choice([1, 2, 6, 16]), max_num_batched_tokens=rng.choice([1, 2, 8, 64]),
+        max_num_seqs=seats, max_num_batched_tokens=accepted_budget(policy, seats, budget),
         be_max_wait_steps=rng.choice([1, 4, 128]), base_batch_cap=rng.choice([1, 2, 128]),
         min_chunk_tokens=rng.choice([1, 4, 16]), be_aging_tokens_per_step=rng.choice([0, 1, 3]))
     if rng.random() < 0.2:

@@ -3,6 +3,7 @@
     PYTHONPATH=. python tools/gpu_day.py --out out/gpu           # from a checkout; installs nothing, needs no network
     PYTHONPATH=. python tools/gpu_day.py --out out/gpu --docs    # and show the results in docs/gpu.md
     PYTHONPATH=. python tools/gpu_day.py --dry                   # without a GPU: on the emulator, and nothing is timed
+    PYTHONPATH=. python tools/gpu_day.py --estimates             # without a GPU: write docs/gpu.md's estimates anew
 
 Stages run in order of importance, each in its own process with a time limit, so one that fails or hangs does not affect
 the others. A stage that the machine cannot run, or that no longer fits the time, is named with the reason. Kernels are
@@ -121,9 +122,31 @@ def verify(dry: bool) -> dict[str, Any]:
             rows.append({"kernel": f"prefill {int(fast)}", "shape": str(shape), "dtype": str(heads.dtype),
                          "error": error})
     allowed = {str(dtype): error for dtype, error in TOLERANCE.items()}
-    return {"checked": len(rows), "wrong": [row for row in rows if not row["error"] <= allowed[row["dtype"]]],
+    num_fused, wrong = _verify_fused(device, place, (half,) if dry else (half, bfloat, single))
+    wrong += [row for row in rows if not row["error"] <= allowed[row["dtype"]]]
+    return {"checked": len(rows) + num_fused, "wrong": wrong,
             "worst_error": {dtype: max(row["error"] for row in rows if row["dtype"] == dtype)
                             for dtype in sorted({row["dtype"] for row in rows})}}
+
+
+def _verify_fused(device: Any, place: str, dtypes: Sequence[Any]) -> tuple[int, Rows]:
+    """The kernels between products and attention: how many runs, and what was wrong."""
+    import numpy as np
+
+    from kernels_cupy.heads import Heads
+    from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul
+
+    rng, num_runs, wrong = np.random.default_rng(0), 0, []
+    for dtype in dtypes:
+        for check, sizes in ((check_rope_store, (Heads(8, 2, 64, 16, dtype), 33, 64, False)),
+                             (check_rope_store, (Heads(4, 2, 128, 16, dtype), 9, 64, True)),
+                             (check_add_norm, (5, 4096, dtype)), (check_silu_mul, (5, 11008, dtype))):
+            num_runs += 1
+            try:
+                check(device, rng, *sizes, place=place)
+            except AssertionError as error:
+                wrong.append({"kernel": check.__name__, "dtype": str(dtype), "error": str(error)})
+    return num_runs, wrong
 
 
 def _timer(dry: bool) -> Callable[[Callable[[], None]], list[float]]:
@@ -193,13 +216,11 @@ def small(dry: bool) -> dict[str, Any]:
 
 
 def notebooks(out: Path) -> dict[str, Any]:
-    """Notebooks on the GPU, as copies: those of the checkout stay as they are."""
-    folder = out / "notebooks"
-    shutil.copytree(ROOT / "notebooks", folder, dirs_exist_ok=True)
+    """Notebooks on the GPU, written to another folder: those of the checkout stay as they are."""
     ran = {}
-    for path in sorted(folder.glob("0*.ipynb")):
-        ran[path.name] = subprocess.run([sys.executable, str(ROOT / "tools" / "run_notebooks.py"), str(path)],
-                                        env={**os.environ, "BROS_REF_DEVICE": "cuda"}).returncode
+    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
+        command = [sys.executable, str(ROOT / "tools" / "run_notebooks.py"), "--out", str(out / "notebooks"), str(path)]
+        ran[path.name] = subprocess.run(command, env={**os.environ, "BROS_REF_DEVICE": "cuda"}).returncode
     return {"exit_codes": ran}
 
 
@@ -280,6 +301,13 @@ def page(report: dict[str, Any] | None) -> str:
     return "\n".join(parts)
 
 
+def estimates() -> str:
+    """docs/gpu.md's last section: a decode step counted, and its time estimated; the same on every machine."""
+    from bros_ref.evaluation.bench.gpu_step import estimate_steps, markdown
+
+    return "\n" + markdown(estimate_steps())
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     def cell(value: Any) -> str:
         if isinstance(value, float):
@@ -297,8 +325,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for all stages")
     parser.add_argument("--dry", action="store_true", help="on the emulator: verify, time nothing")
     parser.add_argument("--docs", action="store_true", help="keep the results in docs/gpu.json and docs/gpu.md")
+    parser.add_argument("--estimates", action="store_true", help="only write the estimates of docs/gpu.md anew")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.estimates:
+        PAGE.write_text(page(json.loads(KEPT.read_text()) if KEPT.exists() else None) + estimates())
+        return 0
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.stage:
@@ -314,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = collect(options.out, done, about)
     if options.docs and not options.dry:
         KEPT.write_text(json.dumps(report, indent=1) + "\n")
-        PAGE.write_text(page(report))
+        PAGE.write_text(page(report) + estimates())
     return int(any(stage["result"].startswith(("exit code", "out of time")) for stage in done))
 
 

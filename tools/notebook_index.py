@@ -1,4 +1,4 @@
-"""The ten notebooks in a table: title, minutes, what is needed before; written into notebooks/README.md.
+"""The notebooks in a table: title, minutes, what is needed before; written into notebooks/README.md.
 
     python tools/notebook_index.py
 

@@ -1,14 +1,15 @@
-"""Executes notebooks in place and leaves what is to be committed: outputs and counts, no widget state, no versions.
+"""Executes notebooks and leaves what is to be committed: outputs and counts, no widget state, no versions.
 
 A cell tagged `hide-input` or `hide-output` is folded: by its tag on a page of the site, in JupyterLab by the metadata
 that is written here. Running a cell in JupyterLab unfolds its output.
 
-    python tools/run_notebooks.py [notebooks/03_*.ipynb ...]
+    python tools/run_notebooks.py [notebooks/03_*.ipynb ...]      # in place
+    python tools/run_notebooks.py --out FOLDER [NOTEBOOK ...]     # into another folder; the notebooks stay as they are
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import nbformat
@@ -18,8 +19,8 @@ FOLDED = {"hide-input": "source_hidden", "hide-output": "outputs_hidden"}  # tag
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 
 
-def run(path: Path) -> None:
-    """Runs one notebook from top to bottom and writes it back."""
+def run(path: Path, out: Path | None = None) -> None:
+    """Runs one notebook from top to bottom, in its own folder, and writes it back, or into the folder `out`."""
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3", store_widget_state=False,
                    resources={"metadata": {"path": str(path.parent)}}).execute()
@@ -34,7 +35,7 @@ def run(path: Path) -> None:
             if output.output_type == "error":  # the last line says it; the rest names folders of this machine
                 output.traceback = [f"{output.ename}: {output.evalue}"]
         cell.metadata = folded(cell.metadata.get("tags", []))
-    nbformat.write(notebook, path)
+    nbformat.write(notebook, path if out is None else out / path.name)
 
 
 def folded(tags: list[str]) -> dict[str, object]:
@@ -54,7 +55,18 @@ def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]
     return joined
 
 
-if __name__ == "__main__":
-    for path in [Path(argument) for argument in sys.argv[1:]] or sorted(FOLDER.glob("*.ipynb")):
+def main() -> None:
+    """Runs the notebooks that are named, or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="all of notebooks/ if none is named")
+    parser.add_argument("--out", type=Path, help="folder for the results; created if needed")
+    options = parser.parse_args()
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.notebooks or sorted(FOLDER.glob("*.ipynb")):
         print(path.name, flush=True)
-        run(path)
+        run(path, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bros_ref.cli.common import JsonOption, SeedOption, app, bench_app, make_console, progress, write_json
-from bros_ref.cli.tables import kernel_times_table, kernels_table
+from bros_ref.cli.tables import gpu_step_table, kernel_times_table, kernels_table
 from bros_ref.files import write_text
 
 BEGIN, END = "<!-- ladder: written by `bros-ref kernels --write-readme` -->", "<!-- end of the ladder -->"
@@ -128,6 +128,25 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
     console.print(kernel_times_table(rows, torch.cuda.get_device_name()))
     write_json(json_path, "bench kernels", seed, rows=rows, copy_bandwidth=bandwidth, cuda=torch.version.cuda,
                not_measured=None)
+
+
+@bench_app.command("gpu-step")
+def bench_gpu_step(model: Annotated[str, typer.Option(help="A model of Llama's kind, as `simulate` names it.")]
+                   = "llama-3-8b", gpus: Annotated[str, typer.Option(help="Comma-separated.")] = "h100-80gb,a100-80gb",
+                   batches: Annotated[str, typer.Option(help="Sequences, comma-separated.")] = "1,32",
+                   context: Annotated[int, typer.Option(min=2, max=1 << 17, help="Tokens of each sequence.")] = 1024,
+                   json_path: JsonOption = None) -> None:
+    """Counts what a decode step asks of a GPU, without one, and estimates the time that it would take."""
+    from bros_ref.evaluation.bench.gpu_step import estimate_steps
+
+    console = make_console(json_path)
+    if not all(size.strip().isdecimal() and 0 < int(size) <= 1024 for size in batches.split(",")):
+        raise ValueError(f"--batches needs numbers from 1 to 1024 separated by commas, got {batches!r}")
+    rows = estimate_steps(model, gpus.split(","), [int(size) for size in batches.split(",")], context)
+    console.print(gpu_step_table([asdict(row) for row in rows]))
+    console.print("Kernels, uploads, waits and allocations are counted: the engine's own code ran on tensors without "
+                  "memory. Times are estimates from published rates and assumed overheads, not measurements.")
+    write_json(json_path, "bench gpu-step", 0, rows=[asdict(row) for row in rows])
 
 
 def ladder_rows(seed: int, advance: Callable[[int], None] = lambda _: None) -> list[KernelRow]:

@@ -281,8 +281,9 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
     from bros_ref.evaluation.bench.hybrid import DEFAULT_POLICIES, bench_hybrid, parse_clock, parse_step
     from bros_ref.evaluation.statistics import interval_rows
     from bros_ref.request import SLO
-    from bros_ref.viz.figures.report import write_report
 
+    if report is not None:
+        from bros_ref.viz.figures.report import write_report  # a missing plotly shows before the run
     names = list(DEFAULT_POLICIES) if policies is None else parse_policies(policies)
     slo, console, how, step = SLO(ttft_slo_s, tpot_slo_s), make_console(json_path), parse_clock(clock), parse_step(
         modelled_step)

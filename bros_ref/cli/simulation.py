@@ -133,10 +133,15 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
               minutes: Annotated[float | None, typer.Option(help=(
                   "Budget of real time: runs become as short as it demands."))] = None,
               quick: Annotated[bool, typer.Option("--quick", help="60 s per run and fewer rates.")] = False,
+              parts: Annotated[str, typer.Option(help=(
+                  "Comma-separated: the paper's sweep, sweeps beyond it, options of bros-plus, and traces and long "
+                  "prompts on which nothing was tuned."))] = "paper,sweep,ablation,unseen",
+              traces: Annotated[Path | None, typer.Option(metavar="FOLDER", help=(
+                  "unseen: a folder of traces and of files of lengths, each to be served at two loads."))] = None,
               rt_lengths: RtLengthsOption = None,
               processes: ProcessesOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The paper's evaluation, simulated: every figure and the ablation, our numbers beside the paper's."""
-    from bros_ref.cli.tables import dominance_table, figures_table
+    from bros_ref.cli.tables import dominance_table, figures_table, rivals_table
     from bros_ref.evaluation.reproduce import SHORTEST_CONTEXT_TOKENS, reproduce_paper
     from bros_ref.viz.figures.reproduction import write_reproduction
     from bros_ref.workload.files import read_lengths
@@ -147,10 +152,17 @@ def reproduce(out: Annotated[Path, typer.Option(callback=output_folder,
     with progress(console, "reproduce", 1.0) as advance:
         sharegpt = "sharegpt" if rt_lengths is None else read_lengths(rt_lengths, SHORTEST_CONTEXT_TOKENS)
         result = reproduce_paper(min(duration_s, 60.0) if quick else duration_s, seed, seeds=seeds, minutes=minutes,
-                                 quick=quick, processes=processes, sharegpt=sharegpt, on_progress=advance)
+                                 quick=quick, processes=processes, sharegpt=sharegpt, traces=traces,
+                                 parts=[part.strip() for part in parts.split(",")], on_progress=advance)
     done = f"{result['seeds']} of {seeds} seeds" if result["seeds"] < seeds else f"{seeds} seed{'s' * (seeds > 1)}"
-    console.print(figures_table(result["figures"], f"{done}, {result['duration_s']:,.0f} simulated seconds per run"))
-    console.print(dominance_table(result["dominance"]))
+    basis = f"{done}, {result['duration_s']:,.0f} simulated seconds per run"
+    if result["figures"]:
+        console.print(figures_table(result["figures"], basis))
+    if result["dominance"]:
+        console.print(dominance_table(result["dominance"], basis))
+    for row in result["dominance"]:
+        if row["cell"].startswith("unseen/"):
+            console.print(rivals_table(row))
     write_json(json_path, "reproduce", seed, **result)
     write_json(str(out / "reproduce.json"), "reproduce", seed, **result)
     write_reproduction(out / "report.html", result)

@@ -136,9 +136,10 @@ def figures_table(figures: Sequence[Mapping[str, Any]], basis: str) -> FittedTab
     return table
 
 
-def dominance_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
-    """bros-plus against the baseline that decides each cell."""
-    table = FittedTable("bros-plus in every cell, and its lead over the baseline that decides the verdict", _columns(
+def dominance_table(rows: Sequence[Mapping[str, Any]], basis: str) -> FittedTable:
+    """bros-plus against the baseline that decides each cell; `basis`: how many seeds, and how long."""
+    title = f"bros-plus in every cell, and its lead over the baseline that decides the verdict ({basis})"
+    table = FittedTable(title, _columns(
         "cell", "verdict", "against", figures=("RT on time %", "points", "BE tokens/s", "difference")),
         caption="±: 95 % interval")
     for row in rows:
@@ -146,6 +147,22 @@ def dominance_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
         table.add_row(row["cell"], row["verdict"], row["against"], number(row["rt"], 1, 100),
                       f"{number(row['rt_gain'], 1, 100)}{plus_minus(bounds['rt_gain'], 1, 100)}", number(row["be"]),
                       f"{number(row['be_gain'])}{plus_minus(bounds['be_gain'])}")
+    return table
+
+
+def rivals_table(row: Mapping[str, Any]) -> FittedTable:
+    """bros-plus beside every other policy in one cell of `dominance`, those with most RT on time first."""
+    title = row["cell"].partition("/")[2].replace("/", ", ")
+    table = FittedTable(f"{title}: every policy, and the lead of bros-plus", [*_columns("policy", figures=(
+        "RT on time %", "points", "BE tokens/s", "difference")), Column("verdict", is_text=True)], caption=(
+        "±: 95 % interval of the paired difference"))
+    table.add_row("bros-plus", number(row["rt"], 1, 100), "", number(row["be"]), "", "")
+    for other in sorted(row["each"], key=lambda other: -other["rt"]):
+        bounds = other["interval95"]
+        table.add_row(other["policy"], number(other["rt"], 1, 100),
+                      f"{number(other['rt_gain'], 1, 100)}{plus_minus(bounds['rt_gain'], 1, 100)}",
+                      number(other["be"]), f"{number(other['be_gain'])}{plus_minus(bounds['be_gain'])}",
+                      other["verdict"])
     return table
 
 
@@ -173,6 +190,19 @@ def kernel_times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> FittedTab
     for row in rows:
         table.add_row(row["case"], row["system"], f"{row['us']:.1f}", f"{row['gb_per_s']:.0f}",
                       f"{row['share_of_copy_bandwidth']:.0%}")
+    return table
+
+
+def gpu_step_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
+    """A decode step: what was counted, and an estimate of its time."""
+    table = FittedTable(f"{rows[0]['model']}, {number(rows[0]['context'])} tokens of context: counted, and times "
+                        "estimated; nothing here was timed",
+                        _columns("GPU", "batch", "path", figures=("kernels", "uploads", "waits", "allocations",
+                                                                  "estimated ms", "roofline ms")), num_keys=3)
+    for row in rows:
+        table.add_row(row["gpu"], number(row["batch"]), row["path"],
+                      *(number(row[name]) for name in ("kernels", "uploads", "waits", "allocations")),
+                      number(row["estimated_ms"], 1), number(row["roofline_ms"], 1))
     return table
 
 

@@ -14,8 +14,8 @@ from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import Model, ModelRunner
 from bros_ref.engine.ranks import RankFailed, Ranks, TensorParallelRunner
 from bros_ref.environment import available_memory_bytes, compute_device
-from bros_ref.model.attention import paged_attention
-from bros_ref.model.backends import attention_backend
+from bros_ref.model.attention import AttentionFn, paged_attention
+from bros_ref.model.backends import KernelAttention, attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.linear import FastestLinear
@@ -78,7 +78,7 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
         if tp != 1:
             raise ValueError(f"the checksum model has no weights to split: tp must be 1, got {tp}")
         return LoadedModel(name, ChecksumModel(), ByteTokenizer(), torch.device("cpu"), torch.int64, {})
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    dtype = half_precision() if device == "cuda" else torch.float32
     try:
         attention = attention_backend(backend, device)
     except RuntimeError as error:  # "cupy" where it cannot be used
@@ -90,13 +90,30 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
             ranks = Ranks(name, tp, device, dtype, seed, backend)
             return LoadedModel(name, ranks.model, tokenizer, ranks.device, dtype, ranks.parameters, used, ranks)
         parameters = load_weights(name, dtype, device, seed)
-        model = Decoder(config, parameters, dtype, device, attention, FastestLinear(parameters.values()))
+        model = _make_decoder(config, parameters, dtype, device, attention)
     except RankFailed:
         raise
     except (MemoryError, RuntimeError, OverflowError) as error:  # what torch raises for more than there is
         raise ValueError(f"model {name!r} cannot be put into the memory of {device}: "
                          f"{str(error).splitlines()[0]}") from error
     return LoadedModel(name, model, tokenizer, torch.device(device), dtype, parameters, used)
+
+
+def _make_decoder(config: ModelConfig, parameters: Parameters, dtype: torch.dtype, device: str,
+                  attention: AttentionFn) -> Decoder:
+    """The decoder of fused kernels where attention is computed by kernels and the model is of that kind."""
+    if isinstance(attention, KernelAttention):
+        from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
+
+        if why_not_fused(config, dtype) is None:
+            return KernelDecoder(config, parameters, dtype, device, attention)
+    return Decoder(config, parameters, dtype, device, attention, FastestLinear(parameters.values()))
+
+
+def half_precision() -> torch.dtype:
+    """The 16-bit dtype for this GPU: bf16 where tensor cores take it (sm_80 and later), since fp16 overflows in some
+    models trained in bf16; else fp16."""
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
 def blocks_that_fit(loaded: LoadedModel, block_size: int, max_num_seqs: int) -> int:
@@ -127,6 +144,12 @@ def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
     kv_config = KVCacheConfig(settings.kv_blocks, settings.block_size, host_blocks)
     if loaded.ranks is not None:
         return TensorParallelRunner(loaded.ranks, kv_config, loaded.dtype, loaded.backend)
+    if loaded.backend != "torch":
+        from bros_ref.gpu.decoder import KernelDecoder
+        from bros_ref.gpu.runner import KernelRunner
+
+        if isinstance(loaded.model, KernelDecoder):
+            return KernelRunner(loaded.model, kv_config, loaded.device, loaded.dtype, loaded.backend)
     return ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype, loaded.backend)
 
 

@@ -64,19 +64,24 @@ class StepWork:
     copies: CopyPlan
 
     @classmethod
-    def of(cls, output: SchedulerOutput) -> StepWork:
-        """Reads a decision, without changing it."""
-        requests, counts = output.requests, output.num_scheduled_tokens
+    def of(cls, output: SchedulerOutput, decodes_first: bool = False) -> StepWork:
+        """Reads a decision, without changing it. `decodes_first`: sequences with one new token before the others, as
+        the GPU's kernels want them; else in the batch's order."""
+        requests, counts, order = output.requests, output.num_scheduled_tokens, list(range(len(output.requests)))
+        if decodes_first:
+            order.sort(key=lambda index: counts[index] > 1)
         token_ids: list[int] = []
         logits_rows: list[int] = []
         sampled: list[int] = []
-        for index, (request, count) in enumerate(zip(requests, counts, strict=True)):
+        for index in order:
+            request, count = requests[index], counts[index]
             token_ids += new_token_ids(request, count)
             if request.num_computed_tokens + count == request.num_tokens:
                 logits_rows.append(len(token_ids) - 1)
                 sampled.append(index)
-        contexts = [request.num_computed_tokens + count for request, count in zip(requests, counts, strict=True)]
-        return cls(token_ids, output.block_tables, [not request.is_rt for request in requests], counts, contexts,
+        contexts = [requests[index].num_computed_tokens + counts[index] for index in order]
+        return cls(token_ids, [output.block_tables[index] for index in order],
+                   [not requests[index].is_rt for index in order], [counts[index] for index in order], contexts,
                    logits_rows, sampled, output.kv_changes.copies)
 
 
@@ -92,8 +97,11 @@ class ModelRunner:
                  dtype: torch.dtype = torch.float32, backend: str = "torch") -> None:
         self.model, self.backend = model, backend
         self.device = torch.device(device)
-        config = model.config
-        self.kv = KVStorage(config.num_layers, config.num_kv_heads, config.head_dim, kv_config, dtype, self.device)
+        self.kv = self.make_storage(model.config, kv_config, dtype)
+
+    def make_storage(self, config: ModelConfig, kv_config: KVCacheConfig, dtype: torch.dtype) -> KVStorage:
+        """The K/V tensors of this runner."""
+        return KVStorage(config.num_layers, config.num_kv_heads, config.head_dim, kv_config, dtype, self.device)
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> list[int | None]:
@@ -102,22 +110,37 @@ class ModelRunner:
         Raises:
             RequestsFailed: logits of some requests are not finite, so no token can be drawn from them.
         """
-        requests, work = output.requests, StepWork.of(output)
-        logits = self.compute(work)
-        sampled = work.sampled
-        result: list[int | None] = [None] * len(requests)
-        errors: dict[int, Exception] = {}
-        finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one NaN or infinity spoils the sum
-        if not all(finite):
-            errors = {index: NonFiniteLogits(requests[index])
-                      for index, is_finite in zip(sampled, finite, strict=True) if not is_finite}
-            sampled = [index for index in sampled if index not in errors]
-            logits = logits[torch.tensor(finite, device=logits.device)]
-        for index, token_id in zip(sampled, sample(logits, [requests[i] for i in sampled]), strict=True):
+        work = StepWork.of(output, decodes_first=self.backend != "torch")
+        token_ids = self.next_tokens(work, [output.requests[index] for index in work.sampled])
+        result: list[int | None] = [None] * len(output.requests)
+        for index, token_id in zip(work.sampled, token_ids, strict=True):
             result[index] = token_id
-        if errors:
+        if errors := {index: NonFiniteLogits(output.requests[index]) for index in work.sampled
+                      if result[index] is None}:
             raise RequestsFailed(result, errors)
         return result
+
+    def next_tokens(self, work: StepWork, requests: Sequence[Request]) -> list[int | None]:
+        """Computes a step, and the next token of each of `work.sampled`; None where its logits are not finite."""
+        logits = self.compute(work)
+        if requests:
+            return self.sample(logits, requests)
+        self.wait()  # nothing is read back, so nothing else waits
+        return []
+
+    def wait(self) -> None:
+        """Returns when the device has computed everything. Else the step's time would be that of its launch."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).record_event().synchronize()
+
+    def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int | None]:
+        """logits [num_rows, V], one row per request -> the next tokens; None where logits are not finite."""
+        finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one NaN or infinity spoils the sum
+        if not all(finite):
+            logits = logits[torch.tensor(finite, device=logits.device)]
+            requests = [request for request, is_finite in zip(requests, finite, strict=True) if is_finite]
+        token_ids = iter(sample(logits, requests))
+        return [next(token_ids) if is_finite else None for is_finite in finite]
 
     @torch.inference_mode()
     def compute(self, work: StepWork) -> torch.Tensor:

@@ -196,7 +196,10 @@ def rank_main(rank: int, spec: RankSpec, config: ModelConfig, progress: Any, pip
         if isinstance(message, KVCacheConfig):
             runner = ModelRunner(model, message, device, spec.dtype)
         elif runner is not None:
-            runner.compute(message)
+            try:
+                runner.compute(message)
+            except ExchangeFailed:
+                os._exit(1)  # another rank is gone; rank 0 says which, a traceback from here would hide that
 
 
 class TensorParallelRunner(ModelRunner):

@@ -55,11 +55,13 @@ def cells(runs: Runs) -> dict[str, dict[str, list[Summary]]]:
 
 
 def dominance(runs: Runs) -> list[dict[str, Any]]:
-    """One row per cell. It shows the baseline that decides the verdict, or else the one with most RT on time."""
+    """One row per cell. It shows the baseline that decides the verdict, or else the one with most RT on time; under
+    "each" every other policy, with its own verdict."""
     rows = []
     for cell, policies in cells(runs).items():
         ours = policies["bros-plus"]
-        judged = [(*judge(ours, policies[name]), name) for name in BASELINES if name in policies]
+        each = {name: judge(ours, theirs) for name, theirs in policies.items() if name != "bros-plus"}
+        judged = [(*each[name], name) for name in BASELINES if name in policies]
         verdict, rt_gain, be_gain, against = min(judged, key=lambda row: (VERDICTS.index(row[0]), row[1].mean))
         theirs = policies[against]
         base = max(mean(theirs, "be.output_throughput"), 1e-9)
@@ -67,8 +69,15 @@ def dominance(runs: Runs) -> list[dict[str, Any]]:
         rows.append({"cell": cell, "against": against, "verdict": verdict, "seeds": len(ours),
                      "rt": mean(ours, "rt.slo_attainment"), "be": mean(ours, "be.output_throughput"),
                      "rt_gain": rt_gain.mean, "be_gain": be_gain.mean, "be_change": be_gain.mean / base,
-                     "interval95": {"rt_gain": rt_gain.bounds, "be_gain": be_gain.bounds}, "fewer_rt_tokens": fewer})
+                     "interval95": {"rt_gain": rt_gain.bounds, "be_gain": be_gain.bounds}, "fewer_rt_tokens": fewer,
+                     "each": [_told(name, policies[name], *found) for name, found in each.items()]})
     return rows
+
+
+def _told(policy: str, runs: Sequence[Summary], verdict: str, rt_gain: Interval, be_gain: Interval) -> dict[str, Any]:
+    return {"policy": policy, "verdict": verdict, "rt": mean(runs, "rt.slo_attainment"),
+            "be": mean(runs, "be.output_throughput"), "rt_gain": rt_gain.mean, "be_gain": be_gain.mean,
+            "interval95": {"rt_gain": rt_gain.bounds, "be_gain": be_gain.bounds}}
 
 
 def judge(ours: Sequence[Summary], theirs: Sequence[Summary]) -> tuple[str, Interval, Interval]:

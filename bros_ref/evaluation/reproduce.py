@@ -11,8 +11,9 @@ numbers is set beside the best case over our sweep, with both absolute values, a
 The paper does not say which vLLM scheduler it used. Its numbers are compared with both: `vllm-fcfs` (V1) and `vllm-v0`,
 the one in use when it was written.
 
-Beyond the paper, `bros-plus` is set beside every baseline in every cell of all sweeps (`dominance.py`). Every figure
-rests on several seeds, and policies are compared on the same arrivals, seed by seed (`statistics.py`).
+Beyond the paper, `bros-plus` is set beside every baseline in every cell of all sweeps (`dominance.py`), and beside
+every policy on traces and long prompts on which nothing was tuned (`traces.py`). Every figure rests on several seeds,
+and policies are compared on the same arrivals, seed by seed (`statistics.py`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from bros_ref.evaluation.dominance import Runs, Summary, be_of_reference, coverage, dominance, mean, values
 from bros_ref.evaluation.optimality import distribution, recorded_gaps, small_instance_gaps
 from bros_ref.evaluation.statistics import Interval, interval, metric_samples, paired_ratio
-from bros_ref.evaluation.sweeps import POLICIES, RATES, SYSTEMS, Lengths, all_jobs, run_name
+from bros_ref.evaluation.sweeps import PARTS, POLICIES, RATES, SYSTEMS, Lengths, all_jobs, run_name
 from bros_ref.simulator.simulate import Job, run_all
 from bros_ref.workload.paper import PaperWorkload
 
@@ -113,28 +115,37 @@ AGAINST_V0 = tuple(replace(figure, name=f"{figure.name.removesuffix(' against vl
 
 def reproduce_paper(duration_s: float, seed: int, *, seeds: int = 5, minutes: float | None = None, quick: bool = False,
                     processes: int = 0, sharegpt: Lengths = "sharegpt",
+                    parts: Sequence[str] = PARTS, traces: Path | None = None,
                     on_progress: Callable[[float], None] | None = None) -> dict[str, Any]:
     """Runs everything with the seeds seed, seed + 1, ...; `sharegpt` stands for the lengths of that name.
 
     Args:
+        parts: which of PARTS to run; what rests on others is left empty.
+        traces: a folder of traces to be served, too, in the part "unseen".
         minutes: a budget of wall time. Runs are then as long as the budget allows, at most `duration_s`, and no seed
             is begun that would exceed it.
 
     Returns:
-        "figures", "overhead", "bounds", "dominance", and the absolute values of every run: "systems" (the paper's
-        sweep), "sweeps" (beyond the paper) and "ablation" (the options of bros-plus); "duration_s" and "seeds" are
-        what was run; all JSON.
+        "figures", "overhead" and "bounds" (both None without the part "paper"), "dominance", and the absolute values of
+        every run: "systems" (the paper's sweep), "sweeps" (beyond the paper, and unseen) and "ablation" (the options of
+        bros-plus); "duration_s" and "seeds" are what was run; all JSON.
 
     Raises:
-        ValueError: the budget does not suffice for one seed of SHORTEST_S; it says how much would.
+        ValueError: an unknown part, or traces without the part "unseen"; the budget does not suffice for one seed of
+            SHORTEST_S, and it says how much would.
     """
     started_s = time.monotonic()
     advance = on_progress or (lambda _: None)
     rates = RATES[::2] if quick else RATES
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"unknown part {unknown[0]!r}; known are {', '.join(PARTS)}")
+    if traces is not None and "unseen" not in parts:
+        raise ValueError("traces are served in the part unseen; name it, too, or name no parts")
+    choice: dict[str, Any] = {"quick": quick, "sharegpt": sharegpt, "parts": parts, "traces": traces}
     if minutes is not None:
-        probe = list(all_jobs(PROBE_S, rates, quick=quick, sharegpt=sharegpt).values())
+        probe = list(all_jobs(PROBE_S, rates, **choice).values())
         duration_s = min(duration_s, _affordable_s(probe, 60 * minutes, seeds, processes))
-    jobs = all_jobs(duration_s, rates, quick=quick, sharegpt=sharegpt)
+    jobs = all_jobs(duration_s, rates, **choice)
     runs: Runs = {name: [] for name in jobs}
     for done in range(seeds):
         spent_s = time.monotonic() - started_s
@@ -144,16 +155,19 @@ def reproduce_paper(duration_s: float, seed: int, *, seeds: int = 5, minutes: fl
         for name, summary in zip(jobs, run_all(
                 seeded, processes, lambda _: advance(0.95 / len(jobs) / seeds)), strict=True):
             runs[name].append(summary)
+    has_paper = "paper" in parts
     bounds = {"coverage": coverage(runs, rates), "be_of_reference": be_of_reference(jobs, runs),
               "iteration_optimum": _iteration_optimum(jobs),
-              "clairvoyant": small_instance_gaps(seed)}
+              "clairvoyant": small_instance_gaps(seed)} if has_paper else None
+    figures = [compare(figure, runs, rates) for figure in (*FIGURES, *AGAINST_V0)] if has_paper else []
     finished = len(next(iter(runs.values())))
     advance(0.05 + 0.95 * (1 - finished / seeds))
     return {"duration_s": duration_s, "seeds": finished,
-            "figures": [compare(figure, runs, rates) for figure in (*FIGURES, *AGAINST_V0)],
-            "overhead": _overhead(runs), "bounds": bounds, "dominance": dominance(runs),
-            **{group: [_row(name, own) for name, own in runs.items() if name.startswith(prefix)]
-               for group, prefix in (("systems", "paper/"), ("sweeps", "sweep/"), ("ablation", "ablation/"))}}
+            "figures": figures, "overhead": _overhead(runs) if has_paper else None, "bounds": bounds,
+            "dominance": dominance(runs),
+            **{group: [_row(name, own) for name, own in runs.items() if name.partition("/")[0] in own_parts]
+               for group, own_parts in (("systems", ["paper"]), ("sweeps", ["sweep", "unseen"]),
+                                        ("ablation", ["ablation"]))}}
 
 
 def _affordable_s(jobs: Sequence[Job], budget_s: float, seeds: int, processes: int) -> float:

@@ -1,4 +1,5 @@
-"""What `reproduce` runs: the paper's sweep (its section 4), sweeps beyond it, and the options of bros-plus.
+"""What `reproduce` runs, in parts: the paper's sweep (its section 4), sweeps beyond it, the options of bros-plus, and
+settings on which nothing was tuned (`traces.py`).
 
 Nothing is tuned per run: one SLO, one demand of best-effort work and one set of scheduler limits for all, unless they
 are what is varied. A job's name is "group/.../policy"; runs that differ by the seed alone have the same name.
@@ -6,13 +7,15 @@ are what is varied. A job's name is "group/.../policy"; runs that differ by the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from bros_ref.evaluation.traces import unseen_points
 from bros_ref.request import SLO
 from bros_ref.scheduler import PLUS
 from bros_ref.simulator.simulate import Job, SimulationSettings
-from bros_ref.workload.paper import RT_LENGTHS, PaperWorkload, be_batch_for
+from bros_ref.workload.paper import MAX_BE_BATCH, RT_LENGTHS, PaperWorkload, be_batch_for
 
 SYSTEMS = {"opt-13b": SimulationSettings("a100-40gb", "opt-13b", 2),
            "opt-30b": SimulationSettings("a100-40gb", "opt-30b", 4),
@@ -25,17 +28,22 @@ CONTENDERS = ("vllm-priority", "vllm-priority-watermark", "sglang-priority", "sc
               "bros-plus")
 PLUS_ABLATION = ("bros", *(f"bros+{option}" for option in PLUS), "bros-plus")
 BASE_RATE = 6.0  # of the sweeps beyond the paper, OPT-13B
-MAX_BE_BATCH = 512  # Llama-3-70B's pool would ask for more than its seats can serve
+PARTS = ("paper", "sweep", "ablation", "unseen")
 
 Lengths = str | tuple[tuple[int, int], ...]
 Point = tuple[str, SimulationSettings, PaperWorkload]
 
 
 def all_jobs(duration_s: float, rates: Iterable[float] = RATES, *, quick: bool = False,
-             sharegpt: Lengths = "sharegpt") -> dict[str, Job]:
-    """Every job by its name. `sharegpt` stands for the RT lengths of that name; `quick` leaves most sweeps out."""
-    jobs = (*_paper_jobs(duration_s, tuple(rates)), *_sweep_jobs(duration_s, quick), *_ablation_jobs(duration_s, quick))
-    return {job.name: _with_lengths(job, sharegpt) for job in jobs}
+             sharegpt: Lengths = "sharegpt", parts: Sequence[str] = PARTS,
+             traces: Path | None = None) -> dict[str, Job]:
+    """Every job of some parts by its name. `sharegpt` stands for the RT lengths of that name; `quick` leaves most
+    sweeps out; `traces` is the folder of `unseen_points`."""
+    jobs: dict[str, Callable[[], Iterable[Job]]] = {
+        "paper": lambda: _paper_jobs(duration_s, tuple(rates)), "sweep": lambda: _sweep_jobs(duration_s, quick),
+        "ablation": lambda: _ablation_jobs(duration_s, quick),
+        "unseen": lambda: _unseen_jobs(duration_s, quick, traces)}
+    return {job.name: _with_lengths(job, sharegpt) for part in PARTS if part in parts for job in jobs[part]()}
 
 
 def run_name(system: str, dataset: str, rate: float, policy: str, only: str = "") -> str:
@@ -79,6 +87,12 @@ def _ablation_jobs(duration_s: float, quick: bool) -> Iterable[Job]:
     for label, settings, arrivals in chosen[:1] if quick else chosen:
         for policy in PLUS_ABLATION:
             yield Job(f"ablation/{label}/{policy}", policy, settings, arrivals)
+
+
+def _unseen_jobs(duration_s: float, quick: bool, traces: Path | None) -> Iterable[Job]:
+    for label, settings, arrivals in unseen_points(duration_s, traces)[::3 if quick else 1]:
+        for policy in (*BASELINES, "bros", "bros-plus"):
+            yield Job(f"unseen/{label}/{policy}", policy, settings, arrivals)
 
 
 def sweep_points(duration_s: float) -> list[Point]:

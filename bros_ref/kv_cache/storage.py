@@ -124,9 +124,9 @@ class KVStorage:
             ValueError: a slot lies outside its store, or one list writes a slot twice; nothing was copied.
         """
         device_slots, host_slots = self._slots.shape[2], self.config.host_blocks * self.config.block_size
-        _check_pairs("checkpoint", checkpoint, device_slots, host_slots)
-        _check_pairs("relocate", relocate, device_slots, device_slots)
-        _check_pairs("restore", restore, host_slots, device_slots)
+        check_pairs("checkpoint", checkpoint, device_slots, host_slots)
+        check_pairs("relocate", relocate, device_slots, device_slots)
+        check_pairs("restore", restore, host_slots, device_slots)
         if self._side_stream is not None:  # an earlier restore whose layers nobody read yet
             torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
         if checkpoint:
@@ -192,7 +192,8 @@ def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     return torch.from_numpy(np.zeros(num_bytes, np.uint8)).view(dtype).view(*shape)
 
 
-def _check_pairs(name: str, pairs: SlotPairs, source_slots: int, destination_slots: int) -> None:
+def check_pairs(name: str, pairs: SlotPairs, source_slots: int, destination_slots: int) -> None:
+    """Raises ValueError: a slot lies outside its store, or one is written twice. `name` says which list it is."""
     for source, destination in pairs:
         if not (0 <= source < source_slots and 0 <= destination < destination_slots):
             raise ValueError(f"{name} copy {source} -> {destination}: slots must lie in 0..{source_slots - 1} "

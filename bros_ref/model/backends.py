@@ -4,11 +4,13 @@
     cupy          the kernels of kernels_cupy through CuPy: the default if there are a GPU and CuPy
     cpu-emulated  the very same kernels, thread by thread on the CPU with every access checked: slow, for study
 
-The only file of the package that imports kernels_cupy, and only when a kernel backend is chosen. Torch writes K and V.
+Kernels are imported only when a kernel backend is chosen. Here torch does all but attention; models of Llama's kind
+run on more kernels than that, see `gpu/decoder.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,8 +25,8 @@ BACKENDS = ("auto", "torch", "cupy", "cpu-emulated")
 
 
 class KernelAttention:
-    """Attention by the kernels: one decode launch where every sequence has one new token, else one launch of the
-    prefill kernel, which serves mixed batches.
+    """Attention by the kernels: one launch of the decode kernel for the sequences in front that have one new token,
+    and one of the prefill kernel for the others.
 
     Raises (when called):
         ValueError: a context exceeds a sliding window, which the kernels do not have. `Decoder` limits its context to
@@ -34,7 +36,7 @@ class KernelAttention:
     sliding_windows = False
 
     def __init__(self, device: Device) -> None:
-        self._device = device
+        self.device = device
         self._meta: AttentionMetadata | None = None  # the step whose integers are at hand
         self._integers: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -47,22 +49,30 @@ class KernelAttention:
                              f"exceeds the window of {meta.window}; use the torch backend")
         tables, context_lens, reversed_, query_starts = self._integers_of(meta)
         q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-        if len(q) == len(context_lens):
-            decode(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, out)
-        else:
-            prefill_attention(self._device, q, k_cache, v_cache, tables, context_lens, reversed_, query_starts, out)
+        n = leading_decodes(meta.query_lens)
+        if n:
+            decode(self.device, q[:n], k_cache, v_cache, tables[:n], context_lens[:n], reversed_[:n], out[:n])
+        if n < len(context_lens):
+            prefill_attention(self.device, q[n:], k_cache, v_cache, tables[n:], context_lens[n:], reversed_[n:],
+                              query_starts, out[n:])
         return out
 
     def _integers_of(self, meta: AttentionMetadata) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The step's tables and lengths as the kernels take them; made once per step and used by all layers."""
         if self._integers is None or meta is not self._meta:
             place = meta.block_tables.device
-            starts = torch.tensor([0, *meta.query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            lengths = meta.query_lens[leading_decodes(meta.query_lens):]
+            starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             self._meta = meta
             self._integers = (meta.block_tables.int().contiguous(),
                               torch.tensor(meta.context_lens, dtype=torch.int32).to(place), meta.reversed.int(),
                               starts.to(place))
         return self._integers
+
+
+def leading_decodes(query_lens: Sequence[int]) -> int:
+    """How many sequences with one new token there are before the first with several."""
+    return next((i for i, length in enumerate(query_lens) if length > 1), len(query_lens))
 
 
 def attention_backend(name: str = "auto", device: torch.device | str = "cpu") -> AttentionFn:

@@ -18,8 +18,6 @@ from bros_ref.model.chat_template import RENDERER, TemplateFailedError
 from bros_ref.model.control_tokens import ControlTokens
 from bros_ref.model.special_tokens import CLASS_OF_FAMILY, TokenizerError, apply_options, frame_text
 from bros_ref.model.weights.checkpoint import read_json
-from bros_ref.model.weights.gguf_file import open_gguf
-from bros_ref.model.weights.gguf_model import end_token_ids
 from bros_ref.model.weights.load import RANDOM_PREFIX, locate
 from bros_ref.model.weights.parameters import BYTE_VOCABULARY
 
@@ -216,13 +214,16 @@ def _template_text(origin: Path, template: Any) -> str | None:
 
 
 def _from_gguf(path: Path) -> CheckpointTokenizer:
+    from bros_ref.model.weights.gguf_file import open_gguf  # gguf is needed by its files alone
+    from bros_ref.model.weights.gguf_model import end_token_ids
+
     meta = open_gguf(path).metadata
     kind, split = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2" or not isinstance(split, str) or split not in _PRE_TOKENIZERS:
         raise TokenizerError(f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not supported, only 'gpt2' "
                              f"with {', '.join(_PRE_TOKENIZERS)}; use the model's Hugging Face folder")
     try:
-        return _from_metadata(path, meta, split)
+        return _from_metadata(path, meta, split, end_token_ids(meta))
     except TokenizerError:
         raise
     except KeyError as error:
@@ -231,7 +232,7 @@ def _from_gguf(path: Path) -> CheckpointTokenizer:
         raise TokenizerError(f"{path}: its vocabulary is damaged ({error}); download it again") from None
 
 
-def _from_metadata(path: Path, meta: Mapping[str, Any], split: str) -> CheckpointTokenizer:
+def _from_metadata(path: Path, meta: Mapping[str, Any], split: str, end_ids: Sequence[int]) -> CheckpointTokenizer:
     tokens: list[str] = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     types: list[int] = meta["tokenizer.ggml.token_type"]
@@ -247,7 +248,7 @@ def _from_metadata(path: Path, meta: Mapping[str, Any], split: str) -> Checkpoin
     frame_text(tokenizer, special, meta.get("tokenizer.ggml.add_bos_token", is_llama_3),
                meta.get("tokenizer.ggml.add_eos_token", False))
     return CheckpointTokenizer(tokenizer, path, _template_text(path, meta.get("tokenizer.chat_template")), special,
-                               end_token_ids(meta))
+                               end_ids)
 
 
 def _split_then_bytes(pattern: str) -> Any:

@@ -177,8 +177,6 @@ class Scheduler:
             self.dequeue(request)
             request.status = RUNNING
             self.running.append(request)
-        if output.left_out:
-            output.left_out.pop(request.request_id, None)  # an earlier attempt in this step failed
         return ADMITTED
 
     def admit_newcomer(self, request: Request) -> Admission:

@@ -24,13 +24,15 @@ Ours, where the paper is silent or where measurements gave a reason to differ:
   Of the late RT that have waited N steps, at most one per step is exempt from the budgets likewise.
 - `rt_slowdown` bounds how much BE may slow RT down (`_slowed_s`).
 
-`bros-plus` is this class with four rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
+`bros-plus` is this class with five rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
 
 - Prompts are cut to what the deadlines leave. In the paper's form a long BE prompt waits until no RT is near, and long
   RT prompts delay each other: where RT prompts have thousands of tokens, use `bros-plus`.
 - No cap bounds the batch besides the deadlines.
 - An RT banks the time it is ahead: TPOT is a mean, so token k is due at first token + k * TPOT (nine tenths of it), if
   that is later than the paper's last token + TPOT. An RT that is ahead can sit out for others, and still be on time.
+- Of RT that cannot all be on time, as many as possible are (`_triage`). By slack alone, each prompt that is just too
+  long for its deadline makes those behind it late, too. The ones given up come next, before the late and before BE.
 - RT displace RT as late as they can. In the paper's form the RT that comes first in slack order takes blocks from the
   one with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross
   PCIe in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two
@@ -41,6 +43,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right, insort
+from heapq import heappop, heappush
 from itertools import chain, takewhile
 from operator import attrgetter
 
@@ -189,9 +192,39 @@ class BROSScheduler(Scheduler):
         if newcomers := self._newcomers_on_time(now_s):
             urgent += newcomers
             urgent.sort(key=by_deadline)  # both parts are sorted already, so this is a merge, in linear time
+        if self.config.rt_triage:
+            urgent, given_up = self._triage(urgent, now_s)
+            late = given_up + late
         iteration_s = self.iteration_s
         self.output.slack_s = {rt.request_id: rt.deadline_s - now_s - iteration_s for rt in chain(urgent, late)}
         return urgent, late
+
+    def _triage(self, urgent: list[Request], now_s: float) -> tuple[list[Request], list[Request]]:
+        """Those that can be on time together, and those given up for now so that the others can.
+
+        Moore and Hodgson's algorithm (1968) for the most jobs on time: go by ascending deadline, and whenever one
+        would be late, give up the prompt with most work left so far. Only RT without a first token are given up.
+        """
+        latency, prompts = self.latency, [request for request in urgent if request.first_token_s is None]
+        if len(prompts) < 2:
+            return urgent, []
+        given_up: set[Request] = set()
+        longest: list[tuple[float, int, Request]] = []  # a heap of the prompts kept so far
+        work_s, num_tokens = 0.0, 0
+        for place, request in enumerate(urgent):
+            context = request.num_computed_tokens
+            left = request.num_tokens - context
+            cost_s = latency.cost_s(left, context)
+            work_s, num_tokens = work_s + cost_s, num_tokens + left
+            if request.first_token_s is None:
+                heappush(longest, (-cost_s, place, request))
+            needed_s = (self._num_chunks(num_tokens) * latency.c0 + work_s) * latency.safety
+            if longest and request.deadline_s - now_s < needed_s:
+                cost_s, _, victim = heappop(longest)
+                work_s, num_tokens = work_s + cost_s, num_tokens - (victim.num_tokens - victim.num_computed_tokens)
+                given_up.add(victim)
+        return ([request for request in urgent if request not in given_up],
+                [request for request in urgent if request in given_up])
 
     def _newcomers_on_time(self, now_s: float) -> list[Request]:
         """The first of the RT queue, at most as many as a batch holds. Those that can no longer meet their deadline
@@ -261,7 +294,7 @@ class BROSScheduler(Scheduler):
         """The longest iteration after which a typical RT that arrives right now can still meet its TTFT; no bound if
         even the shortest iteration is too long."""
         latency, prompt_tokens = self.latency, int(self._typical_prompt_tokens)
-        own_s = (latency.c0 + latency.cost_s(max(prompt_tokens, 1), 0)) * latency.safety
+        own_s = (latency.c0 + latency.cost_s(prompt_tokens, 0)) * latency.safety
         left_s = self._typical_ttft_s - own_s
         return left_s if left_s > (latency.c0 + latency.c1) * latency.safety else math.inf
 
@@ -291,16 +324,14 @@ class BROSScheduler(Scheduler):
     def preempt_for(self, request: Request, num_new_tokens: int) -> bool:
         """Preempts only if `request` fits once all requests that it may preempt have given up their blocks.
 
-        For BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full; a new BE
-        preempts nothing. For RT, when slots of BE did not suffice: recompute the BE ordered last if that makes enough
-        room (their slots would have been taken before if the host store had room for them); else swap out the RT with
-        the most slack (paper), or recompute it if the host store is full.
+        For BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full. (A new BE
+        preempts nothing: it is tried when its blocks are there, or as the starving head where no BE holds KV.) For RT,
+        when slots of BE did not suffice: recompute the BE ordered last if that makes enough room (their slots would
+        have been taken before if the host store had room for them); else swap out the RT with the most slack (paper),
+        or recompute it if the host store is full.
         """
-        if not request.is_rt:
-            if request.status is WAITING:
-                return False
-            if self.kv.reclaim(request, num_new_tokens):
-                return True
+        if not request.is_rt and self.kv.reclaim(request, num_new_tokens):
+            return True
         victims = [*takewhile(lambda other: other is not request, reversed(self._be_order))]
         victims = [other for other in victims if self._can_give(other)]
         if not self.kv.fits_without(request, num_new_tokens, victims):
@@ -344,5 +375,4 @@ class BROSScheduler(Scheduler):
 
     def _can_give(self, other: Request) -> bool:
         """Whether it holds blocks and is not in this step's batch."""
-        return (other.status is RUNNING and other.last_step < self.step
-                and self.kv.num_device_blocks(other.request_id) > 0)
+        return other.last_step < self.step and self.kv.num_device_blocks(other.request_id) > 0

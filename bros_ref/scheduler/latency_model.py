@@ -110,7 +110,8 @@ class StepLatencyModel:
         scale = np.where(rows.max(axis=0) > 0, rows.max(axis=0), 1.0)
         scaled, _ = nnls(rows / scale, np.ones(len(rows)))
         model = cls(tuple(scaled / scale), restore_s_per_token)
-        model._ratios.extend(seconds / model.predict(features) for features, seconds in samples)
+        model._ratios.extend(seconds / predicted_s for features, seconds in samples
+                             if (predicted_s := model.predict(features)) > 0)  # 0: outvoted by contradicting samples
         model._set_safety()
         return model
 
@@ -124,7 +125,7 @@ class StepLatencyModel:
         if predicted_s <= 0:
             return
         self._ratios.append(actual_s / predicted_s)
-        if 0 < self.restore_s_per_token * features.restored_tokens >= predicted_s:
+        if self.restore_s_per_token * features.restored_tokens >= predicted_s:
             return  # it waited for the copies: that says nothing about what computing costs
         self._recent.append((1.0 / actual_s, features.new_tokens / actual_s, features.prefill_products / actual_s,
                              features.decode_contexts / actual_s))

@@ -7,7 +7,8 @@
     prefill    launch + rows in and out / bandwidth + 4 * heads * dim * sum(new * (context + new / 2)) / FLOP/s
     decode     launch + max(floor per sequence, K and V of all contexts / bandwidth)
 
-Tensor parallelism divides weights, heads and K/V, and adds two all-reduces per layer. It knows no requests and no
+Tensor parallelism divides weights, heads and K/V, and adds two all-reduces per layer. Pipeline parallelism is not
+simulated. The model knows no requests and no
 policy. The features are those of `scheduler/latency_model.py`, but the formula is not linear in them, so the
 scheduler's own linear model makes errors here, as it does on a real machine.
 """

@@ -112,6 +112,16 @@ def iter_workload(path: Path | str, request_class: RequestClass | None = None, s
     _say_failed(path, num_failed, num_rows)
 
 
+def has_arrivals(path: Path | str) -> bool:
+    """Whether a file has a column of arrival times, so that `read_workload` is the one to read it.
+
+    Raises:
+        WorkloadError: it cannot be read.
+    """
+    first = next(read_rows(Path(path)), None)
+    return first is not None and any(kind.arrival in first[1] for kind in _FORMATS)
+
+
 def read_lengths(path: Path | str, max_total_tokens: int) -> tuple[tuple[int, int], ...]:
     """(prompt, output) tokens of each row of a file of lengths or of a trace, those that fit a context of
     `max_total_tokens`: a real dataset in the place of a fitted distribution.

@@ -122,6 +122,17 @@ def lognormal_lengths(median: float, sigma: float, low: int, high: int) -> Lengt
                                       low, high).astype(np.int64)
 
 
+def mixed_lengths(most: LengthSampler, some: LengthSampler, share: float) -> LengthSampler:
+    """Lengths of `most`, of which a `share` is drawn from `some` instead, independently of one another.
+
+    Raises:
+        WorkloadError: the share is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise WorkloadError(f"share: expected a number from 0 to 1, got {share!r}")
+    return lambda rng, count: np.where(rng.random(count) < share, some(rng, count), most(rng, count))
+
+
 def open_loop(arrivals_s: Iterable[float], request_class: RequestClass, prompt_tokens: LengthSampler,
               output_tokens: LengthSampler, rng: np.random.Generator, slo: SLO | None = None) -> list[WorkloadItem]:
     """One item for each arrival time, with sampled lengths: users who do not wait for one another."""

@@ -24,8 +24,10 @@ from kernels_cupy.launch_prefill import TENSOR_CORES, prefill_attention, prefill
 from kernels_cupy.proof.emulator import Emulator
 from kernels_cupy.proof.ptx import PtxDevice
 
-# Of every row of the output (one token and head), in the L2 norm: rounding of weights and of the output itself.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+# Of every row of the output (one token and head), in the L2 norm: rounding of weights, sums and the output itself.
+# In float32 a row whose values cancel is off by up to 2.1e-6 (about 1,000 draws); twice that is still far from what a
+# wrong slot or a dropped token does.
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the most that rounding changes a number, relative
 REVERSED = (1, 2, -1)  # any number but 0 says that a sequence fills its blocks from the right
 

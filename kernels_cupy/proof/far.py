@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels_cupy.checks import VECTOR_BYTES
 from kernels_cupy.device import Device, cdiv
 from kernels_cupy.launch import copy_slots, store_kv
+from kernels_cupy.launch_fused import rope_store
 from kernels_cupy.proof.contract import Batch
 
 FAR = 1 << 32
@@ -52,6 +53,19 @@ def check_far_store(device: Device) -> None:
     store_kv(device, rows, -rows, torch.tensor([first, first + 3], dtype=torch.int32), *caches)
     for sign, cache in zip((1, -1), caches, strict=True):
         assert torch.equal(cache.view(-1, 2, 64)[[first, first + 3]], sign * rows), "a row is not in its slot"
+
+
+def check_far_rope_store(device: Device) -> None:
+    """Raises AssertionError unless `rope_store` writes keys and values to slots beyond FAR elements; no dimension turns
+    at position 0."""
+    rows = torch.arange(1, 1 + 2 * 6 * 64).half().view(2, 6, 64)
+    first = cdiv(FAR, 2 * 64)
+    caches = [lazy_zeros((first // 16 + 1, 16, 2, 64), torch.float16) for _ in range(2)]
+    cos, position = torch.ones(1, 32), torch.zeros(2, dtype=torch.int32)
+    rope_store(device, rows, position, torch.tensor([first, first + 3], dtype=torch.int32), cos, torch.zeros(1, 32),
+               caches[0], caches[1], torch.zeros(2, 2, 64, dtype=torch.float16))
+    for cache, wanted in zip(caches, (rows[:, 2:4], rows[:, 4:]), strict=True):
+        assert torch.equal(cache.view(-1, 2, 64)[[first, first + 3]], wanted), "a row is not in its slot"
 
 
 def check_far_copies(device: Device) -> None:

@@ -18,7 +18,8 @@ from kernels_cupy.heads import Heads
 from kernels_cupy.launch import copy_slots, store_kv
 from kernels_cupy.proof.contract import Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator, KernelFault
-from kernels_cupy.proof.far import check_far_copies, check_far_store, far_batch
+from kernels_cupy.proof.far import check_far_copies, check_far_rope_store, check_far_store, far_batch
+from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul
 
 HALF = torch.float16
 TINY, ODD, MANY = Heads(6, 2, 80, 16, HALF), Heads(4, 2, 64, 5, HALF), Heads(10, 1, 64, 16, HALF)
@@ -108,6 +109,10 @@ def _long(device: Emulator) -> None:
     batch.check(decode(device, batch, 5, num_sms=2))
 
 
+def _fused(check: Callable[..., None], *sizes: object) -> Callable[[Emulator], None]:
+    return lambda device: check(device, np.random.default_rng(5), *sizes)
+
+
 def _unchecked(check: Callable[[Device], None]) -> Callable[[Emulator], None]:
     return lambda device: check(Emulator(checks=False, sources=device.sources))
 
@@ -123,6 +128,10 @@ RUNS: dict[str, Callable[[Emulator], None]] = {
     "step 0, far": _far(SMALL, 0), "step 3, far": _far(SMALL, 3), "step 4, far": _far(SMALL, 4),
     "prefill 0, far": _far(PLAIN, None), "store_kv, far": _unchecked(check_far_store),
     "copy_slots, far": _unchecked(check_far_copies), "step 4, copies": _under_way(4, 1.5),
+    "rope_store": _fused(check_rope_store, TINY, 9, 72),
+    "rope_store, norms": _fused(check_rope_store, TINY, 9, 32, True),
+    "rope_store, far": _unchecked(check_far_rope_store),
+    "add_norm": _fused(check_add_norm, 3, 2056, HALF), "silu_mul": _fused(check_silu_mul, 3, 1032, HALF),
     "step 5, copies": _under_way(5, 1.5), "prefill 1, copies": _under_way(None, 0.85),
 }
 
@@ -289,6 +298,31 @@ MUTANTS += [
     Mutant("step 5, long", STEP_5, "tops[warp] = top, sums[warp] = sum;\n    __syncthreads();",
            "tops[warp] = top, sums[warp] = sum;", "uninitialised read"),
     Mutant("step 5, long", STEP_5, "if (first == last) return;", "", "numerics"),
+    # the fused kernels
+    Mutant("rope_store", "rope_store.cu", "if (row >= num_tokens * ROWS) return;", "", "out of bounds"),
+    Mutant("rope_store", "rope_store.cu", "if (slot < 0) return;", "", "out of bounds"),
+    Mutant("rope_store", "rope_store.cu", "(is_value ? v_cache : k_cache)", "k_cache", "race"),
+    Mutant("rope_store", "rope_store.cu", "(head - NUM_HEADS) % NUM_KV_HEADS", "0", "race"),
+    Mutant("rope_store, far", "rope_store.cu", "long long slot = slots", "int slot = slots", "numerics"),
+    Mutant("rope_store", "rope_store.cu", "left * c - right * s", "left * c + right * s", "numerics"),
+    Mutant("rope_store", "rope_store.cu", "d < PAIRS; d += 32", "d < 32; d += 32", "numerics"),
+    Mutant("rope_store", "rope_store.cu", "int d = ROTARY + lane", "int d = ROTARY + 32 + lane", "numerics"),
+    Mutant("rope_store", "rope_store.cu", "value(d + PAIRS), c", "value(d + HEAD_DIM / 2), c", "numerics"),
+    Mutant("rope_store, norms", "rope_store.cu", "is_query ? q_norm : k_norm", "q_norm", "numerics"),
+    Mutant("rope_store, norms", "rope_store.cu", "squares / HEAD_DIM + eps", "squares / ROTARY + eps", "numerics"),
+    Mutant("rope_store, norms", "rope_store.cu", "HEAD_DIM + eps", "HEAD_DIM", "numerics"),
+    Mutant("rope_store, norms", "rope_store.cu", "int other = 16; other", "int other = 8; other", "numerics"),
+    Mutant("add_norm", "add_norm.cu", "= squares;\n    __syncthreads();", "= squares;", "uninitialised read"),
+    Mutant("add_norm", "add_norm.cu", "w < WARPS; w++", "w < WARPS - 1; w++", "numerics"),
+    Mutant("add_norm", "add_norm.cu", "= from_float(to_float(sum[i].values[j]) + to_float(more.values[j]));",
+           "= more.values[j];", "numerics"),
+    Mutant("add_norm", "add_norm.cu", "((uint4*)residual)[row + piece] = sum[i].bits;", "", "numerics"),
+    Mutant("add_norm", "add_norm.cu", "((const uint4*)weight)[piece]", "((const uint4*)weight)[row + piece]",
+           "out of bounds"),
+    Mutant("add_norm", "add_norm.cu", "total / HIDDEN + eps", "total / HIDDEN", "numerics"),
+    Mutant("silu_mul", "silu_mul.cu", "if (i >= num_rows * PIECES) return;", "", "out of bounds"),
+    Mutant("silu_mul", "silu_mul.cu", "gate_up[from + PIECES]", "gate_up[from + 1]", "numerics"),
+    Mutant("silu_mul", "silu_mul.cu", "exp2f(-x * LOG2_E)", "exp2f(-x)", "numerics"),
     # 32 rows of a warp
     Mutant("prefill 1", PREFILL_1, "position(2 * m + half)", "position(half)", "numerics"),
     Mutant("prefill 1", PREFILL_1, "nullptr : q + element(16 * m + i)", "nullptr : q + element(i)", "numerics"),

@@ -67,10 +67,18 @@ TABLES = {
         "verdict": "not comparable"}], "5 seeds"),
     "dominance": tables.dominance_table([{
         "cell": "paper/llama-3-70b/12.5", "verdict": "indistinguishable", "against": "vllm-priority-watermark",
-        "rt": 1.0, "rt_gain": -1.0, "be": BIG, "be_gain": -BIG, "interval95": {"rt_gain": BOUNDS, "be_gain": BOUNDS}}]),
+        "rt": 1.0, "rt_gain": -1.0, "be": BIG, "be_gain": -BIG, "interval95": {"rt_gain": BOUNDS, "be_gain": BOUNDS}}],
+        "5 seeds"),
+    "rivals": tables.rivals_table({
+        "cell": "unseen/sharegpt_humanfirst_smollm2/high load", "rt": 1.0, "be": BIG, "each": [{
+            "policy": policy, "verdict": "undecided", "rt": 1.0, "rt_gain": -1.0, "be": BIG, "be_gain": -BIG,
+            "interval95": {"rt_gain": [-1.0, 1.0], "be_gain": BOUNDS}} for policy in known_policies()]}),
     "kernels": tables.kernels_table([KERNEL, {**KERNEL, "sectors_over_minimum": None}]),
     "kernel times": tables.kernel_times_table([{"case": "decode 64 x 4096", "system": "decode_7_tensor_cores",
                                                 "us": BIG, "gb_per_s": BIG, "share_of_copy_bandwidth": 1.0}], "GPU"),
+    "gpu step": tables.gpu_step_table([{"gpu": "h200-141gb", "batch": 1024, "path": "attention only",
+                                        "model": "llama-3-70b", "context": 131072, "kernels": BIG, "uploads": BIG,
+                                        "waits": BIG, "allocations": BIG, "estimated_ms": 1e5, "roofline_ms": 1e5}]),
 }
 
 

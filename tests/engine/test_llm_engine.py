@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from harness import (
     FailingRunner,
     alone,
@@ -23,12 +24,12 @@ from hypothesis import strategies as st
 from bros_ref.clock import WallClock
 from bros_ref.engine import EngineStalled, LLMEngine, RequestRefused, StepFailed
 from bros_ref.engine.llm_engine import RequestsFailed
-from bros_ref.engine.serve import serve
+from bros_ref.engine.serve import ServeInterrupted, keep_class, serve
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import POLICIES
 from bros_ref.scheduler.output import SchedulerOutput
 from bros_ref.trace.metrics import summarise
-from bros_ref.workload import ClosedLoopBatches, Workload, uniform_lengths
+from bros_ref.workload import ClosedLoopBatches, Workload, WorkloadItem, uniform_lengths
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 
@@ -64,12 +65,23 @@ def test_what_could_never_finish_is_refused_and_everything_else_goes_on(policy):
     run(engine, [])
     assert good.output_token_ids == alone(good)
     assert set(engine.trace.rejected) == {"pool", "context"}
+    assert {name: record.request_id for name, record in engine.trace.requests.items()} == {
+        name: name for name in ("good", "pool", "context")}
+    assert not engine.abort("pool"), "it was never there"
 
 
 def test_a_prompt_larger_than_the_pool_is_refused():
     engine = checksum_engine("bros", num_blocks=2, block_size=4)
     with pytest.raises(RequestRefused, match="KV pool of 8 tokens"):
         engine.add_request(make_request("r", True, [1] * 8, 1))
+
+
+@pytest.mark.parametrize(("stop", "on_text"), [(("a",), None), ((), print)])
+def test_text_is_refused_where_there_is_no_tokenizer_that_makes_it(stop, on_text):
+    engine = checksum_engine("bros")
+    request = Request("r", RequestClass.BEST_EFFORT, [1], SamplingParams(4, stop=stop), 0.0)
+    with pytest.raises(RequestRefused, match=r"refused: stop strings and text callbacks need .* tokenizer$"):
+        engine.add_request(request, on_text)
 
 
 def test_a_refused_request_that_comes_again_shorter_counts_as_what_it_becomes():
@@ -363,6 +375,15 @@ def test_a_wall_clock_sleeps_however_long_it_takes(monkeypatch):
     assert naps == [1e6, 1e6, 5e5]
 
 
+def test_a_token_that_ends_the_text_is_no_part_of_it():
+    engine = byte_engine()
+    engine.add_request(request := make_request("r", False, [1], 9))
+    engine.scheduler.eos_token_ids = {alone(request)[0]}
+    run(engine, [])
+    assert (request.status, len(request.output_token_ids)) == (RequestStatus.FINISHED_STOP, 1)
+    assert engine.streams["r"].text == ""
+
+
 # -- the serving loop -------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +415,53 @@ def test_the_serving_loop_tells_which_steps_failed_and_why():
     ended = summarise(engine.trace)["classes"]["be"]
     assert ended["failed"] == sum(len(failure.failed) for failure in failures)
     assert ended["completed"] + ended["failed"] == 12
+
+
+def test_an_interrupt_of_the_serving_loop_brings_the_trace_and_the_failures_so_far():
+    engine = checksum_engine("bros")
+    engine.runner = FailingRunner(engine.runner, random.Random(1), rate=0.3)
+
+    def interrupt_after_a_failure(ended):
+        if any("failed" in step.finished.values() for step in engine.trace.steps):
+            raise KeyboardInterrupt
+
+    with pytest.raises(ServeInterrupted, match="serving was interrupted") as interrupted:
+        serve(engine, Workload(closed_loops=[closed_loop(num_batches=4)]), to_request,
+              on_step=interrupt_after_a_failure)
+    assert interrupted.value.trace is engine.trace
+    in_trace = [name for step in engine.trace.steps for name, why in step.finished.items() if why == "failed"]
+    assert [name for failure in interrupted.value.failures for name in failure.failed] == in_trace != []
+
+
+def test_the_serving_loop_sleeps_until_the_next_arrival_or_until_it_is_to_end():
+    engine = checksum_engine("bros")
+    items = [WorkloadItem(arrival_s, RequestClass.BEST_EFFORT, 1, 1) for arrival_s in (0.5, 2.0)]
+    serve(engine, Workload(items), to_request, until_s=1.5)
+    assert [step.start_s for step in engine.trace.steps] == [0.5]
+    assert engine.clock.now_s() == 1.5
+
+
+def test_the_serving_loop_goes_on_behind_requests_that_are_refused():
+    engine = checksum_engine("bros", num_blocks=2)
+    loop = closed_loop(num_batches=3)
+    serve(engine, Workload(closed_loops=[loop]), to_request)
+    assert loop.num_started == 3
+    assert len(engine.trace.rejected) == 9
+    assert not engine.trace.steps
+
+
+def test_the_bounds_of_one_class_serve_that_class_alone():
+    rt = WorkloadItem(0.0, RequestClass.REAL_TIME, 1, 1, SLO(1.0, 1.0))
+    be = WorkloadItem(0.0, RequestClass.BEST_EFFORT, 1, 1)
+    assert [keep_class([rt, be], policy) for policy in ("bros", "rt-only", "be-only")] == [[rt, be], [rt], [be]]
+
+
+@pytest.mark.parametrize(("until_s", "num_steps"), [(0.0, 0), (1e-9, 1), (math.inf, 3)])
+def test_the_serving_loop_begins_no_step_at_the_time_at_which_it_is_to_end(until_s, num_steps):
+    engine = checksum_engine("bros")
+    loop = ClosedLoopBatches(1, uniform_lengths(1, 1), uniform_lengths(3, 3), np.random.default_rng(0), num_batches=1)
+    serve(engine, Workload(closed_loops=[loop]), to_request, until_s)
+    assert len(engine.trace.steps) == num_steps
 
 
 # -- determinism and the trace ----------------------------------------------------------------------------------------
@@ -441,6 +509,57 @@ def test_the_lowest_temperatures_are_greedy_and_fail_no_batch(temperature, top_p
     engine.add_request(cold)
     run(engine, [])
     assert cold.output_token_ids == alone(cold)
+
+
+def test_a_request_without_a_seed_is_given_one_that_follows_from_the_engines():
+    given = []  # to those that sample; a greedy one needs none
+    for seed in (3, 3, 4):
+        plain = checksum_engine("bros")
+        engine = LLMEngine(plain.scheduler, plain.runner, plain.clock, trace=plain.trace, seed=seed)
+        for name, own in (("a", None), ("b", None), ("own", 5)):
+            params = SamplingParams(max_tokens=1, temperature=1.0, seed=own)
+            engine.add_request(Request(name, RequestClass.BEST_EFFORT, [1], params, 0.0))
+        engine.add_request(make_request("greedy", False, [1], 1))
+        assert engine.trace.requests.pop("greedy").seed is None
+        assert [record.seed for record in engine.trace.requests.values()][-1] == 5
+        given.append([record.seed for record in engine.trace.requests.values()])
+    assert given[0] == given[1] != given[2]
+    assert len({*given[0], *given[2]}) == 5
+
+
+def test_a_step_that_completes_no_prompt_asks_for_no_logits():
+    engine = checksum_engine("bros", chunked_prefill=True, max_num_batched_tokens=2)
+    engine.add_request(make_request("r", False, [1, 2, 3], 1))
+    model, asked = engine.runner.runner.model, []
+    forward = model.forward
+
+    def spy(token_ids, positions, kv, meta, logits_rows):
+        asked.append(logits_rows)
+        return forward(token_ids, positions, kv, meta, logits_rows)
+
+    model.forward = spy
+    run(engine, [])
+    assert [(rows.tolist(), rows.dtype) for rows in asked] == [([], torch.long), ([0], torch.long)]
+
+
+def test_logits_that_are_not_finite_fail_their_own_request_by_name():
+    engine = checksum_engine("bros")
+    for name in ("good", "bad"):
+        engine.add_request(make_request(name, False, [1, 2], 4))
+    runner = engine.runner.runner
+    compute = runner.compute
+
+    def damaged(work):
+        logits = compute(work).clone()
+        logits[1, 5] = math.inf
+        return logits
+
+    runner.compute = damaged
+    [bad] = engine.step()
+    assert (bad.request_id, bad.status, bad.output_token_ids) == ("bad", RequestStatus.FAILED, [])
+    assert str(bad.error) == ("request 'bad': the model's logits after 2 tokens are not finite, so there is no next "
+                              "token; check the weights, or use a wider dtype")
+    assert len(engine.scheduler.requests["good"].output_token_ids) == 1
 
 
 @pytest.mark.parametrize("policy", ["tgi", "bros"])

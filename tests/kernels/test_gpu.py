@@ -14,6 +14,7 @@ from kernels_cupy.gpu import CupyDevice, why_unavailable
 from kernels_cupy.heads import Heads
 from kernels_cupy.launch import STEPS, Problem, copy_slots, paged_attention, store_kv, why_not
 from kernels_cupy.proof.contract import Batch, decode, prefill
+from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul
 
 NO_GPU = why_unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=f"not measured here: {NO_GPU}")]
@@ -111,6 +112,92 @@ def test_a_tensor_of_the_host_is_refused(device):
         store_kv(device, row, row, torch.zeros(1, dtype=torch.int32), row[None].clone(), row[None].clone())
 
 
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+def test_the_fused_kernels(device, rng, dtype):
+    for shape, rotary, qk_norm in (((8, 2, 64, 16), 64, False), ((32, 8, 128, 16), 128, True),
+                                   ((3, 1, 80, 5), 32, True)):
+        for num_tokens in (1, 17, 1000):
+            check_rope_store(device, rng, Heads(*shape, dtype), num_tokens, rotary, qk_norm, "cuda")
+    for rows, hidden in ((1, 576), (33, 4096), (5, 8192)):
+        check_add_norm(device, rng, rows, hidden, dtype, True, "cuda")
+        check_add_norm(device, rng, rows, hidden, dtype, False, "cuda")
+        check_silu_mul(device, rng, rows, 3 * hidden, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
+def test_sequences_of_no_tokens_are_padding_to_every_step(device, rng, dtype):
+    batch = drawn(rng, Heads(8, 2, 64, 16, dtype))
+    real = len(LENGTHS)
+    q, out = torch.cat([batch.q, batch.q]), torch.full((2 * real, 8, 64), torch.nan, dtype=dtype, device="cuda")
+    tables, lengths, flips = (torch.cat([part, torch.zeros_like(part)]) for part in batch.integers())
+    for step in (3, 4, 5):
+        paged_attention(device, q, batch.k, batch.v, tables, lengths, flips, out, step=step)
+        batch.check(out[:real])
+
+
+def test_copies_on_the_side_stream_equal_the_reference_s(device, rng):
+    from bros_ref.config import KVCacheConfig
+    from bros_ref.gpu.copies import KernelKVStorage
+    from bros_ref.kv_cache.storage import KVStorage
+
+    config, place = KVCacheConfig(6, 4, 5), torch.device("cuda")
+    fast, plain = KernelKVStorage(3, 2, 8, config, HALF, place, device), KVStorage(3, 2, 8, config, HALF, place)
+    values = torch.from_numpy(rng.standard_normal(tuple(plain.data.shape))).half()
+    for kv in (fast, plain):
+        kv.data.copy_(values)
+    for _ in range(50):
+        counts = rng.integers(0, 5, 3)
+        lists = {name: list(zip(rng.integers(0, sources, count).tolist(),
+                                rng.permutation(places)[:count].tolist(), strict=True))
+                 for name, sources, places, count in zip(("checkpoint", "relocate", "restore"), (24, 24, 20),
+                                                         (20, 24, 24), counts, strict=True)}
+        for kv in (fast, plain):
+            kv.run_copies(**lists)
+        if rng.integers(2):  # else the next copies come before anybody read what was restored
+            for layer in range(3):
+                assert torch.equal(fast.k(layer), plain.k(layer))
+                assert torch.equal(fast.v(layer), plain.v(layer))
+    fast.wait_for_restores()
+    assert torch.equal(fast.host_data, plain.host_data)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_graphs_launches_and_the_readable_decoder_give_the_same_logits(device, rng, family):
+    from bros_ref.config import KVCacheConfig
+    from bros_ref.engine.model_runner import ModelRunner, StepWork
+    from bros_ref.gpu.decoder import KernelDecoder
+    from bros_ref.gpu.runner import KernelRunner
+    from bros_ref.kv_cache.blocks import CopyPlan
+    from bros_ref.model.backends import KernelAttention
+    from bros_ref.model.decoder import Decoder
+    from bros_ref.model.weights.load import load_model_config
+    from bros_ref.model.weights.parameters import random_parameters
+
+    config, pool = load_model_config(f"random:{family}"), KVCacheConfig(64, 16, 0)
+    weights = random_parameters(config, 3, HALF, "cuda")
+    fast = KernelDecoder(config, weights, HALF, "cuda", KernelAttention(device))
+
+    def launched(body):
+        body()
+        return body
+
+    runners = [KernelRunner(fast, pool, "cuda", HALF, "cupy"), KernelRunner(fast, pool, "cuda", HALF, "cupy", launched),
+               ModelRunner(Decoder(config, weights, HALF, "cuda"), pool, "cuda", HALF)]
+    values = torch.from_numpy(rng.standard_normal(tuple(runners[0].kv.data.shape))).half()
+    for runner in runners:
+        runner.kv.data.copy_(values)
+    for count in (1, 3, 4, 4, 7, 3, 8, 1):  # buckets that come again are replayed
+        contexts = rng.integers(1, 100, count).tolist()
+        order = rng.permutation(64).tolist()
+        tables = [[order.pop() for _ in range(-(-length // 16))] for length in contexts]
+        work = StepWork(rng.integers(3, 250, count).tolist(), tables, [bool(rng.integers(2)) for _ in contexts],
+                        [1] * count, contexts, list(range(count)), list(range(count)), CopyPlan())
+        graph, launches, plain = (runner.compute(work).double() for runner in runners)
+        assert (graph - launches).norm() < 2e-3 * plain.norm(), "cuBLAS may take another product while capturing"
+        assert (graph - plain).norm() < 1e-2 * plain.norm()
+        runners[2].kv.data.copy_(runners[0].kv.data)
+
+
 @pytest.mark.parametrize("model", ["random:llama"])
 def test_an_engine_says_the_same_as_on_torch(model):
     from bros_ref.engine.build import LiveSettings, load_model, make_engine, make_runner
@@ -140,4 +227,5 @@ def test_an_engine_says_the_same_as_on_torch(model):
 
 def test_every_file_was_run():
     """A new .cu file must come into this file too."""
-    assert {path.stem.split("_")[0] for path in FOLDER.glob("*.cu")} == {"paged", "prefill", "store", "copy"}
+    assert {path.stem.split("_")[0] for path in FOLDER.glob("*.cu")} == {
+        "paged", "prefill", "store", "copy", "rope", "add", "silu"}

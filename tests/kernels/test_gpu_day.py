@@ -37,7 +37,7 @@ def test_a_dry_run_verifies_every_kernel_and_prints_no_time(tool, tmp_path, caps
     assert {result for result in results.values() if result != "ok"} == {"not in a dry run"}
     assert report["machine"]["gpu"] == "none: the emulator"
     verified = report["results"]["verify"]
-    assert (verified["checked"], verified["wrong"]) == (8, [])
+    assert (verified["checked"], verified["wrong"]) == (12, [])
     timed = [row for part in (report["results"]["decode"]["rows"], *report["results"]["prefill_and_copies"].values())
              for row in part]
     assert {row.get("system", "copy") for row in timed} >= {"step 3", "step 5", "prefill", "copy"}
@@ -71,7 +71,7 @@ def test_a_wrong_kernel_fails_the_day(tool, tmp_path, monkeypatch):
 
 def test_the_page_shows_the_kept_results_or_says_that_there_are_none(tool):
     kept = json.loads(tool.KEPT.read_text()) if tool.KEPT.exists() else None
-    assert tool.PAGE.read_text() == tool.page(kept), "write docs/gpu.md anew: tools/gpu_day.py --docs"
+    assert tool.PAGE.read_text() == tool.page(kept) + tool.estimates(), "write it anew: tools/gpu_day.py --estimates"
     assert "Not measured yet" in tool.page(None)
     report = {"machine": {"gpu": "G"}, "stages": [{"stage": "verify", "result": "ok", "seconds": 1.0}],
               "results": {"verify": {"checked": 3, "wrong": []},

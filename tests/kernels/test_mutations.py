@@ -30,7 +30,7 @@ def test_there_are_enough_of_them_in_every_kernel() -> None:
     assert len(MUTANTS) >= 30
     files = {mutant.run.split(",")[0] for mutant in MUTANTS}
     assert files == {"step 0", "step 1", "step 2", "step 3", "step 4", "step 5", "prefill 0", "prefill 1", "store_kv",
-                     "copy_slots"}
+                     "copy_slots", "rope_store", "add_norm", "silu_mul"}
 
 
 def test_a_defect_whose_place_is_gone_is_an_error() -> None:

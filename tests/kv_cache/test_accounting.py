@@ -80,7 +80,7 @@ def test_sharing_free_middle_slots_copies_nothing():
     assert not manager._changes.copies
     memory.run_step([(rt, 2)])
     assert [view.state for view in manager.snapshot()].count("shared") == 1
-    assert [row.offloaded_tokens for row in manager.preemption_table()] == [0]
+    assert manager.preemption_table() == [("be", 1, manager.block_table("be")[1], "rt", 0)]
 
 
 def test_only_the_slots_about_to_be_overwritten_are_checkpointed():
@@ -264,6 +264,19 @@ def test_an_rt_finds_a_free_middle_behind_full_blocks_of_others():
     assert not manager.offloaded_tokens
 
 
+@pytest.mark.parametrize(("unit", "lost"), [("slot", {}), ("block", {"be1": 4}), ("request", {"be1": 4})])
+def test_only_slots_are_shared_coarser_units_take_the_last_in_order(unit, lost):
+    manager = bidirectional(2, 4, unit)
+    memory, all_be = ShadowMemory(manager), [make_request(f"be{i}", False) for i in range(2)]
+    manager.begin_step()
+    for be, count in zip(all_be, (2, 4), strict=True):
+        manager.allocate_slots(be, count)
+    memory.run_step([(all_be[0], 2), (all_be[1], 4)])
+    manager.begin_step(all_be)
+    assert manager.allocate_slots(make_request("rt", True), 1) is not None
+    assert manager.offloaded_tokens == lost
+
+
 def test_a_victim_gives_its_newest_blocks_first_and_the_last_in_order_gives_all_before_another_gives_any():
     manager, _memory, _ = filled_by(8, 8, num_blocks=4)
     tables = [list(manager.block_table(name)) for name in ("be0", "be1")]
@@ -271,6 +284,14 @@ def test_a_victim_gives_its_newest_blocks_first_and_the_last_in_order_gives_all_
     assert manager.allocate_slots(make_request("rt2", True), 4) == [tables[1][0]]
     assert manager.offloaded_tokens == {"be1": 8}
     assert manager.allocate_slots(make_request("rt3", True), 4) == [tables[0][1]]
+
+
+def test_a_best_effort_request_that_runs_in_this_step_does_not_shield_those_ordered_before_it():
+    manager, _memory, [_, running] = filled_by(4, 3, num_blocks=2)
+    table = list(manager.block_table("be0"))
+    assert manager.allocate_slots(running, 1) is not None
+    assert manager.allocate_slots(make_request("rt", True), 4) == table
+    assert manager.offloaded_tokens == {"be0": 4}
 
 
 def test_a_victim_that_only_shares_frees_blocks_for_nobody_but_the_one_it_shares_with():
@@ -337,14 +358,16 @@ def test_a_full_host_store_does_not_keep_an_rt_out_of_a_free_middle():
 
 
 def test_a_table_entry_from_before_its_block_was_given_up_is_stale_even_for_the_same_owner():
-    manager, memory, be = pending_be(7)
+    manager, memory, be = pending_be(6)
     sequence = manager._sequences["be"]
-    blocks, epochs = list(sequence.block_ids), list(sequence.epochs)
-    assert manager.swap_out("be")
-    memory.run_step([])
-    manager.begin_step([be])
-    assert manager.allocate_slots(be, 1) is not None
-    memory.run_step([(be, 1)])
+    for _ in range(2):  # also one from before the last of several times
+        manager.begin_step([be])
+        blocks, epochs = list(sequence.block_ids), list(sequence.epochs)
+        assert manager.swap_out("be")
+        memory.run_step([])
+        manager.begin_step([be])
+        assert manager.allocate_slots(be, 1) is not None
+        memory.run_step([(be, 1)])
     assert sorted(sequence.block_ids) == sorted(blocks)
     manager.check_integrity()
     by_block = dict(zip(blocks, epochs, strict=True))
@@ -389,9 +412,15 @@ def break_host(manager):
     manager.host.free_ids.pop()
 
 
+def break_lost_block(manager):
+    sequence = manager._sequences["be"]
+    sequence.offloaded[0], sequence.host_blocks[0] = 4, manager.host.free_ids.pop()
+    manager.offloaded_tokens["be"] = 4
+
+
 @pytest.mark.parametrize("damage", [break_double_free, break_stale_epoch, break_foreign_owner, break_lost_count,
                                     break_overlap, break_length, break_entry_too_many, break_entry_outside,
-                                    break_host])
+                                    break_host, break_lost_block])
 def test_check_integrity_sees_each_kind_of_damage(damage):
     manager, memory, _be = pending_be(6, num_blocks=2)
     manager.allocate_slots(rt := make_request("rt", True), 2)

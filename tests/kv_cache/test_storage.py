@@ -73,6 +73,11 @@ def test_what_is_written_is_gathered_in_logical_order(dtype: torch.dtype, block_
     assert torch.equal(kv.data[0], before[0])
 
 
+def test_no_tokens_are_gathered_as_no_rows() -> None:
+    k, v = make().gather_dense(1, [], 0, False)
+    assert k.shape == v.shape == (0, KV_HEADS, HEAD_DIM)
+
+
 def test_layers_are_views_of_one_allocation() -> None:
     kv = make()
     assert kv.k(1).shape == kv.v(1).shape == (4, 3, KV_HEADS, HEAD_DIM)

@@ -88,5 +88,20 @@ def test_a_saved_widget_has_a_picture_that_needs_no_script():
     assert seen >= 10
 
 
+def test_a_saved_drawing_stands_on_paper_of_its_own():
+    """Dark text on JupyterLab's dark theme would not be seen."""
+    drawings = []
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            for output in cell.get("outputs", ()):
+                data = output.get("data", {})
+                page = "".join(data.get("text/html", ()))
+                drawings += [base64.b64decode(image).decode()
+                             for image in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)]
+                drawings += filter(None, ["".join(data.get("image/svg+xml", ()))])
+    assert len(drawings) >= 20
+    assert [drawing[:200] for drawing in drawings if "background:#fff" not in drawing.split(">", 1)[0]] == []
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS

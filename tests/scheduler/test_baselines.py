@@ -2,10 +2,12 @@
 an oracle, written from vLLM's rules on plain numbers, which must decide the same in every step of random lives."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
 from decisions import Decider
+from harness import accepted_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,17 @@ def ids(requests):
 
 def waiting_ids(decider):
     return {request.request_id for request in decider.scheduler.requests.values() if request.status is WAITING}
+
+
+# -- vLLM -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_only_vllm_policies_refuse_fewer_tokens_than_seats(policy):
+    Decider(policy, max_num_seqs=5, max_num_batched_tokens=5)
+    refused = pytest.raises(ValueError, match=f"{policy} needs .* got 4 and 5; set max_num_batched_tokens to 5 or more")
+    with refused if policy.startswith("vllm-") else nullcontext():
+        Decider(policy, max_num_seqs=5, max_num_batched_tokens=4)
 
 
 # -- vLLM, first come first served ----------------------------------------------------------------------------------
@@ -97,7 +110,7 @@ def test_vllm_preempts_the_one_that_asks_if_it_is_the_last():
 
 @pytest.mark.parametrize("policy", ["vllm-fcfs", "vllm-priority"])
 def test_vllm_admits_a_prompt_only_if_all_of_it_fits(policy):
-    decider = Decider(policy, num_blocks=4, max_num_batched_tokens=4, **CHUNKED)
+    decider = Decider(policy, num_blocks=4, max_num_seqs=4, max_num_batched_tokens=4, **CHUNKED)
     decider.add("be0", prompt_tokens=4)
     decider.step()
     decider.add("be1", prompt_tokens=13)
@@ -129,7 +142,7 @@ def test_vllm_priority_never_preempts_a_running_request_for_a_waiting_one():
 
 
 def test_vllm_priority_preempts_the_worst_class_and_arrival_even_if_scheduled_and_returns_its_tokens():
-    decider = Decider("vllm-priority", num_blocks=3, max_num_batched_tokens=3, **CHUNKED)
+    decider = Decider("vllm-priority", num_blocks=3, max_num_seqs=3, max_num_batched_tokens=3, **CHUNKED)
     decider.add("be0", prompt_tokens=1, max_tokens=7)
     decider.step()
     decider.add("rt0", prompt_tokens=2, max_tokens=6)
@@ -143,7 +156,7 @@ def test_vllm_priority_preempts_the_worst_class_and_arrival_even_if_scheduled_an
 
 
 def test_vllm_priority_ends_the_step_when_the_one_that_asks_is_the_worst():
-    decider = Decider("vllm-priority", num_blocks=2, max_num_batched_tokens=3, **CHUNKED)
+    decider = Decider("vllm-priority", num_blocks=2, max_num_seqs=3, max_num_batched_tokens=3, **CHUNKED)
     decider.add("be0", prompt_tokens=1, max_tokens=7)
     decider.step()
     decider.add("rt0", prompt_tokens=1, max_tokens=7)
@@ -266,7 +279,7 @@ class VLLMOracle:
 
 
 def decide_alike(policy, seed, num_blocks, block_size, seats, budget, reserve=0, arrivals=0.4):
-    rng = random.Random(seed)
+    rng, budget = random.Random(seed), accepted_budget(policy, seats, budget)
     decider = Decider(policy, num_blocks, block_size, max_num_seqs=seats, max_num_batched_tokens=budget, **CHUNKED)
     oracle = VLLMOracle(policy != "vllm-fcfs", num_blocks, block_size, seats, budget, reserve=reserve)
     longest = num_blocks * block_size

@@ -3,8 +3,6 @@
 Times are those of `test_bros_lines.py`.
 """
 
-
-
 import pytest
 from decisions import Decider
 
@@ -67,6 +65,16 @@ def test_newcomers_and_pending_real_time_are_one_order():
     assert list(decider.decide()) == ["rt-a", "rt-d", "rt-c", "rt-b"]
 
 
+def test_pending_real_time_goes_by_deadline_whoever_came_first():
+    decider = Decider("bros")
+    for i in range(3):
+        decider.add(f"rt{i}")
+    decider.step()
+    for i, residual_s in enumerate((2.0, 3.0, 1.0)):
+        decider.scheduler.requests[f"rt{i}"].deadline_s = decider.now_s + residual_s
+    assert list(decider.decide()) == ["rt2", "rt0", "rt1"]
+
+
 # -- what the output says ---------------------------------------------------------------------------------------------
 
 
@@ -112,6 +120,8 @@ def test_a_restart_makes_everybody_wait_with_nothing_computed():
     assert [request.num_preemptions for request in (*running, waiting)] == [1, 1, 0]
     assert decider.step() == {"be0": 4, "be1": 4}
     assert decider.scheduler.num_waiting == 1
+    decider.scheduler.restart()
+    assert [request.num_preemptions for request in (*running, waiting)] == [2, 2, 0]
 
 
 # -- small things with consequences -----------------------------------------------------------------------------------
@@ -255,14 +265,24 @@ def test_a_request_that_ended_while_it_could_still_be_on_time_is_skipped():
     assert decider.decide() == {"rt1": 1}
 
 
-def test_the_one_that_stood_aside_is_bound_by_real_time_alone():
+@pytest.mark.parametrize("is_pending", [False, True])
+def test_the_one_that_stood_aside_is_bound_by_real_time_alone(is_pending):
     """No BE may slow RT down at all; that is no reason to keep an RT out."""
     decider = Decider("bros", max_num_seqs=2, rt_slowdown=1.0)
     decider.add("be0")
+    if is_pending:
+        decider.step()
     for i in range(2):
         decider.add(f"rt{i}")
     assert list(decider.decide()) == ["rt0", "rt1"]
     assert decider.output.left_out == {"be0": DEADLINE}
+
+
+def test_the_only_seat_is_left_to_nobody():
+    decider = Decider("bros", max_num_seqs=1)
+    decider.add("be0")
+    decider.add("rt0")
+    assert decider.decide() == {"rt0": 1}
 
 
 def test_a_starving_head_of_the_queue_begins_with_the_room_there_is():
@@ -302,18 +322,6 @@ def test_best_effort_whose_victims_find_no_host_memory_recomputes_the_last():
     assert decider.step() == {"be0": 1}
     assert decider.output.preempted == {"be1": "recompute"}
     assert decider.output.left_out == {"be1": NO_BLOCKS}, "it does not come back in the step in which it gave way"
-
-
-def test_best_effort_never_takes_blocks_of_real_time():
-    decider = Decider("bros", num_blocks=4, max_num_batched_tokens=64)
-    decider.add("be0", prompt_tokens=8)
-    rt = decider.add("rt0", prompt_tokens=8)
-    decider.step()
-    rt.deadline_s = decider.now_s + 0.001  # late, and its decode needs a block too
-    decider.step()
-    assert not decider.scheduler.output.preempted.get("rt0")
-    assert rt.num_preemptions == 0
-    assert "rt0" not in decider.kv.offloaded_tokens
 
 
 def test_of_several_reasons_the_last_is_the_binding_one():
@@ -388,6 +396,41 @@ def test_an_empty_batch_takes_a_request_whatever_it_takes(is_swapped_out):
     decider.abort(decider.add("rt-typical", prompt_tokens=20, slo=SLO(0.09, 1.0)))
     assert decider.decide() == {"be0": 1 if is_swapped_out else 120}
     assert decider.output.step_budget_s == pytest.approx(0.058)
+
+
+@pytest.mark.parametrize("is_starving", [False, True])
+def test_a_least_chunk_is_taken_by_an_empty_batch_and_by_the_starving_whatever_it_takes(is_starving):
+    """2.5 ms are left: for two tokens in an empty batch, for less than one beside an RT."""
+    decider = Decider("bros-plus", num_blocks=100, be_max_wait_steps=4)
+    request = decider.add("be0", prompt_tokens=40)
+    if is_starving:
+        decider.add("rt0").deadline_s = 0.0125
+        request.last_step -= 5
+    else:
+        decider.abort(decider.add("rt-typical", prompt_tokens=20, slo=SLO(0.0445, 1.0)))
+    assert decider.decide() == ({"rt0": 1, "be0": 16} if is_starving else {"be0": 16})
+    assert decider.output.step_budget_s == pytest.approx(0.0125)
+
+
+def test_a_prompt_that_finds_no_tokens_left_is_refused_for_that():
+    decider = Decider("bros-plus", max_num_batched_tokens=8)
+    for i in range(2):
+        decider.add(f"be{i}", prompt_tokens=8)
+    assert decider.decide() == {"be0": 8}
+    assert decider.output.left_out == {"be1": TOKEN_BUDGET}
+
+
+def test_copies_ordered_before_a_step_that_runs_nobody_are_made_in_the_next():
+    decider = Decider("bros")
+    decider.add("be0", prompt_tokens=8)
+    decider.step()
+    assert decider.kv.swap_out("be0")
+    pack, decider.scheduler.pack = decider.scheduler.pack, lambda now_s: None
+    assert not decider.decide()
+    assert not decider.output.kv_changes.copies
+    decider.scheduler.pack = pack
+    assert decider.decide() == {"be0": 1}
+    assert len(decider.output.kv_changes.copies.checkpoint) == 8
 
 
 @pytest.mark.parametrize("chunked", [True, False])

@@ -8,7 +8,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bros_ref.scheduler.latency_model import MAX_SAFETY, UNLIMITED_TOKENS, StepFeatures, StepLatencyModel
+from bros_ref.scheduler import latency_model
+from bros_ref.scheduler.latency_model import (
+    FIRST_FIT_STEPS,
+    FORGETTING,
+    MAX_SAFETY,
+    REFIT_EVERY_STEPS,
+    UNLIMITED_TOKENS,
+    StepFeatures,
+    StepLatencyModel,
+)
 
 TRUTH = (5e-3, 2e-5, 3e-9, 1e-7)  # of the order of a 13B model on one accelerator
 
@@ -64,6 +73,18 @@ def test_no_fit_is_ever_negative_or_not_finite(samples):
     fitted = StepLatencyModel.fit([(features((new, context)), seconds) for new, context, seconds in samples])
     assert all(math.isfinite(value) and value >= 0 for value in fitted.coefficients)
     assert 1 <= fitted.safety <= MAX_SAFETY
+
+
+@pytest.mark.parametrize("samples", [  # (new tokens, products, contexts), seconds: of a machine that others use too
+    [((17, 128.0, 20), 7e-4), ((106, 5006.5, 1), 1e-5), ((1, 0.0, 0), 6e-2), ((2, 2.0, 0), 6e-2)],
+    [((4, 4.5, 1), 3e-5), ((3, 4.5, 0), 0.6), ((6, 4.0, 2), 7e-2), ((1, 0.0, 2), 8e-4)],
+])
+def test_samples_that_contradict_each_other_are_fitted_too(samples):
+    """The best fit may say that some of them take no time at all."""
+    samples = [(StepFeatures(*features), seconds) for features, seconds in samples]
+    model = StepLatencyModel.fit(samples)
+    assert min(model.predict(features) for features, _ in samples) == 0  # else this case tests nothing
+    assert 1 <= model.safety <= MAX_SAFETY
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
@@ -136,6 +157,7 @@ def test_copies_overlap_the_computation():
     for restored, seconds in ((0, 0.1), (10, 0.1), (11, 0.11)):
         batch.restored_tokens = restored
         assert model.predict(batch) == pytest.approx(seconds)
+    assert StepLatencyModel((0.1, 0, 0, 0)).predict(batch) == 0.1, "unless told otherwise they take no time"
 
 
 # -- refitting online -----------------------------------------------------------------------------------------------
@@ -186,7 +208,7 @@ def test_steps_that_waited_for_copies_do_not_teach_what_computing_costs(seed):
     rng, model = random.Random(seed), StepLatencyModel(TRUTH, restore_s_per_token=1e-3)
     for _ in range(200):
         batch = random_batch(rng)
-        batch.restored_tokens = 100_000
+        batch.restored_tokens = 500
         model.observe(batch, StepLatencyModel(TRUTH, 1e-3).predict(batch))
     assert error(model, TRUTH, rng) < 1e-9
 
@@ -235,3 +257,56 @@ def test_a_step_that_waited_for_copies_teaches_an_unfitted_model_nothing():
     for _ in range(8):
         model.observe(restoring, 5.0)
     assert not model.is_fitted
+
+
+def test_the_safety_factor_is_never_below_one():
+    """Steps that take half the predicted time are no reason to promise less than the prediction."""
+    model, batch = StepLatencyModel(TRUTH), features((64, 0))
+    for _ in range(16):
+        model.observe(batch, model.predict(batch) / 2)
+    assert model.safety == 1.0
+
+
+@pytest.mark.parametrize("count", FIRST_FIT_STEPS)
+def test_the_first_fit_stands_in_for_an_offline_one_in_everything(count):
+    samples = measured(random.Random(3), TRUTH, count, noise=0.1)
+    fitted, model = StepLatencyModel.fit(samples), StepLatencyModel()
+    for batch, seconds in samples:
+        model.observe(batch, seconds)
+    assert tuple(model._offline) == fitted.coefficients
+    if count < REFIT_EVERY_STEPS:
+        assert model.coefficients == fitted.coefficients
+        assert model.safety == fitted.safety > 1.0
+
+
+def test_what_the_first_steps_taught_an_unfitted_model_is_not_forgotten():
+    """Hours of decodes, as for a model that was fitted offline; and its first steps are not kept for ever."""
+    rng, model = random.Random(4), StepLatencyModel()
+    follow(model, rng, TRUTH, 64)
+    follow(model, rng, TRUTH, 6000, lambda rng: features(*[(1, rng.randint(1, 2048))] * rng.randint(1, 64)))
+    assert model.predict(features((512, 0))) == pytest.approx(StepLatencyModel(TRUTH).predict(features((512, 0))), 0.1)
+    assert model._first_samples is None
+
+
+def test_a_step_weighs_a_little_less_than_the_one_after_it():
+    model, real, rng = StepLatencyModel(TRUTH), StepLatencyModel(TRUTH), random.Random(6)
+    rows = []
+    for _ in range(48):
+        batch = random_batch(rng)
+        seconds = real.predict(batch)
+        model.observe(batch, seconds)
+        rows.append(np.array([1, batch.new_tokens, batch.prefill_products, batch.decode_contexts]) / seconds)
+    weights = [FORGETTING ** age for age in reversed(range(48))]
+    assert model._gram == pytest.approx(sum(w * np.outer(row, row) for w, row in zip(weights, rows, strict=True)))
+    assert model._target == pytest.approx(sum(w * row for w, row in zip(weights, rows, strict=True)))
+
+
+def test_what_is_forgotten_down_to_rounding_errors_goes_back_to_the_offline_fit(monkeypatch):
+    """With a memory of one step instead of 200, so that it takes 1,200 steps instead of 150,000."""
+    monkeypatch.setattr(latency_model, "FORGETTING", 0.5)
+    rng, model = random.Random(7), StepLatencyModel(TRUTH)
+    follow(model, rng, [2 * value for value in TRUTH], 64)
+    assert model.c2 > 1.5 * TRUTH[2]
+    for steps in range(0, 1200, 16):
+        follow(model, rng, TRUTH, 16, lambda rng: features(*[(1, rng.randint(1, 2048))] * rng.randint(1, 64)))
+        assert steps < 64 or model.c2 == pytest.approx(TRUTH[2], rel=0.01)

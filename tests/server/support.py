@@ -58,7 +58,7 @@ def running(data_dir: Path, **options: object) -> Iterator[Running]:
         assert not thread.is_alive()
 
 
-def until(condition, timeout_s: float = 20.0) -> None:
+def until(condition, timeout_s: float = 60.0) -> None:
     """Waits for a condition; fails the test if it does not come."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from bros_ref.environment import environment_stamp
 from bros_ref.trace import RequestRecord, StepRecord, Trace
-from bros_ref.trace.metrics import measure, request_timings, summarise
+from bros_ref.trace.metrics import StreamedTrace, measure, request_timings, summarise
 from tests.viz.factory import make_trace
 
 CLASS_KEYS = {
@@ -137,6 +138,16 @@ def test_overwritten_slots_leave_out_whole_swaps_and_forget_dropped_tables() -> 
     assert summarise(trace)["kv"]["overwritten_slots"] == 5
 
 
+def test_a_trace_that_keeps_no_steps_is_summarised_as_one_that_does(trace: Trace) -> None:
+    streamed = StreamedTrace("hand", "none", "cpu", 10, 4, 100, 5)
+    streamed.requests, streamed.rejected, streamed.ended_outside = trace.requests, trace.rejected, trace.ended_outside
+    for record in trace.steps:
+        streamed.append(record)
+    assert not streamed.steps
+    for until_s in (3.0, math.inf):
+        assert summarise(streamed, until_s) == summarise(trace, until_s)
+
+
 @pytest.mark.parametrize("policy", ["bros", "vllm"])
 def test_every_key_is_there_and_the_json_is_strict(policy: str) -> None:
     for trace in (make_trace(policy), Trace(policy, "none", "cpu", 1, 1, 1, 0)):
@@ -147,6 +158,16 @@ def test_every_key_is_there_and_the_json_is_strict(policy: str) -> None:
         for summary in run["classes"].values():
             assert set(summary) >= CLASS_KEYS
         assert (set(run["kv"]), set(run["scheduler"])) == (KV_KEYS, SCHEDULER_KEYS)
+
+
+def test_what_has_no_sample_is_none_and_never_a_number() -> None:
+    run = summarise(Trace("hand", "none", "cpu", 1, 1, 1, 0))
+    for summary in run["classes"].values():
+        statistics_and_shares = {key: value for key, value in summary.items() if key.endswith(("_ms", "attainment"))}
+        assert len(statistics_and_shares) == 20
+        assert set(statistics_and_shares.values()) == {None}
+        assert (summary["arrived"], summary["output_tokens"], summary["request_throughput"]) == (0, 0, None)
+    assert run["scheduler"]["share_of_iteration"] is None
 
 
 def test_the_json_is_the_typed_result_under_the_same_names() -> None:

@@ -58,6 +58,26 @@ def test_trade_off_points_are_the_summaries(pair: list[Trace], copies: int) -> N
     assert all(point.showlegend == (len(summaries) > charts.MAX_LABELLED) for point in figure.data)
 
 
+def summary_of(latency: float | None, throughput: float) -> dict:
+    return {"classes": {"rt": {"normalized_latency_ms_per_token": latency}, "be": {"output_throughput": throughput}}}
+
+
+def test_the_frontier_of_slowdown_is_relative_to_the_floor_and_to_the_run_without_it() -> None:
+    bounded = {2.0: summary_of(30.0, 80.0), 1.1: summary_of(21.0, 25.0)}
+    figure = charts.slowdown_frontier(summary_of(20.0, 0.0), summary_of(60.0, 100.0), bounded)
+    (line,) = figure.data
+    assert list(line.x) == [1.05, 1.5, 3.0], "in the order of x, then without the knob"
+    assert list(line.y) == [0.25, 0.8, 1.0]
+    assert [text.strip() for text in line.text] == ["x = 1.1", "x = 2", "no knob"]
+    assert [shape.x0 for shape in figure.layout.shapes] == [1.1, 2.0]
+
+
+@pytest.mark.parametrize(("latency", "throughput"), [(None, 100.0), (20.0, 0.0)])
+def test_a_frontier_without_a_floor_or_a_ceiling_is_refused(latency: float | None, throughput: float) -> None:
+    with pytest.raises(ValueError, match="a frontier needs real-time requests served under the floor"):
+        charts.slowdown_frontier(summary_of(latency, 0.0), summary_of(60.0, throughput), {})
+
+
 def test_reasons_are_counted_once_each(pair: list[Trace]) -> None:
     pair[0].steps[0].num_behind += 7
     try:

@@ -18,7 +18,6 @@ import torch
 
 from bros_ref.config import ModelConfig
 from bros_ref.model.weights.checkpoint import WeightsError
-from bros_ref.model.weights.gguf_model import load_gguf_config, load_gguf_weights
 from bros_ref.model.weights.hf_config import load_hf_config
 from bros_ref.model.weights.hf_folder import load_hf_weights
 from bros_ref.model.weights.parameters import RANDOM_FAMILIES, Keep, Parameters, random_parameters, whole
@@ -34,7 +33,11 @@ def load_model_config(model: str) -> ModelConfig:
     if model.startswith(RANDOM_PREFIX):
         return _random_config(model)
     path = locate(model)
-    return load_hf_config(path) if path.is_dir() else load_gguf_config(path)
+    if path.is_dir():
+        return load_hf_config(path)
+    from bros_ref.model.weights.gguf_model import load_gguf_config  # gguf is needed by its files alone
+
+    return load_gguf_config(path)
 
 
 def load_weights(model: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -51,8 +54,11 @@ def load_weights(model: str, dtype: torch.dtype = torch.float32, device: torch.d
     if model.startswith(RANDOM_PREFIX):
         return random_parameters(config, seed, dtype, device, keep)
     path = locate(model)
-    load = load_hf_weights if path.is_dir() else load_gguf_weights
-    return load(path, config, dtype, device, keep)
+    if path.is_dir():
+        return load_hf_weights(path, config, dtype, device, keep)
+    from bros_ref.model.weights.gguf_model import load_gguf_weights
+
+    return load_gguf_weights(path, config, dtype, device, keep)
 
 
 def locate(model: str) -> Path:

@@ -7,7 +7,7 @@ never served still counts in every share, so no curve looks better for having dr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,40 @@ def trade_off(summaries: Sequence[dict[str, Any]]) -> go.Figure:
                         tickvals=[0, 0.25, 0.5, 0.75, 1])
     dress(figure, 370 if labelled else 440)
     return figure.update_layout(margin_t=28 if labelled else 96)
+
+
+def slowdown_frontier(floor: dict[str, Any], unbounded: dict[str, Any],
+                      bounded: Mapping[float, dict[str, Any]]) -> go.Figure:
+    """What `rt_slowdown` costs and gives: RT latency per token as a multiple of the floor's, against BE tokens/s as a
+    share of the run without the knob. A dotted line stands at each x, the latency that it allows.
+
+    Args:
+        floor: summary of `rt-only` on the same arrivals.
+        unbounded: summary of the policy without the knob.
+        bounded: x -> summary of the policy with `rt_slowdown` x.
+
+    Raises:
+        ValueError: nothing to divide by: no RT was served under `floor`, or no BE under `unbounded`.
+    """
+    least = floor["classes"]["rt"]["normalized_latency_ms_per_token"]
+    most = unbounded["classes"]["be"]["output_throughput"]
+    if not least or not most:
+        raise ValueError("a frontier needs real-time requests served under the floor, and best-effort ones without the "
+                         f"knob; got {least!r} ms per token and {most!r} tokens/s")
+    runs = [(f"x = {x:g}", summary) for x, summary in sorted(bounded.items())] + [("no knob", unbounded)]
+    slowed = [run["classes"]["rt"]["normalized_latency_ms_per_token"] / least for _, run in runs]
+    shares = [run["classes"]["be"]["output_throughput"] / most for _, run in runs]
+    look, figure = policy_look(1), go.Figure()
+    for x in sorted(bounded):
+        figure.add_vline(x, line={"color": MUTED, "dash": "dot", "width": 1})
+    figure.add_scatter(x=slowed, y=shares, mode="lines+markers+text", text=[f"  {name}" for name, _ in runs],
+                       textposition="bottom right", textfont={"color": INK, "size": 13}, cliponaxis=False,
+                       line={"color": look.colour, "width": 2}, marker={"color": look.colour, "size": 11},
+                       hovertemplate="%{text}: RT latency %{x:.2f} times the floor, %{y:.0%} of BE<extra></extra>")
+    figure.update_xaxes(title_text="RT latency per token, as a multiple of rt-only's", rangemode="normal")
+    figure.update_yaxes(title_text="BE tokens/s, of those without the knob", range=[0, 1.1], tickformat=".0%")
+    dress(figure, 400)
+    return figure.update_layout(margin_t=28, showlegend=False)
 
 
 def reasons(traces: Sequence[Trace]) -> go.Figure:

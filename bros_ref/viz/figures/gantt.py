@@ -13,7 +13,17 @@ from html import escape
 from bros_ref.trace import BEHIND, DECODE, PENDING, PREFILL, RESTORING, WAITING, Trace
 from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.kv_blocks import MAX_SCALE
-from bros_ref.viz.figures.style import FONT, INK, LOST_COLOUR, MUTED, PHASE_LOOKS, REASON_LABELS, Fill, svg_pattern
+from bros_ref.viz.figures.style import (
+    FONT,
+    INK,
+    LOST_COLOUR,
+    MUTED,
+    PHASE_LOOKS,
+    REASON_LABELS,
+    Fill,
+    on_paper,
+    svg_pattern,
+)
 
 MARK_COLOURS = {WAITING: "#7b8796", PREFILL: "#ffffff", DECODE: "", PENDING: "#a8701a", RESTORING: "#ffffff"}
 PHASE_FILLS = {phase: Fill(look.colour, look.pattern, MARK_COLOURS[phase]) for phase, look in PHASE_LOOKS.items()}
@@ -85,12 +95,13 @@ def gantt_svg(trace: Trace, request_ids: Sequence[str], step_index: int) -> str:
     patterns = "".join(svg_pattern(f"gantt-{phase}", fill) for phase, fill in PHASE_FILLS.items())
     title = f"schedule of {len(request_ids)} requests around step {step_index + 1}"
     width = chart_x + CHART_W + SAID_W
-    return (f'<svg class="gantt" viewBox="0 0 {width} {height + 44}" style="max-width:{MAX_SCALE * width:.0f}px" '
-            f'role="img" aria-label="{title}" xmlns="http://www.w3.org/2000/svg"><defs>'
-            f"{patterns}</defs><style>.gantt text{{font:12px {FONT};fill:{INK}}}.gantt .axis{{fill:{MUTED};"
-            f'font-size:11px}}</style><text class="axis" x="{at_x + cell / 2:.1f}" y="14" text-anchor="middle">step '
-            f'{step_index + 1}</text>{"".join(parts)}<rect x="{at_x:.1f}" y="{HEAD_H - 2}" width="{cell:.1f}" height="'
-            f'{height - HEAD_H + 1}" fill="none" stroke="{INK}" stroke-width="1.5"/>{_legend(height + 10)}</svg>')
+    svg = (f'<svg class="gantt" viewBox="0 0 {width} {height + 44}" style="max-width:{MAX_SCALE * width:.0f}px" '
+           f'role="img" aria-label="{title}" xmlns="http://www.w3.org/2000/svg"><defs>'
+           f"{patterns}</defs><style>.gantt text{{font:12px {FONT};fill:{INK}}}.gantt .axis{{fill:{MUTED};"
+           f'font-size:11px}}</style><text class="axis" x="{at_x + cell / 2:.1f}" y="14" text-anchor="middle">step '
+           f'{step_index + 1}</text>{"".join(parts)}<rect x="{at_x:.1f}" y="{HEAD_H - 2}" width="{cell:.1f}" height="'
+           f'{height - HEAD_H + 1}" fill="none" stroke="{INK}" stroke-width="1.5"/>{_legend(height + 10)}</svg>')
+    return on_paper(svg)
 
 
 def what_it_does(trace: Trace, spans: dict[str, list[tuple[str, int, int]]], step_index: int, request_id: str) -> str:

@@ -30,6 +30,7 @@ from bros_ref.viz.figures.style import (
     RT_COLOUR,
     Fill,
     dress,
+    on_paper,
     svg_pattern,
 )
 
@@ -167,9 +168,10 @@ def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int = 6, title
     patterns = "".join(svg_pattern(f"kv-{kind}", fill) for kind, fill in FILLS.items() if kind in labels)
     counts = Counter(view.state for view in pool)
     summary = ", ".join(f"{counts[state]} {look.label}" for state, look in BLOCK_LOOKS.items())
-    return (f'<svg class="block-map" viewBox="0 0 {width} {height}" style="{scaled}" role="img" aria-label="{title}: '
-            f'{escape(summary)}" xmlns="http://www.w3.org/2000/svg"><defs>{patterns}</defs>{_STYLE}'
-            f'{_legend(labels, width)}{"".join(cells)}</svg>')
+    svg = (f'<svg class="block-map" viewBox="0 0 {width} {height}" style="{scaled}" role="img" aria-label="{title}: '
+           f'{escape(summary)}" xmlns="http://www.w3.org/2000/svg"><defs>{patterns}</defs>{_STYLE}'
+           f'{_legend(labels, width)}{"".join(cells)}</svg>')
+    return on_paper(svg)
 
 
 def _blocks_to_show(pool: Sequence[BlockView]) -> list[int]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from bros_ref.viz.figures.style import BE_COLOUR, FONT, INK, MUTED, RT_COLOUR, Fill, svg_pattern
+from bros_ref.viz.figures.style import BE_COLOUR, FONT, INK, MUTED, RT_COLOUR, Fill, on_paper, svg_pattern
 
 NAME_W, PANEL_W, NUMBER_W, ROW_H, TOP = 360, 250, 70, 26, 44  # SVG units
 
@@ -56,11 +56,12 @@ def ladder_svg(rows: Sequence[Mapping[str, Any]]) -> str:
     label = "; ".join(f"step {row['step']}: " + ", ".join(
         f"{panel.title} {_number(row.get(panel.key))}" for panel in PANELS) for row in rows)
     patterns = "".join(svg_pattern(f"ladder-{panel.key}", panel.fill) for panel in PANELS)
-    return (f'<svg class="ladder" viewBox="0 0 {width} {bottom + 6}" style="max-width:{width}px" role="img" '
-            f'aria-label="{escape(label)}" xmlns="http://www.w3.org/2000/svg"><defs>{patterns}</defs><style>'
-            f".ladder text{{font:12.5px {FONT};fill:{INK}}}.ladder .head{{font-weight:600}}"
-            f".ladder .small{{font-size:11px;fill:{MUTED}}}</style>"
-            f"{''.join(parts)}</svg>")
+    svg = (f'<svg class="ladder" viewBox="0 0 {width} {bottom + 6}" style="max-width:{width}px" role="img" '
+           f'aria-label="{escape(label)}" xmlns="http://www.w3.org/2000/svg"><defs>{patterns}</defs><style>'
+           f".ladder text{{font:12.5px {FONT};fill:{INK}}}.ladder .head{{font-weight:600}}"
+           f".ladder .small{{font-size:11px;fill:{MUTED}}}</style>"
+           f"{''.join(parts)}</svg>")
+    return on_paper(svg)
 
 
 def _bars(panel: Panel, x: float, values: Sequence[float | None]) -> list[str]:

@@ -34,32 +34,7 @@ def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
     """Writes one self-contained HTML page that opens offline."""
     places = {policy: place for place, policy in enumerate(dict.fromkeys(
         row["policy"] for row in (*result["systems"], *result["sweeps"])))}
-    sections = (
-        ("paper", "Paper", "The paper's numbers beside ours", "Each row is a best case over rates and models, as the "
-         "paper reports them; absolute values stand beside every ratio. A verdict holds at both ends of the 95 % "
-         "interval, or it is undecided. vllm-fcfs is vLLM V1, vllm-v0 the scheduler of its time.",
-         [_paper_table(result["figures"]), _overhead(result["overhead"])]),
-        ("frontier", "Frontier", "What each policy makes of the same load", "A point is the mean over the seeds. High "
-         "and far to the right is good: users on time, and much batch work done. A line joins the points of one "
-         "policy, in the order of what is varied.",
-         [page.chart(f"frontier-{place}", frontier(rows, places), setting, note) for place, (setting, rows, note) in
-          enumerate((*_settings(result["systems"]), *_swept(result["sweeps"])))]),
-        ("cells", "Every cell", "bros-plus against every baseline", _verdict_counts(result["dominance"]),
-         [_dominance_table(result["dominance"])]),
-        ("bounds", "Bounds", "How far from optimal", "Greedy packing against the exact optimum of an iteration, "
-         "policies against a clairvoyant on tiny instances, and the share of the distance from vllm-priority to the "
-         "bounds that is covered.",
-         [_bounds_table(result["bounds"]), page.chart(
-             "gaps", gap_histogram(result["bounds"]["iteration_optimum"]), "Greedy against the exact 0/1 optimum",
-             "Iterations in which nobody gives way. Greedy takes BE by the KV they must get back and newcomers by "
-             "arrival; the program takes whichever fit best, and counts a prompt's tokens as work. "
-             + _omitted(result["bounds"]["iteration_optimum"]))]),
-        ("runs", "All runs", "The paper's sweep in numbers", "Means behind the figures above, with 95 % intervals; "
-         "real-time requests alone at the end.", _run_tables([_by_system(row) for row in result["systems"]])),
-        ("options", "Options", "What each option of bros-plus gives", "bros is the paper's form; then each option "
-         "alone, then all of them.", _run_tables(result["ablation"])),
-        ("sweeps", "Sweeps", "Beyond the paper", "OPT-13B on two A100-40GB unless said otherwise; one thing is changed "
-         "at a time.", _run_tables(result["sweeps"])))
+    sections = _sections(result, places)
     nav = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, *_ in sections)
     parts = [page.section(anchor, heading, lead, *content) for anchor, _, heading, lead, content in sections]
     title = "BROS, reproduced in simulation"
@@ -72,6 +47,44 @@ def write_reproduction(path: Path | str, result: dict[str, Any]) -> None:
             f'<nav aria-label="Sections"><ul>{nav}</ul></nav><main>{"".join(parts)}</main>'
             "<footer>Made by bros_ref.</footer>")
     write_text(path, page.document(title, body, get_plotlyjs()))
+
+
+def _sections(result: dict[str, Any], places: dict[str, int]) -> list[tuple[str, str, str, str, list[str]]]:
+    """(anchor, name, heading, lead, content) of each section that has content: a run may have left parts out."""
+    sections = (
+        ("paper", "Paper", "The paper's numbers beside ours", "Each row is a best case over rates and models, as the "
+         "paper reports them; absolute values stand beside every ratio. A verdict holds at both ends of the 95 % "
+         "interval, or it is undecided. vllm-fcfs is vLLM V1, vllm-v0 the scheduler of its time.",
+         [_paper_table(result["figures"]), _overhead(result["overhead"])] if result["figures"] else []),
+        ("frontier", "Frontier", "What each policy makes of the same load", "A point is the mean over the seeds. High "
+         "and far to the right is good: users on time, and much batch work done. A line joins the points of one "
+         "policy, in the order of what is varied.",
+         [page.chart(f"frontier-{place}", frontier(rows, places), setting, note) for place, (setting, rows, note) in
+          enumerate((*_settings(result["systems"]), *_swept(result["sweeps"])))]),
+        ("cells", "Every cell", "bros-plus against every baseline", _verdict_counts(result["dominance"]),
+         [_dominance_table(result["dominance"])]),
+        ("bounds", "Bounds", "How far from optimal", "Greedy packing against the exact optimum of an iteration, "
+         "policies against a clairvoyant on tiny instances, and the share of the distance from vllm-priority to the "
+         "bounds that is covered.",
+         _bounds(result["bounds"]) if result["bounds"] else []),
+        ("runs", "All runs", "The paper's sweep in numbers", "Means behind the figures above, with 95 % intervals; "
+         "real-time requests alone at the end.", _run_tables([_by_system(row) for row in result["systems"]])),
+        ("options", "Options", "What each option of bros-plus gives", "bros is the paper's form; then each option "
+         "alone, then all of them.", _run_tables(result["ablation"])),
+        ("sweeps", "Sweeps", "Beyond the paper", "OPT-13B on two A100-40GB unless said otherwise; one thing is changed "
+         "at a time.", _run_tables([row for row in result["sweeps"] if not row["name"].startswith("unseen/")])),
+        ("unseen", "Unseen", "Traces and long prompts on which nothing was tuned", "RT load, targets and system follow "
+         "from each trace by one rule, and the best-effort batches are the paper's.",
+         _run_tables([row for row in result["sweeps"] if row["name"].startswith("unseen/")])))
+    return [section for section in sections if section[-1]]
+
+
+def _bounds(bounds: dict[str, Any]) -> list[str]:
+    optimum = bounds["iteration_optimum"]
+    return [_bounds_table(bounds), page.chart(
+        "gaps", gap_histogram(optimum), "Greedy against the exact 0/1 optimum",
+        "Iterations in which nobody gives way. Greedy takes BE by the KV they must get back and newcomers by arrival; "
+        "the program takes whichever fit best, and counts a prompt's tokens as work. " + _omitted(optimum))]
 
 
 # -- the frontier -----------------------------------------------------------------------------------------------------

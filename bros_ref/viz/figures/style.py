@@ -54,6 +54,14 @@ MARKS = {"/": ("M-1 8L8 -1M-1 1L1 -1M6 8L8 6", 1.3), "\\": ("M-1 -1L8 8M6 -1L8 1
          ".": ("M2.5 3.5L4.5 3.5", 2.0), "+": ("M3.5 1L3.5 6M1 3.5L6 3.5", 1.3)}
 
 
+def on_paper(svg: str) -> str:
+    """An <svg> element with a background of its own: on a dark page its dark text would not be seen."""
+    head, rest = svg.split(">", 1)
+    if 'style="' not in head:
+        head += ' style=""'
+    return head.replace('style="', f'style="background:{PAPER};', 1) + ">" + rest
+
+
 def svg_pattern(name: str, fill: Fill) -> str:
     """A <pattern> for `fill="url(#name)"`."""
     marks = ""

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from bros_ref.config import cdiv
-from bros_ref.viz.figures.style import FONT, GRID, INK, LOST_COLOUR, MUTED, PAPER, RT_COLOUR
+from bros_ref.viz.figures.style import FONT, GRID, INK, LOST_COLOUR, MUTED, PAPER, RT_COLOUR, on_paper
 from bros_ref.viz.widgets.html import notebook_output, script_json
 
 # What a row does with a slot. The first three are right; the others happen only under a mask by column.
@@ -100,8 +100,9 @@ def mask_svg(setting: MaskSetting, row: int, tokens: Sequence[str]) -> str:
                          f"{len(tokens)} tokens")
     note = escape(mask_note(setting, row, tokens))
     height = _TOP + 2 * setting.query * _CELL + _BETWEEN + 40
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="causal-mask" viewBox="0 0 {_WIDTH} {height}" role="img" '
-            f'aria-label="{note}">{_DEFS}{picture(setting, row, [escape(token) for token in tokens])}</svg>')
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" class="causal-mask" viewBox="0 0 {_WIDTH} {height}" role="img" '
+           f'aria-label="{note}">{_DEFS}{picture(setting, row, [escape(token) for token in tokens])}</svg>')
+    return on_paper(svg)
 
 
 def picture(setting: MaskSetting, row: int, labels: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from bros_ref.trace import BEHIND, PENDING, REASONS, WAITING, Trace
 from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.gantt import phase_steps
 from bros_ref.viz.figures.kv_blocks import MAX_SCALE, block_map
-from bros_ref.viz.figures.style import FONT, INK, MUTED, REASON_LABELS
+from bros_ref.viz.figures.style import FONT, INK, MUTED, REASON_LABELS, on_paper
 from bros_ref.viz.widgets.html import controls_html, legend_html, notebook_output, widget_html
 from bros_ref.viz.widgets.player import POOL_LABELS, POOL_SCRIPTS, pool_data
 
@@ -174,9 +174,10 @@ class Dashboard:
             parts.append(f'<text x="0" y="{y}" font-weight="600">{escape(text)}</text>'
                          + drawn.replace("<svg ", f'<svg x="0" y="{y + 10}" width="{width}" height="{height}" ', 1))
             y += int(height) + 46
-        return (f'<svg viewBox="0 0 {width} {y - 24}" style="max-width:{MAX_SCALE * width:.0f}px" role="img" '
-                f'aria-label="{escape(repr(self))}" font-family="{escape(FONT)}" font-size="13" fill="{INK}" '
-                f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
+        svg = (f'<svg viewBox="0 0 {width} {y - 24}" style="max-width:{MAX_SCALE * width:.0f}px" role="img" '
+               f'aria-label="{escape(repr(self))}" font-family="{escape(FONT)}" font-size="13" fill="{INK}" '
+               f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>')
+        return on_paper(svg)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return notebook_output(repr(self), self.to_html(), self.still())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bros_ref.config import cdiv
-from bros_ref.viz.figures.style import GRID, INK, LOST_COLOUR, MUTED
+from bros_ref.viz.figures.style import GRID, INK, LOST_COLOUR, MUTED, on_paper
 from bros_ref.viz.widgets.frames import Frame, Frames
 
 SECTOR_BYTES, BANKS, WORD_BYTES = 32, 32, 4
@@ -126,8 +126,9 @@ def request_svg(request: WarpRequest, names: Mapping[int, str] | None = None) ->
     body = _banks(request) if request.argument == SHARED else _sectors(request)
     height = 20 + int(body.count("<!--row-->")) * 26
     title = describe(request, names)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img" '
-            f'font-family="system-ui, sans-serif" font-size="9"><title>{_escape(title)}</title>{body}</svg>')
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img" '
+           f'font-family="system-ui, sans-serif" font-size="9"><title>{_escape(title)}</title>{body}</svg>')
+    return on_paper(svg)
 
 
 def kernel_access(accesses: Iterable[Recorded], names: Mapping[int, str], block: int = 0, warp: int = 0,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from bros_ref.trace import BlockView, Trace
 from bros_ref.viz.figures.kv_blocks import block_map, pool_svg
+from bros_ref.viz.figures.style import INK, PAPER
 from bros_ref.viz.widgets.player import step_note
 
 
@@ -166,8 +167,8 @@ class PoolPanel:
 
 
 def _shown(what: str, count: int, note: str, picture: str) -> str:
-    return (f'<div data-bros-{what} data-count="{count}"><div role="status" aria-live="polite">{escape(note)}</div>'
-            f"{picture}</div>")
+    return (f'<div data-bros-{what} data-count="{count}" style="background:{PAPER};color:{INK};padding:4px 8px">'
+            f'<div role="status" aria-live="polite">{escape(note)}</div>{picture}</div>')
 
 
 def _bundle(widget: Any, text: str, picture: str, **kwargs: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from bros_ref.trace import StepRecord, Trace
-from bros_ref.viz.figures.style import CLASS_LABELS, FONT, INK, LOST_COLOUR, REASON_LABELS, RT_COLOUR
+from bros_ref.viz.figures.style import CLASS_LABELS, FONT, INK, LOST_COLOUR, REASON_LABELS, RT_COLOUR, on_paper
 from bros_ref.viz.widgets.html import OWN_KEYS, controls_html, notebook_output, widget_html
 
 WIDTH, LEFT, RIGHT, TOP, PLOT_H, BELOW = 760, 58, 14, 10, 210, 20  # of the chart, px
@@ -167,10 +167,11 @@ class PriorityRace:
         if hidden > 0:
             note += f"; {hidden} more rows"
         height = top + min(len(rows), MAX_ROWS) * ROW_H + 4
-        return (f'<svg class="race" viewBox="0 0 {WIDTH} {height}" role="img" style="max-width:{WIDTH}px" '
-                f'aria-label="{escape(repr(self))}" '
-                f'xmlns="http://www.w3.org/2000/svg">{STYLE}{self.chart(self.start)}'
-                f'<text x="{LEFT}" y="{top - 8}">{escape(note)}</text>{"".join(parts)}</svg>')
+        svg = (f'<svg class="race" viewBox="0 0 {WIDTH} {height}" role="img" style="max-width:{WIDTH}px" '
+               f'aria-label="{escape(repr(self))}" '
+               f'xmlns="http://www.w3.org/2000/svg">{STYLE}{self.chart(self.start)}'
+               f'<text x="{LEFT}" y="{top - 8}">{escape(note)}</text>{"".join(parts)}</svg>')
+        return on_paper(svg)
 
     def _still_row(self, row: Standing, y: float) -> str:
         middle, zero = y + ROW_H / 2 + 4, BAR_X + self._share(0.0) * BAR_W

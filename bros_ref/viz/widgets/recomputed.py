@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from bros_ref.viz.figures.style import FONT, INK, LOST_COLOUR, MUTED, RT_COLOUR
+from bros_ref.viz.figures.style import FONT, INK, LOST_COLOUR, MUTED, RT_COLOUR, on_paper
 from bros_ref.viz.widgets.frames import Frame, Frames
 
 NEW, AGAIN, REUSED = "new", "again", "reused"
@@ -76,9 +76,10 @@ def still(variants: Mapping[str, Sequence[ForwardPass]], tokens: Sequence[str], 
         title = f"{name}: {pairs_so_far(passes, at, layers):,} K/V pairs computed so far"
         parts.append(f'<text x="{_LEFT}" y="{top - 6}">{escape(title)}</text>')
         parts += _panel(kinds(passes, at), [escape(token.replace("\n", "\\n")) for token in tokens], layers, top)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
-            f'style="width:100%;max-width:{_WIDTH}px" font-family="{escape(FONT)}" font-size="11" fill="{INK}" '
-            f'aria-label="{escape(_caption(variants, layers, at))}">{"".join(parts)}</svg>')
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
+           f'style="width:100%;max-width:{_WIDTH}px" font-family="{escape(FONT)}" font-size="11" fill="{INK}" '
+           f'aria-label="{escape(_caption(variants, layers, at))}">{"".join(parts)}</svg>')
+    return on_paper(svg)
 
 
 def _caption(variants: Mapping[str, Sequence[ForwardPass]], layers: int, at: int) -> str:

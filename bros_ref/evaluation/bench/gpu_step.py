@@ -1,0 +1,156 @@
+"""What a decode step asks of a GPU, counted without one; and a model of the time that would take.
+
+Counted, exactly: kernels, uploads, waits and allocations of the engine's own code, on tensors that have shapes and no
+memory. Estimated, and labelled so: the step's time, as the sum of what is counted times published or assumed rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bros_ref.config import KVCacheConfig, ModelConfig
+from bros_ref.engine.model_runner import ModelRunner
+from bros_ref.engine.profile import _batch_output
+from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
+from bros_ref.gpu.runner import KernelRunner
+from bros_ref.model.backends import KernelAttention
+from bros_ref.model.decoder import Decoder
+from bros_ref.model.weights.parameters import parameter_shapes
+from bros_ref.simulator.cost_model import gpu_named, model_named
+from kernels_cupy.proof.recording import Recorder
+
+POOL = KVCacheConfig(4096, 16, 0)
+
+
+def meta_runner(config: ModelConfig, dtype: torch.dtype, recorder: Recorder, pool: KVCacheConfig = POOL,
+                fused: bool = True) -> ModelRunner:
+    """A runner whose tensors have no memory, with the kernels of `recorder`. `fused=False`: the readable decoder with
+    kernels for attention alone."""
+    weights = {name: torch.empty(shape, dtype=dtype, device="meta")
+               for name, shape in parameter_shapes(config).items()}
+    attention, device = KernelAttention(recorder), torch.device("meta")
+    if fused and why_not_fused(config, dtype) is None:
+        model = KernelDecoder(config, weights, dtype, device, attention)
+        return KernelRunner(model, pool, device, dtype, "cupy")
+    return ModelRunner(Decoder(config, weights, dtype, device, attention), pool, device, dtype, "cupy")
+
+
+def counted_step(runner: ModelRunner, recorder: Recorder, batch: Sequence[tuple[int, int]]) -> None:
+    """Counts one step of sequences with (new tokens, tokens in the cache), after one that fills the caches."""
+    output = _batch_output(batch, runner.kv.config)
+    with recorder:
+        runner.execute(output)
+        recorder.clear()
+        runner.execute(output)
+
+
+# ----- the time that this would take: an estimate
+
+# Assumed by us, since none of it was measured on these GPUs here.
+LAUNCH_S = 6e-6  # host: one kernel launched from Python
+GAP_S = 1e-6  # device: from one kernel of a graph to the next
+GRAPH_S = 10e-6  # host: one graph launched
+CROSSING_S = 10e-6  # one copy between host and device, beside its bytes; and one wait
+PACKING_S = 100e-6  # host: the step's integers, and the decision that they come from
+PATHS = ("attention only", "fused", "fused, graph")  # what kernels of ours compute; a graph, or launch by launch
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """A decode step: what was counted, and what it would take.
+
+    Attributes:
+        path: one of PATHS.
+        kernels, uploads, waits, allocations: counted; a graph allocates nothing that is counted.
+        upload_bytes: counted.
+        host_ms: the host's work before the GPU has everything; device_ms: the GPU's work.
+        estimated_ms: the longer of both, or in a graph their sum, with copies and waits.
+        roofline_ms: weights, and K and V of all contexts, at the data sheet's bandwidth; nothing is faster.
+    """
+
+    gpu: str
+    model: str
+    batch: int
+    context: int
+    path: str
+    kernels: int
+    uploads: int
+    upload_bytes: int
+    waits: int
+    allocations: int
+    host_ms: float
+    device_ms: float
+    estimated_ms: float
+    roofline_ms: float
+
+
+def count_paths(config: ModelConfig, batch: int, context: int,
+                dtype: torch.dtype = torch.bfloat16) -> dict[str, Recorder]:
+    """path -> the counts of one decode step of `batch` sequences with so many tokens each."""
+    found = {}
+    for path in PATHS[:2]:
+        found[path] = Recorder()
+        pool = KVCacheConfig(max(POOL.num_blocks, batch * (context // POOL.block_size + 1)), POOL.block_size, 0)
+        counted_step(meta_runner(config, dtype, found[path], pool, fused=path != PATHS[0]), found[path],
+                     [(1, context - 1)] * batch)
+    return found | {PATHS[2]: found[PATHS[1]]}
+
+
+def estimate_steps(model: str = "llama-3-8b", gpus: Sequence[str] = ("h100-80gb", "a100-80gb"),
+                   batches: Sequence[int] = (1, 32), context: int = 1024) -> list[StepEstimate]:
+    """One row per GPU, batch and path. Raises ValueError: an unknown GPU or model, or a model not of Llama's kind."""
+    shape, rows = model_named(model), []
+    if shape.mlp_matrices != 3:
+        raise ValueError(f"{model} has no gated MLP: the fused kernels compute models of Llama's kind")
+    for name in gpus:
+        gpu_named(name)
+    config = ModelConfig("llama", shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_layers,
+                         shape.num_heads, shape.num_kv_heads, shape.head_dim, max(shape.max_context_tokens, context))
+    counts = {batch: count_paths(config, batch, context) for batch in batches}
+    for name in gpus:
+        for batch in batches:
+            rows += [_estimate(name, model, batch, context, path, recorder)
+                     for path, recorder in counts[batch].items()]
+    return rows
+
+
+def _estimate(name: str, model: str, batch: int, context: int, path: str, counted: Recorder) -> StepEstimate:
+    gpu, shape = gpu_named(name), model_named(model)
+    read = 2 * (shape.parameters - (shape.embeddings - 1) * shape.vocab_size * shape.hidden_size)  # of 2 bytes each
+    cached = batch * context * shape.kv_bytes_per_token
+    kernels = len(counted.kernels)
+    memory_s = (read / gpu.efficiency.weight_read_share + cached / gpu.efficiency.decode_read_share) \
+        / gpu.memory_bytes_per_s
+    device_s = memory_s + kernels * GAP_S
+    crossings_s = CROSSING_S * (len(counted.uploads) + len(counted.waits)) + sum(counted.uploads) / gpu.host_bytes_per_s
+    if path == PATHS[2]:
+        host_s = PACKING_S + GRAPH_S
+        total_s = host_s + device_s + crossings_s
+    else:
+        host_s = PACKING_S + kernels * LAUNCH_S
+        total_s = max(host_s, PACKING_S + device_s) + crossings_s
+    return StepEstimate(name, model, batch, context, path, kernels, len(counted.uploads), sum(counted.uploads),
+                        len(counted.waits), len(counted.allocations), 1e3 * host_s, 1e3 * device_s, 1e3 * total_s,
+                        1e3 * (read + cached) / gpu.memory_bytes_per_s)
+
+
+def markdown(rows: Sequence[StepEstimate]) -> str:
+    """The section of docs/gpu.md."""
+    lines = ["| GPU | batch | path | kernels | uploads | waits | allocations | estimated ms | roofline ms |",
+             "|" + "---|" * 9]
+    lines += [f"| {row.gpu} | {row.batch} | {row.path} | {row.kernels} | {row.uploads} | {row.waits} | "
+              f"{row.allocations} | {row.estimated_ms:.1f} | {row.roofline_ms:.1f} |" for row in rows]
+    return (f"""## A decode step, counted and estimated
+
+`bros-ref bench gpu-step` prints this table. {rows[0].model} in bf16, {rows[0].context:,} tokens of context for each
+sequence. Kernels, uploads, waits and allocations are **counted**: the engine's own code ran on tensors without memory.
+Times are an **estimate**, not a measurement: weights, K and V at the shares of bandwidth that the simulator's fits give
+(`bros_ref/simulator/gpus.py`), {1e6 * LAUNCH_S:g} us of host time per launch, {1e6 * GAP_S:g} us between two kernels,
+{1e6 * CROSSING_S:g} us per copy or wait, and {1e6 * PACKING_S:g} us to decide and pack a step; these overheads are
+assumptions. The roofline is bytes over the data sheet's bandwidth. *Attention only*: the readable decoder, with our
+kernels for attention; *fused*: `bros_ref/gpu/`, launch by launch and as a CUDA graph.
+
+""" + "\n".join(lines) + "\n")

