@@ -78,18 +78,12 @@ class PackedStep:
         self._device = torch.empty(ends[-1], dtype=torch.int32, device=device)
         self._numbers = self._host.numpy()
         self._sent: torch.cuda.Event | None = None
-        for name in ("token_ids", "positions", "slots", "context_lens", "reversed", "query_starts", "logits_rows"):
-            setattr(self, name, self._device[self._places[name]])
-        self.tables = self._device[self._places["tables"]].view(seqs, shape.width)
-        self.draws = self._device[self._places["draws"]].view(torch.float32).view(3, shape.num_logits)
-
-    token_ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    context_lens: Tensor
-    reversed: Tensor
-    query_starts: Tensor
-    logits_rows: Tensor
+        part = {name: self._device[place] for name, place in self._places.items()}
+        self.token_ids, self.positions, self.slots = part["token_ids"], part["positions"], part["slots"]
+        self.tables = part["tables"].view(seqs, shape.width)
+        self.context_lens, self.reversed = part["context_lens"], part["reversed"]
+        self.query_starts, self.logits_rows = part["query_starts"], part["logits_rows"]
+        self.draws = part["draws"].view(torch.float32).view(3, shape.num_logits)
 
     def upload(self, work: StepWork, draws: Sequence[Draw] = ()) -> None:
         """Packs a step of this shape and sends it.
