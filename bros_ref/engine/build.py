@@ -15,7 +15,7 @@ from bros_ref.engine.model_runner import Model, ModelRunner
 from bros_ref.engine.ranks import RankFailed, Ranks, TensorParallelRunner
 from bros_ref.environment import available_memory_bytes, compute_device
 from bros_ref.model.attention import AttentionFn, paged_attention
-from bros_ref.model.backends import KernelAttention, attention_backend
+from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.linear import FastestLinear
@@ -102,10 +102,11 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
 def _make_decoder(config: ModelConfig, parameters: Parameters, dtype: torch.dtype, device: str,
                   attention: AttentionFn) -> Decoder:
     """The decoder of fused kernels where attention is computed by kernels and the model is of that kind."""
-    if isinstance(attention, KernelAttention):
+    if attention is not paged_attention:
+        from bros_ref.gpu.attention import KernelAttention
         from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
 
-        if why_not_fused(config, dtype) is None:
+        if isinstance(attention, KernelAttention) and why_not_fused(config, dtype) is None:
             return KernelDecoder(config, parameters, dtype, device, attention)
     return Decoder(config, parameters, dtype, device, attention, FastestLinear(parameters.values()))
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from bros_ref.config import ModelConfig
+from bros_ref.gpu.attention import KernelAttention
 from bros_ref.gpu.step import PackedStep, StepShape
 from bros_ref.kv_cache.storage import KVStorage
-from bros_ref.model.backends import KernelAttention
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.rotary import rope_tables
 from bros_ref.model.weights.parameters import Parameters

@@ -1,9 +1,9 @@
-"""Random data drawn fresh in every run."""
+"""Random data, the same in every run unless BROS_REF_FRESH asks for new ones."""
 
 import pytest
-from kernels.support import fresh_rng
+from kernels.support import rng_of
 
 
 @pytest.fixture
-def rng():
-    return fresh_rng()
+def rng(request):
+    return rng_of(request.node.name)

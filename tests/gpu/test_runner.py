@@ -13,10 +13,10 @@ from bros_ref.engine.build import LiveSettings, LoadedModel, load_model, make_en
 from bros_ref.engine.llm_engine import RequestsFailed
 from bros_ref.engine.model_runner import ModelRunner, NonFiniteLogits, StepWork
 from bros_ref.engine.profile import _batch_output
+from bros_ref.gpu.attention import KernelAttention
 from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
 from bros_ref.gpu.runner import KernelRunner
 from bros_ref.kv_cache.blocks import CopyPlan
-from bros_ref.model.backends import KernelAttention
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.tokenizer import ByteTokenizer
 from bros_ref.model.weights.load import load_model_config

@@ -7,8 +7,8 @@ import pytest
 import torch
 from kernels.support import needs_emulator
 
+from bros_ref.gpu.attention import KernelAttention
 from bros_ref.model.attention import AttentionMetadata, dense_attention
-from bros_ref.model.backends import KernelAttention
 from kernels_cupy.heads import Heads
 from kernels_cupy.proof.contract import Batch
 from kernels_cupy.proof.emulator import Emulator

@@ -165,10 +165,10 @@ def test_copies_on_the_side_stream_equal_the_reference_s(device, rng):
 def test_graphs_launches_and_the_readable_decoder_give_the_same_logits(device, rng, family):
     from bros_ref.config import KVCacheConfig
     from bros_ref.engine.model_runner import ModelRunner, StepWork
+    from bros_ref.gpu.attention import KernelAttention
     from bros_ref.gpu.decoder import KernelDecoder
     from bros_ref.gpu.runner import KernelRunner
     from bros_ref.kv_cache.blocks import CopyPlan
-    from bros_ref.model.backends import KernelAttention
     from bros_ref.model.decoder import Decoder
     from bros_ref.model.weights.load import load_model_config
     from bros_ref.model.weights.parameters import random_parameters

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bros_ref.gpu.attention import KernelAttention
 from bros_ref.model.attention import AttentionMetadata
-from bros_ref.model.backends import KernelAttention
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.rotary import rope_tables
 from bros_ref.model.weights.load import load_model_config, load_weights

@@ -18,9 +18,9 @@ import torch
 from bros_ref.config import KVCacheConfig, ModelConfig
 from bros_ref.engine.model_runner import ModelRunner
 from bros_ref.engine.profile import _batch_output
+from bros_ref.gpu.attention import KernelAttention
 from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
 from bros_ref.gpu.runner import KernelRunner
-from bros_ref.model.backends import KernelAttention
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.weights.parameters import Parameters, parameter_shapes
 from bros_ref.simulator.cost_model import gpu_named, model_named
