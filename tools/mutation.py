@@ -67,6 +67,8 @@ def main() -> int:
     became = {name: what for name, what in outcomes().items() if name in set(sample)}
     for name in sorted(name for name, what in became.items() if what not in ("killed", "timeout")):
         print(mutmut("show", name))
+    for name in sorted(name for name, what in became.items() if what == "timeout"):
+        print(f"stopped at the time limit: {name}")  # never ends, or the machine was too busy: look
     counts = Counter(became.values())
     killed = counts["killed"] + counts["timeout"]
     low, high = wilson(killed, size)
