@@ -21,7 +21,8 @@ from plotly.offline import get_plotlyjs
 from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST = ["architecture", "results", "paper-and-ours", "server", "replicas", "vllm", "testing", "faq"]  # in the side bar; others follow
+# In the side bar; the others follow.
+FIRST = ["architecture", "results", "paper-and-ours", "server", "replicas", "vllm", "testing", "faq"]
 GUIDES = sorted((path.stem for path in (ROOT / "docs").glob("*.md")),
                 key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
 PAGES = {  # file of the repository -> page of the site
