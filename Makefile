@@ -47,7 +47,7 @@ soak: $(VENV)/.installed-dev
 		tests/server/test_soak.py
 
 # Mutants of what decides and accounts: a seeded sample of them, its score and its survivors (docs/testing.md).
-MUTANTS ?= 300
+MUTANTS ?= 200
 SEED ?= 1
 mutation: $(VENV)/.installed-mutation
 	$(BIN)/python tools/mutation.py --mutants $(MUTANTS) --seed $(SEED)

@@ -28,6 +28,7 @@ toc_object_entries = False  # every page's side bar would list every function: h
 
 default_role = "literal"  # docstrings write `code` as Markdown does
 autodoc_member_order = "bysource"
+autodoc_mock_imports = ["vllm"]  # it is not installed where the site is built
 autodoc_default_options = {"ignore-module-all": True}  # what a package re-exports is documented where it is defined
 napoleon_use_ivar = True  # else the fields of a dataclass are listed twice
 apidoc_modules = [{"path": f"../{package}", "destination": f"api/{package}", "max_depth": 2}

@@ -1,12 +1,12 @@
 """Mutation testing of what decides and accounts: a random sample of mutmut's mutants, the score, and the survivors.
 
-    python tools/mutation.py --mutants 300 --seed 1
+    python tools/mutation.py --mutants 200 --seed 1
 
 mutmut (`[tool.mutmut]` in pyproject.toml: which files, which tests) makes every mutant of these files, some 3,500.
 Trying all takes a night, so a sample is drawn: those whose names, hashed with the seed, come first. The same sources
-and seed give the same sample, and most of it stays when a few functions change. A mutant
-counts as killed if a test fails or the tests do not end within a multiple of their usual time. The score is killed /
-tried, with the Wilson interval at 95 %. The exit status is 1 if it is below `--at-least`.
+and seed give the same sample, and most of it stays when a few functions change. A mutant counts as killed if a test
+fails or the tests do not end within a multiple of their usual time. The score is killed / tried, with the Wilson
+interval at 95 %. The exit status is 1 if it is below `--at-least`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def wilson(killed: int, tried: int) -> tuple[float, float]:
 def main() -> int:
     """Draws, runs and reports; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mutants", type=int, default=300, help="size of the sample; 0 tries all")
+    parser.add_argument("--mutants", type=int, default=200, help="size of the sample; 0 tries all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--children", type=int, default=2, help="mutants at a time")
     parser.add_argument("--at-least", type=float, default=0.9, help="the least score")

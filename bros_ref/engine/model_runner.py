@@ -123,10 +123,9 @@ class ModelRunner:
     def next_tokens(self, work: StepWork, requests: Sequence[Request]) -> list[int | None]:
         """Computes a step, and the next token of each of `work.sampled`; None where its logits are not finite."""
         logits = self.compute(work)
-        if requests:
-            return self.sample(logits, requests)
-        self.wait()  # nothing is read back, so nothing else waits
-        return []
+        if not requests:
+            self.wait()  # nothing is read back, so nothing else waits
+        return self.sample(logits, requests)
 
     def wait(self) -> None:
         """Returns when the device has computed everything. Else the step's time would be that of its launch."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 Body = Callable[[], object]
-Capture = Callable[[Body], Callable[[], None]]
+Capture = Callable[[Body], Body]
 
 
 class Graphs:
@@ -24,7 +24,7 @@ class Graphs:
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
-        self._replays: dict[Hashable, Callable[[], None]] = {}
+        self._replays: dict[Hashable, Body] = {}
 
     def run(self, key: Hashable, body: Body) -> None:
         """Runs the body, or the graph that the first body of this key became."""
@@ -45,7 +45,7 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, body: Body) -> Callable[[], None]:
+    def __call__(self, body: Body) -> Body:
         """Runs the body on a side stream, which computes the step and loads its kernels, and then captures it."""
         side, main = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(main)

@@ -5,7 +5,11 @@ The only state is which of the reader's functions and classes passed their check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bros_ref.viz.notebook import unanswered
@@ -57,3 +61,63 @@ def yours_if_right(ours: Any) -> Any:
     """Decorates the answer to an exercise: the reader's own function or class of this name, if it passed
     `check_against`, else the one decorated. So a notebook goes on with what its reader has built."""
     return _passed.get(ours.__name__, ours)
+
+
+def check_cases(stub: Callable[..., object], cases: Iterable[tuple[tuple[Any, ...], object]], hint: str,
+                needs: Iterable[Callable[..., object]] = ()) -> None:
+    """Checks an exercise against known results, up to the first that is wrong. If none is, it prints "right", and
+    `yours_if_right` keeps the answer.
+
+    Args:
+        stub: the function to call: the reader's own, or one that uses `needs`.
+        cases: (arguments, wanted result) pairs.
+        hint: what to think of, if a result is wrong.
+        needs: the reader's functions, where `stub` is none of them.
+
+    Raises:
+        AssertionError: a function is still the bare stub, or a result is wrong; the message has the case, what came
+            out and what was wanted, and for lists the first entry that differs.
+    """
+    parts = list(needs) or [stub]
+    for part in parts:
+        _passed.pop(part.__name__, None)
+    if bare := [part.__name__ for part in parts if unanswered(part)]:
+        raise AssertionError(f"there is no answer yet: replace the ... in {', '.join(bare)}. Hint: {hint}")
+    number = 0
+    for number, (arguments, wanted) in enumerate(cases, 1):
+        got = stub(*arguments)
+        if got != wanted:
+            shown = ", ".join(repr(argument) for argument in arguments)
+            raise AssertionError(f"case {number}, {stub.__name__}({shown}): {_difference(got, wanted)}. Hint: {hint}")
+    _passed.update({part.__name__: part for part in parts})
+    print(f"right in {number} cases")
+
+
+def _difference(got: object, wanted: object) -> str:
+    if isinstance(got, list) and isinstance(wanted, list):
+        for i, (mine, right) in enumerate(zip_longest(got, wanted, fillvalue="nothing")):
+            if mine != right:
+                return f"entry {i} is {mine!r}, wanted {right!r}"
+    return f"got {got!r}, wanted {wanted!r}"
+
+
+def toys_of(notebook: str, folder: str | Path = ".") -> ModuleType:
+    """What an earlier notebook built by hand, with the answers of its exercises: runs its cells tagged `toy` or
+    `answer`, in order, in a module of their own.
+
+    Args:
+        notebook: the file's name without its ending.
+        folder: where it lies; a notebook runs in its own folder.
+
+    Raises:
+        FileNotFoundError: the notebook is not there.
+    """
+    path = Path(folder) / f"{notebook}.ipynb"
+    if not path.is_file():
+        raise FileNotFoundError(f"this notebook uses what {path.name} built: both must lie in the same folder, and "
+                                f"{path.resolve().parent} has none")
+    module = ModuleType(notebook)
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if {"toy", "answer"} & set(cell["metadata"].get("tags", ())):
+            exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), module.__dict__)
+    return module

@@ -6,12 +6,8 @@ Notebooks import and never copy, so `show_source` prints what runs. Nothing here
 from __future__ import annotations
 
 import inspect
-import json
 import textwrap
-from collections.abc import Callable, Iterable
-from itertools import zip_longest
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from bros_ref.environment import compute_device, environment_stamp
@@ -112,58 +108,3 @@ def check(answer: object, expected: object, hint: str) -> None:
     if answer != expected:
         raise AssertionError(f"got {answer!r}, which is not what comes out. Hint: {hint}")
     print("right")
-
-
-def check_cases(stub: Callable[..., object], cases: Iterable[tuple[tuple[Any, ...], object]], hint: str,
-                needs: Iterable[Callable[..., object]] = ()) -> None:
-    """Checks a function that the reader wrote: calls it for each case and stops at the first wrong result.
-
-    Args:
-        stub: the function to check.
-        cases: (arguments, wanted result) pairs.
-        hint: what to think of, if a result is wrong.
-        needs: more functions that the reader writes and `stub` calls.
-
-    Raises:
-        AssertionError: a function is still the bare stub, or a result is wrong; the message has the case, what came
-            out and what was wanted, and for lists the first entry that differs.
-    """
-    if bare := [one.__name__ for one in (*needs, stub) if unanswered(one)]:
-        raise AssertionError(f"there is no answer yet: replace the ... in {', '.join(bare)}. Hint: {hint}")
-    number = 0
-    for number, (arguments, wanted) in enumerate(cases, 1):
-        got = stub(*arguments)
-        if got != wanted:
-            shown = ", ".join(repr(argument) for argument in arguments)
-            raise AssertionError(f"case {number}, {stub.__name__}({shown}): {_difference(got, wanted)}. Hint: {hint}")
-    print(f"right in {number} cases")
-
-
-def _difference(got: object, wanted: object) -> str:
-    if isinstance(got, list) and isinstance(wanted, list):
-        for i, (mine, right) in enumerate(zip_longest(got, wanted, fillvalue="nothing")):
-            if mine != right:
-                return f"entry {i} is {mine!r}, wanted {right!r}"
-    return f"got {got!r}, wanted {wanted!r}"
-
-
-def toys_of(notebook: str, folder: str | Path = ".") -> ModuleType:
-    """What an earlier notebook built by hand, with the answers of its exercises: runs its cells tagged `toy` or
-    `answer`, in order, in a module of their own.
-
-    Args:
-        notebook: the file's name without its ending.
-        folder: where it lies; a notebook runs in its own folder.
-
-    Raises:
-        FileNotFoundError: the notebook is not there.
-    """
-    path = Path(folder) / f"{notebook}.ipynb"
-    if not path.is_file():
-        raise FileNotFoundError(f"this notebook uses what {path.name} built: both must lie in the same folder, and "
-                                f"{path.resolve().parent} has none")
-    module = ModuleType(notebook)
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        if {"toy", "answer"} & set(cell["metadata"].get("tags", ())):
-            exec(compile("".join(cell["source"]), path.name, "exec", dont_inherit=True), module.__dict__)
-    return module

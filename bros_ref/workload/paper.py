@@ -69,7 +69,7 @@ class PaperWorkload:
             replacement.
         cv: coefficient of variation of the gaps between RT arrivals; 1 is Poisson.
         rt_trace: recorded RT requests in the place of drawn ones. Its gaps are stretched so that their mean rate is
-            `rt_rate_per_s`; each seed plays another window of `duration_s`, from the first on.
+            `rt_rate_per_s`; each seed plays another window of `duration_s` in which there are requests.
     """
 
     rt_rate_per_s: float
@@ -113,10 +113,13 @@ class PaperWorkload:
         return Workload(items, loops)
 
     def _window(self, seed: int) -> list[WorkloadItem]:
-        """The window of the stretched trace that belongs to a seed; after the last one, the first again."""
+        """The window of the stretched trace that belongs to a seed: those with requests in turn, then the first again.
+        """
         length_s = self.rt_trace[-1].arrival_s
         stretch = len(self.rt_trace) / self.rt_rate_per_s / length_s
-        begin_s = seed % max(1, int(stretch * length_s // self.duration_s)) * self.duration_s
+        windows = sorted({int(stretch * item.arrival_s // self.duration_s) for item in self.rt_trace})
+        whole = [window for window in windows if (window + 1) * self.duration_s <= stretch * length_s] or windows[:1]
+        begin_s = whole[seed % len(whole)] * self.duration_s
         arrivals = ((stretch * item.arrival_s - begin_s, item) for item in self.rt_trace)
         return [replace(item, arrival_s=time_s, slo=self.slo) for time_s, item in arrivals
                 if 0 <= time_s < self.duration_s]

@@ -90,7 +90,7 @@ def check_silu_mul(device: Device, rng: np.random.Generator, rows: int, inner: i
                    place: str = "cpu") -> None:
     """Raises AssertionError unless the products are right, for gates of every size too."""
     gate_up = _normal(rng, (rows, 2 * inner), dtype, place)
-    gate_up[:, :4] = torch.tensor([-3e4, 200.0, -80.0, 0.0])
+    gate_up[0, :4] = torch.tensor([-3e4, 200.0, -80.0, 0.0])  # in one row, for they loosen what is allowed there
     out = torch.full((rows, inner), torch.nan, dtype=dtype, device=place)
     silu_mul(device, gate_up, out)
     _close(out, gated(gate_up.double()), "a product")

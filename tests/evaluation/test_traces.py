@@ -36,6 +36,12 @@ def test_each_seed_plays_another_window_of_a_trace_and_after_the_last_the_first_
     assert all(item.slo == SLO(0.4, 0.2) for item in workload.build(1).due(math.inf))
 
 
+def test_a_window_without_a_request_is_skipped():
+    workload = PaperWorkload(0.2, 5.0, 0, rt_trace=recorded(0.0, 1.0, 17.0, 20.0))
+    assert window(workload, 1) == [(2.0, 102)], "of 15 to 20 s"
+    assert window(workload, 2) == window(workload, 0) == [(0.0, 100), (1.0, 101)]
+
+
 def test_a_trace_is_stretched_to_the_wanted_rate():
     workload = PaperWorkload(0.3, 8.0, 0, rt_trace=recorded(0.0, 1.0, 4.0, 5.0, 9.0, 10.0))
     assert window(workload, 0) == [(0.0, 100), (2.0, 101)]

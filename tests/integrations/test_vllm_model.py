@@ -50,8 +50,8 @@ def folder(tmp_path_factory):
 
 
 def served(folder, requests, late, **options):
-    """Id -> (tokens, of each the logarithms of the likeliest). `late`: ids that arrive after eight steps, on a clock
-    that makes decisions independent of the machine."""
+    """Id -> (tokens, of each the logarithms of the likeliest). `late`: ids that arrive after eight steps. The clock
+    is a count, so that decisions do not depend on the machine."""
     llm = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=256, max_num_seqs=4, block_size=32,
               max_num_batched_tokens=128, enforce_eager=True, disable_log_stats=True, **options)
     engine = llm.llm_engine

@@ -4,11 +4,13 @@ alone only if every block held what its table says. Needs vLLM (`make test-vllm`
 import random
 from collections import deque
 from itertools import pairwise
+from unittest.mock import MagicMock
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` installs and uses it")
 
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
@@ -177,6 +179,46 @@ def test_arguments_that_make_no_sense_end_one_request_and_not_the_engine():
     stepper.add("right", [1, 2], 4, bros_class="rt")
     finish(stepper)
     assert stepper.served["right"].token_ids == alone([1, 2], 4)
+    assert_nothing_is_left(stepper, TIGHT)
+
+
+def test_pausing_and_resetting_the_prefix_cache():
+    """What vLLM does to its scheduler from outside: requests wait, or lose their KV, and still get their tokens."""
+    pool = Pool(max_num_seqs=4, max_num_batched_tokens=64, num_blocks=24, prefix_caching=True)
+    stepper = Stepper(BROSScheduler, pool, settings=KNOWN)
+    for number in range(3):
+        stepper.add(f"be-{number}", prompt_of(number, 40), 30)
+    step_until(stepper, lambda: stepper.served["be-0"].token_ids)
+    stepper.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    assert stepper.step().num_scheduled_tokens == {}
+    stepper.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    stepper.add("rt", prompt_of("rt", 20), 3, **SLO)
+    assert "rt" not in stepper.step().num_scheduled_tokens
+    stepper.scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert "rt" in stepper.step().num_scheduled_tokens
+    assert stepper.scheduler.reset_prefix_cache(reset_running_requests=True)
+    finish(stepper)
+    assert {name: served.token_ids for name, served in stepper.served.items()} == {
+        "rt": alone(prompt_of("rt", 20), 3), **{f"be-{n}": alone(prompt_of(n, 40), 30) for n in range(3)}}
+    assert_nothing_is_left(stepper, pool)
+
+
+def test_a_request_whose_grammar_is_being_compiled_waits_and_holds_nobody_up():
+    stepper = Stepper(BROSScheduler, TIGHT, settings=KNOWN)
+    stepper.add("constrained", prompt_of("c", 20), 3, json_schema='{"type": "object"}', **SLO)
+    request = stepper.scheduler.requests["constrained"]
+    assert request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    stepper.add("be", prompt_of("be", 20), 3)
+    for _ in range(3):
+        stepper.step()
+    assert stepper.served["constrained"].steps == []
+    assert stepper.served["be"].steps
+    request.structured_output_request.grammar = MagicMock()
+    finish(stepper)
+    assert stepper.served["constrained"].token_ids == alone(prompt_of("c", 20), 3)
+    stepper.add("aborted", prompt_of("a", 20), 3, json_schema='{"type": "object"}')
+    stepper.scheduler.finish_requests("aborted", RequestStatus.FINISHED_ABORTED)
+    finish(stepper)
     assert_nothing_is_left(stepper, TIGHT)
 
 

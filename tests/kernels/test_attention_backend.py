@@ -22,7 +22,7 @@ def metadata(batch: Batch) -> AttentionMetadata:
                                    batch.context_lens, HEADS.block_size)
 
 
-@pytest.mark.parametrize("queries", [[1, 1], [3, 7]], ids=["decode", "prefill"])
+@pytest.mark.parametrize("queries", [[1, 1], [3, 7], [1, 5], [5, 1]], ids=["decode", "prefill", "mixed", "decode last"])
 def test_metadata_of_an_earlier_step_is_never_used(rng: np.random.Generator, queries: list[int]) -> None:
     """Each step's metadata is freed before the next is made, which may then have the same address."""
     attention = KernelAttention(Emulator())

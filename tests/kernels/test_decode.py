@@ -10,7 +10,17 @@ from kernels.support import needs_emulator
 from kernels_cupy.checks import check_batch
 from kernels_cupy.device import Gpu
 from kernels_cupy.heads import Heads
-from kernels_cupy.launch import STEPS, Problem, best_step, choose_splits, copy_slots, paged_attention, store_kv, why_not
+from kernels_cupy.launch import (
+    STEPS,
+    Problem,
+    best_step,
+    choose_splits,
+    copy_slots,
+    paged_attention,
+    store_kv,
+    why_not,
+    workspace_floats,
+)
 from kernels_cupy.proof.contract import Batch, decode
 from kernels_cupy.proof.emulator import Emulator, KernelFault
 
@@ -176,3 +186,35 @@ def test_bad_arguments_are_named(rng):
         check_batch([[0, 9]], [20], 4, 16)
     with pytest.raises(ValueError, match="cannot hold 40 tokens"):
         check_batch([[0, 1]], [40], 4, 16)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_a_sequence_of_no_tokens_is_padding(rng, step):
+    """Nothing is read for it, whatever its row of the tables says, and the others come out as without it."""
+    batch = Batch.draw(rng, SMALL, [1] * 3, [5, 40, 17])
+    q, out = torch.cat([batch.q, batch.q]), torch.full((6, *batch.q.shape[1:]), torch.nan, dtype=HALF)
+    tables = torch.cat([batch.tables, torch.full_like(batch.tables, 1 << 30)])
+    lengths, flips = (torch.cat([part, torch.zeros_like(part)]) for part in (batch.lengths, batch.reversed))
+    device = Emulator()
+    for cache in (batch.k, batch.v):
+        device.guard(cache, batch.owner)
+    for splits in (1, 3):
+        paged_attention(device, q, batch.k, batch.v, tables, lengths, flips, out, step=step, num_splits=splits,
+                        num_sms=1)
+        batch.check(out[:3])
+
+
+@pytest.mark.parametrize(("dtype", "lengths"), [(HALF, [5, 700]), (FLOAT, [5, 700]), (FLOAT, [3])])
+def test_a_workspace_of_the_callers_own(rng, dtype, lengths):
+    batch = Batch.draw(rng, Heads(4, 2, 64, 16, dtype), [1] * len(lengths), lengths)
+    device, out = Emulator(), torch.empty_like(batch.q)
+    floats = workspace_floats(batch.heads, len(lengths), batch.tables.shape[1], device.gpu)
+    assert floats >= 1
+    scratch = torch.full((floats,), torch.nan)
+    arguments = (batch.q, batch.k, batch.v, *batch.integers(), out)
+    paged_attention(device, *arguments, scratch=scratch)
+    batch.check(out)
+    assert bool(scratch.isfinite().any()) == (len(lengths) > 1), "it was used, where pieces are merged"
+    for wrong in (scratch[1:], scratch.double(), torch.zeros(2, floats + 1)[:, ::2]):
+        with pytest.raises(ValueError, match=f"scratch must be {floats} contiguous float32 values"):
+            paged_attention(device, *arguments, scratch=wrong)

@@ -38,6 +38,9 @@ def test_a_dry_run_verifies_every_kernel_and_prints_no_time(tool, tmp_path, caps
     assert report["machine"]["gpu"] == "none: the emulator"
     verified = report["results"]["verify"]
     assert (verified["checked"], verified["wrong"]) == (12, [])
+    steps = report["results"]["engine_steps"]["rows"]
+    assert [row["path"] for row in steps] == ["attention only", "fused", "fused, graph"]
+    assert all(row["ms"] != row["ms"] for row in steps), "no number"
     timed = [row for part in (report["results"]["decode"]["rows"], *report["results"]["prefill_and_copies"].values())
              for row in part]
     assert {row.get("system", "copy") for row in timed} >= {"step 3", "step 5", "prefill", "copy"}
@@ -60,6 +63,8 @@ def test_a_stage_that_fails_hangs_or_is_missing_costs_only_itself(tool, tmp_path
     assert result(stage(tool, "pass", needs="no_such_program")) == "no_such_program is not installed"
     assert result(stage(tool, "pass"), left_s=5) == "no time left"
     assert result(stage(tool, "pass"), dry=True) == "not in a dry run"
+    patient = stage(tool, "import time; time.sleep(0.2)", limit_s=0.01, dry=True)
+    assert result(patient, left_s=0.01, dry=True) == "ok", "a busy machine must not fail a dry run"
 
 
 def test_a_wrong_kernel_fails_the_day(tool, tmp_path, monkeypatch):

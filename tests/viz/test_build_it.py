@@ -1,10 +1,11 @@
 """What the reader builds is compared with an oracle case by case, and goes on to be used if it is right."""
 
 import contextlib
+import json
 
 import pytest
 
-from bros_ref.viz.build_it import check_against, yours_if_right
+from bros_ref.viz.build_it import check_against, check_cases, toys_of, yours_if_right
 
 
 def doubled(n):
@@ -76,3 +77,68 @@ def test_a_class_is_used_as_the_check_says():
 
     Counter2.__name__ = "Counter"
     assert yours_if_right(Counter2) is Counter
+
+
+def test_a_check_of_cases_shows_the_first_that_is_wrong(capsys):
+    cases = [((n,), n * n) for n in (0, 1, 2, 3)]
+    check_cases(lambda n: n * n, cases, "multiply")
+    assert capsys.readouterr().out == "right in 4 cases\n"
+
+    def double(n):
+        return n + n
+
+    with pytest.raises(AssertionError, match=r"^case 2, double\(1\): got 2, wanted 1\. Hint: multiply$"):
+        check_cases(double, cases, "multiply")
+    with pytest.raises(AssertionError, match=r"entry 2 is 'nothing', wanted 5\."):
+        check_cases(lambda: [3, 4], [((), [3, 4, 5])], "go on")
+    with pytest.raises(AssertionError, match=r"got None, wanted \[3\]"):
+        check_cases(lambda: print(), [((), [3])], "return it")
+
+
+def test_a_check_of_cases_knows_a_stub_without_an_answer():
+    def bare(one, *, other=3):
+        ...
+
+    def returns_none():
+        return print()
+
+    with pytest.raises(AssertionError, match=r"no answer yet: replace the \.\.\. in bare\. Hint: think"):
+        check_cases(bare, [((1,), None)], "think")
+    with pytest.raises(AssertionError, match=r"in bare\."):
+        check_cases(lambda n: bare(n), [((1,), None)], "think", needs=[bare])
+    check_cases(returns_none, [((), None)], "none is wanted")
+
+
+def test_what_passed_its_cases_is_used_and_what_no_longer_does_is_not():
+    def part(n):
+        return n + n
+
+    def same(n):
+        return part(n)
+
+    answer = part
+    check_cases(same, [((2,), 4)], "double", needs=[part])
+
+    def part(n):
+        return 2 * n
+
+    assert yours_if_right(part) is answer
+    with pytest.raises(AssertionError, match="got 4, wanted 5"):
+        check_cases(same, [((2,), 5)], "double", needs=[part])
+    assert yours_if_right(part) is part
+    check_cases(part, [((2,), 4)], "double")
+    assert yours_if_right(answer) is part
+
+
+def test_the_toys_of_another_notebook_are_its_tagged_cells(tmp_path):
+    def cell(source, *tags):
+        return {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": source}
+
+    one_class = "from dataclasses import dataclass\n@dataclass\nclass Toy:\n    size: int"
+    cells = [cell(one_class, "toy"), cell(["X = 2\n", "def twice(n):\n", "    return X * n"], "toy"),
+             cell("def answer(): ...", "exercise"),
+             cell("def answer():\n    return twice(4)", "answer", "hide-input"), cell("raise SystemExit")]
+    (tmp_path / "03_any.ipynb").write_text(json.dumps({"cells": cells}))
+    assert toys_of("03_any", tmp_path).answer() == 8
+    with pytest.raises(FileNotFoundError, match=r"04_none\.ipynb built: both must lie in the same folder"):
+        toys_of("04_none", tmp_path)

@@ -1,13 +1,12 @@
 """What every notebook leans on: the device it asks for, the checks of its exercises, the source it shows."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 
 from bros_ref.request import Request
 from bros_ref.viz import notebook
-from bros_ref.viz.notebook import check, check_cases, device, device_line, show_source, toys_of, unanswered
+from bros_ref.viz.notebook import check, device, device_line, show_source, unanswered
 
 
 def test_the_line_names_the_device_that_models_get(monkeypatch):
@@ -81,47 +80,3 @@ def test_source_is_the_packages_own_without_its_docstring():
     assert Request.__doc__ not in shown.text
     with pytest.raises(ValueError, match="bros_ref's own"):
         show_source(pytest.fixture)
-
-
-def test_a_check_of_cases_shows_the_first_that_is_wrong(capsys):
-    cases = [((n,), n * n) for n in (0, 1, 2, 3)]
-    check_cases(lambda n: n * n, cases, "multiply")
-    assert capsys.readouterr().out == "right in 4 cases\n"
-
-    def double(n):
-        return n + n
-
-    with pytest.raises(AssertionError, match=r"^case 2, double\(1\): got 2, wanted 1\. Hint: multiply$"):
-        check_cases(double, cases, "multiply")
-    with pytest.raises(AssertionError, match=r"entry 2 is 'nothing', wanted 5\."):
-        check_cases(lambda: [3, 4], [((), [3, 4, 5])], "go on")
-    with pytest.raises(AssertionError, match=r"got None, wanted \[3\]"):
-        check_cases(lambda: print(), [((), [3])], "return it")
-
-
-def test_a_check_of_cases_knows_a_stub_without_an_answer():
-    def bare(one, *, other=3):
-        ...
-
-    def returns_none():
-        return print()
-
-    with pytest.raises(AssertionError, match=r"no answer yet: replace the \.\.\. in bare\. Hint: think"):
-        check_cases(bare, [((1,), None)], "think")
-    with pytest.raises(AssertionError, match=r"in bare\."):
-        check_cases(lambda n: bare(n), [((1,), None)], "think", needs=[bare])
-    check_cases(returns_none, [((), None)], "none is wanted")
-
-
-def test_the_toys_of_another_notebook_are_its_tagged_cells(tmp_path):
-    def cell(source, *tags):
-        return {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": source}
-
-    one_class = "from dataclasses import dataclass\n@dataclass\nclass Toy:\n    size: int"
-    cells = [cell(one_class, "toy"), cell(["X = 2\n", "def twice(n):\n", "    return X * n"], "toy"),
-             cell("def answer(): ...", "exercise"),
-             cell("def answer():\n    return twice(4)", "answer", "hide-input"), cell("raise SystemExit")]
-    (tmp_path / "03_any.ipynb").write_text(json.dumps({"cells": cells}))
-    assert toys_of("03_any", tmp_path).answer() == 8
-    with pytest.raises(FileNotFoundError, match=r"04_none\.ipynb built: both must lie in the same folder"):
-        toys_of("04_none", tmp_path)

@@ -1,13 +1,17 @@
-"""What a decode step asks of a GPU, counted without one; and a model of the time that would take.
+"""What a decode step asks of a GPU, counted without one; a model of the time that would take; and its time on a GPU.
 
 Counted, exactly: kernels, uploads, waits and allocations of the engine's own code, on tensors that have shapes and no
 memory. Estimated, and labelled so: the step's time, as the sum of what is counted times published or assumed rates.
+Measured, by `tools/gpu_day.py` where a GPU is: the same steps by the wall clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,11 +22,13 @@ from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
 from bros_ref.gpu.runner import KernelRunner
 from bros_ref.model.backends import KernelAttention
 from bros_ref.model.decoder import Decoder
-from bros_ref.model.weights.parameters import parameter_shapes
+from bros_ref.model.weights.parameters import Parameters, parameter_shapes
 from bros_ref.simulator.cost_model import gpu_named, model_named
+from kernels_cupy.device import Device
 from kernels_cupy.proof.recording import Recorder
 
 POOL = KVCacheConfig(4096, 16, 0)
+PATHS = ("attention only", "fused", "fused, graph")  # what kernels of ours compute; a graph, or launch by launch
 
 
 def meta_runner(config: ModelConfig, dtype: torch.dtype, recorder: Recorder, pool: KVCacheConfig = POOL,
@@ -31,11 +37,24 @@ def meta_runner(config: ModelConfig, dtype: torch.dtype, recorder: Recorder, poo
     kernels for attention alone."""
     weights = {name: torch.empty(shape, dtype=dtype, device="meta")
                for name, shape in parameter_shapes(config).items()}
-    attention, device = KernelAttention(recorder), torch.device("meta")
-    if fused and why_not_fused(config, dtype) is None:
-        model = KernelDecoder(config, weights, dtype, device, attention)
-        return KernelRunner(model, pool, device, dtype, "cupy")
-    return ModelRunner(Decoder(config, weights, dtype, device, attention), pool, device, dtype, "cupy")
+    fused = fused and why_not_fused(config, dtype) is None
+    return _runner(PATHS[1] if fused else PATHS[0], config, weights, recorder, pool)
+
+
+def _runner(path: str, config: ModelConfig, weights: Parameters, kernels: Device, pool: KVCacheConfig) -> ModelRunner:
+    """The runner of one of PATHS, where the weights are."""
+    some = weights["embed.weight"]
+    attention, device, dtype = KernelAttention(kernels), some.device, some.dtype
+    if path == PATHS[0]:
+        return ModelRunner(Decoder(config, weights, dtype, device, attention), pool, device, dtype, "cupy")
+    model = KernelDecoder(config, weights, dtype, device, attention)
+    return KernelRunner(model, pool, device, dtype, "cupy", None if path == PATHS[2] else _launch_by_launch)
+
+
+def _launch_by_launch(body: Callable[[], object]) -> Callable[[], object]:
+    """In place of a capture: runs the body, this time and every time."""
+    body()
+    return body
 
 
 def counted_step(runner: ModelRunner, recorder: Recorder, batch: Sequence[tuple[int, int]]) -> None:
@@ -55,7 +74,6 @@ GAP_S = 1e-6  # device: from one kernel of a graph to the next
 GRAPH_S = 10e-6  # host: one graph launched
 CROSSING_S = 10e-6  # one copy between host and device, beside its bytes; and one wait
 PACKING_S = 100e-6  # host: the step's integers, and the decision that they come from
-PATHS = ("attention only", "fused", "fused, graph")  # what kernels of ours compute; a graph, or launch by launch
 
 
 @dataclass(frozen=True)
@@ -99,16 +117,40 @@ def count_paths(config: ModelConfig, batch: int, context: int,
     return found | {PATHS[2]: found[PATHS[1]]}
 
 
+def llama_config(model: str, context: int) -> ModelConfig:
+    """The simulator's model of that name, with room for so many tokens."""
+    shape = model_named(model)
+    return ModelConfig("llama", shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_layers,
+                       shape.num_heads, shape.num_kv_heads, shape.head_dim, max(shape.max_context_tokens, context))
+
+
+def timed_steps(kernels: Device, weights: Parameters, config: ModelConfig, batches: Sequence[int], context: int,
+                clock: Callable[[], float] = time.perf_counter, repeats: int = 20) -> list[dict[str, Any]]:
+    """The decode steps of `estimate_steps` by a clock: one row per batch and path, the median of some repeats after two
+    steps that load kernels and capture graphs. A step ends when its tokens are on the host."""
+    rows = []
+    for batch in batches:
+        pool = KVCacheConfig(batch * (context // POOL.block_size + 1), POOL.block_size, 0)
+        output = _batch_output([(1, context - 1)] * batch, pool)
+        for path in PATHS:
+            runner, times_s = _runner(path, config, weights, kernels, pool), []
+            for _ in range(2 + repeats):
+                start_s = clock()
+                runner.execute(output)
+                times_s.append(clock() - start_s)
+            rows.append({"path": path, "layers": config.num_layers, "batch": batch, "context": context,
+                         "ms": 1e3 * statistics.median(times_s[2:])})
+    return rows
+
+
 def estimate_steps(model: str = "llama-3-8b", gpus: Sequence[str] = ("h100-80gb", "a100-80gb"),
                    batches: Sequence[int] = (1, 32), context: int = 1024) -> list[StepEstimate]:
     """One row per GPU, batch and path. Raises ValueError: an unknown GPU or model, or a model not of Llama's kind."""
-    shape, rows = model_named(model), []
+    shape, rows, config = model_named(model), [], llama_config(model, context)
     if shape.mlp_matrices != 3:
         raise ValueError(f"{model} has no gated MLP: the fused kernels compute models of Llama's kind")
     for name in gpus:
         gpu_named(name)
-    config = ModelConfig("llama", shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_layers,
-                         shape.num_heads, shape.num_kv_heads, shape.head_dim, max(shape.max_context_tokens, context))
     counts = {batch: count_paths(config, batch, context) for batch in batches}
     for name in gpus:
         for batch in batches:

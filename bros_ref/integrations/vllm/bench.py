@@ -44,7 +44,9 @@ def serve_hybrid(system: str, seed: int, pool: Pool) -> dict[str, Served]:
             stepper.now_s = max(stepper.now_s, arrivals[num_added].arrival_s)
         while num_added < len(arrivals) and arrivals[num_added].arrival_s <= stepper.now_s:
             item = arrivals[num_added]
-            slo = {} if item.slo is None else {"ttft_slo_s": item.slo.ttft_s, "tpot_slo_s": item.slo.tpot_s}
+            slo: dict[str, Any] = {}
+            if item.slo is not None:
+                slo = {"ttft_slo_s": item.slo.ttft_s, "tpot_slo_s": item.slo.tpot_s}
             request_id = f"{'be' if item.slo is None else 'rt'}-{num_added}"
             stepper.add(request_id, rng.integers(1, VOCAB_SIZE, item.prompt_tokens).tolist(), item.output_tokens,
                         priority=int(item.slo is None), arrival_s=item.arrival_s, **slo)

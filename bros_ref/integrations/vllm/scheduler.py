@@ -111,7 +111,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         self._refuse_unsupported()
         settings = self.settings = Settings.read(vllm_config.additional_config)
         config = SchedulerConfig(
-            max_num_seqs=self.max_num_running_reqs, max_num_batched_tokens=self.max_num_scheduled_tokens,
+            max_num_seqs=self.max_num_active_reqs, max_num_batched_tokens=self.max_num_scheduled_tokens,
             max_context_tokens=self.max_model_len, be_max_wait_steps=settings.be_max_wait_steps,
             rt_slowdown=settings.rt_slowdown,
             **{option: value for change in PLUS.values() for option, value in change.items()})

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -136,9 +136,11 @@ class Stepper:
         self._hasher = get_request_block_hasher(pool.block_size, hash_tokens) if pool.prefix_caching else None
 
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int = 0,
-            arrival_s: float | None = None, **arguments: Any) -> None:
+            arrival_s: float | None = None, json_schema: str | None = None, **arguments: Any) -> None:
         """A request reaches the scheduler now; it may have arrived while a step ran. `arguments`: its `vllm_xargs`."""
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0, extra_args=arguments or None)
+        sampling = SamplingParams(
+            max_tokens=max_tokens, temperature=0, extra_args=arguments or None,
+            structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None)
         self.served[request_id] = Served(self.now_s if arrival_s is None else arrival_s)
         self.scheduler.add_request(Request(
             request_id, list(prompt), sampling, None, arrival_time=self.served[request_id].arrival_s,
