@@ -41,15 +41,19 @@ def load_in_16_bits(name, *arguments, **more):
 
 build.load_model = load_in_16_bits
 machine.best_seconds = lambda work, device="cpu", rounds=3: 1.0 if work() is None else 2.0
+machine.Roof.measure = lambda *device: machine.Roof(1e12, 1e11)
 machine.measured = lambda sizes, seconds_of, **limits: {{size: seconds_of(size) for size in sorted(sizes)[:2]}}
 """
 
 
-@pytest.mark.parametrize(("number", "layers"), [("00", 2), ("01", 99), ("02", 99), ("03", 99)])
+@pytest.mark.parametrize(("number", "layers"), [("00", 1), ("01", 99), ("02", 99), ("03", 99)])
 def test_a_notebook_runs_with_weights_in_16_bits(number, layers):
-    """00 serves a thousand tokens three times and compares no numbers, so two layers do there."""
+    """Up to the exercises, whose answers are numbers of tokens and bytes. 00 serves a thousand tokens three times and
+    compares no numbers of the model, so one layer does there."""
     path = next(path for path in NOTEBOOKS if path.name.startswith(number))
     notebook = nbformat.read(path, as_version=4)
+    last = next(i for i, cell in enumerate(notebook.cells) if "## Exercises" in cell.source)
+    del notebook.cells[last:]
     notebook.cells.insert(0, nbformat.v4.new_code_cell(SIXTEEN_BITS.format(layers=layers)))
     notebook.cells.append(nbformat.v4.new_code_cell("assert loaded.dtype == torch.float16\nprint('reached the end')"))
     NotebookClient(notebook, timeout=300, kernel_name="python3",
