@@ -44,8 +44,8 @@ WAIT_SHARE = 1 / 3
 
 
 class Planner(bros.BROSScheduler):
-    """`bros-plus`, with three changes (ours): vLLM's limits on who may newly hold KV, shorter steps while no RT waits,
-    and BE that sit out rather than preempt, since vLLM recomputes whoever is preempted.
+    """`bros-plus`, with three changes (ours): vLLM's limits on who may newly hold KV; BE fill a step only up to
+    WAIT_SHARE of a TTFT; and BE sit out rather than preempt, since vLLM recomputes whoever is preempted.
 
     Attributes:
         max_holders: the most requests that may hold KV; None: no limit besides the blocks.
