@@ -78,9 +78,9 @@ def measured(sizes: Sequence[int], seconds_of: Callable[[int], float], longest_s
 
 
 def read_bytes_per_s(num_bytes: int, device: torch.device | str = "cpu") -> float:
-    """Memory bandwidth: the best of five sums over so many bytes of float32."""
+    """Memory bandwidth: the best of fifteen sums over so many bytes of float32."""
     data = torch.ones(num_bytes // 4, device=device)
-    return num_bytes / best_seconds(data.sum, device, rounds=5)
+    return num_bytes / best_seconds(data.sum, device, rounds=15)
 
 
 def matrix_flops_per_s(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
