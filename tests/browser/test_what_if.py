@@ -58,6 +58,26 @@ def test_without_a_kernel_the_page_shows_what_was_asked(chromium, tmp_path, made
     assert page.errors == page.away == []
 
 
+def test_a_kernel_that_does_not_answer_is_named(chromium, tmp_path, made):
+    page = opened(chromium, tmp_path, made.to_html())
+    page.clock.install()
+    page.evaluate('''() => {
+        const old = document.querySelector('[data-bros-what-if]'), root = old.cloneNode(true);
+        old.replaceWith(root);
+        whatIf(root, JSON.parse(root.querySelector('script[type="application/json"]').textContent), () => {});
+    }''')
+    root = page.locator("[data-bros-what-if]")
+    root.get_by_label("policy").select_option("bros")
+    page.clock.run_for(5_000)
+    assert root.get_by_role("status").inner_text() == "asking the simulator ..."
+    page.clock.run_for(6_000)
+    assert "the kernel is busy or gone" in root.get_by_role("status").inner_text()
+    root.get_by_label("policy").select_option("vllm-fcfs")  # answered beforehand
+    page.clock.run_for(11_000)
+    assert root.get_by_role("status").inner_text() == sentence(made.answers["0 1 0"])
+    assert page.errors == []
+
+
 def test_in_the_lab_the_kernel_answers(chromium, tmp_path):
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}  # else the lab asks for one
     notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel}, cells=[

@@ -1,14 +1,17 @@
 // The controls of a what-if. A key is the places of the chosen values, "1 0 2"; what the page knows it shows at once.
 // `ask` sends a key to a kernel, which answers with `show`; null: there is none, and only what is known can be shown.
+// A kernel that is gone does not say so: a question without an answer for this long gets a hint.
+const PATIENCE_MS = 10_000, SILENT = 'No answer yet: the kernel is busy or gone. If it is gone, run the cell again.';
 function whatIf(root, data, ask) {
   root.dataset.ready = 'yes';
   const inputs = [...root.querySelectorAll('[data-choice]')], known = data.known;
   const [status, picture] = [root.querySelector('[role=status]'), root.querySelector('[data-picture]')];
-  let waiting = null;
+  let waiting = null, silent = null;
   const chosen = () => inputs.map((input) => input.value).join(' ');
   const show = (key, svg, words) => {
     known[key] = [svg, words];
     if (key !== chosen()) return; // an answer that came after the next question
+    clearTimeout(silent);
     status.textContent = words;
     picture.innerHTML = svg;
     picture.style.opacity = 1;
@@ -23,6 +26,7 @@ function whatIf(root, data, ask) {
     }
     const key = chosen();
     clearTimeout(waiting);
+    clearTimeout(silent);
     if (known[key]) show(key, ...known[key]);
     else {
       picture.style.opacity = 0.3; // it is the picture of the last answer
@@ -30,7 +34,12 @@ function whatIf(root, data, ask) {
         : 'This setting was not asked beforehand: run the cell, and the kernel answers.';
     }
     // A slider on its way is not asked at every value. What is known is asked too: the picture shows later answers.
-    if (ask) waiting = setTimeout(() => ask(key), 200);
+    if (ask) {
+      waiting = setTimeout(() => {
+        if (!known[key]) silent = setTimeout(() => { status.textContent = SILENT; }, PATIENCE_MS);
+        ask(key);
+      }, 200);
+    }
   };
   for (const input of inputs) input.addEventListener('input', update);
   root.dataset.at = chosen();

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from bros_ref.viz.figures.gantt import CLASS_MARKS, phase_steps, what_it_does
 from bros_ref.viz.figures.kv_blocks import block_map
+from bros_ref.viz.figures.style import INK, PAPER
 from bros_ref.viz.widgets.panels import SteppedEngine
 from bros_ref.viz.widgets.player import step_note
 
@@ -105,7 +106,8 @@ class AskPanel:
         head = "".join(f'<th scope="col" style="text-align:left">{title}</th>'
                        for title in ("request", "in the last step", "slack", "text so far"))
         self.picture.value = (
-            f'<div data-bros-ask data-count="{len(steps)}" data-asked="{self.asked}"><div role="status" '
+            f'<div data-bros-ask data-count="{len(steps)}" data-asked="{self.asked}" style="background:{PAPER};'
+            f'color:{INK};padding:4px 8px"><div role="status" '
             f'aria-live="polite">{escape(note)}</div><table style="border-spacing:10px 2px"><tr>{head}</tr>{rows}'
             f"</table>{pool}</div>")
 
