@@ -188,11 +188,12 @@ def markdown(rows: Sequence[StepEstimate]) -> str:
     return (f"""## A decode step, counted and estimated
 
 `bros-ref bench gpu-step` prints this table. {rows[0].model} in bf16, {rows[0].context:,} tokens of context for each
-sequence. Kernels, uploads, waits and allocations are **counted**: the engine's own code ran on tensors without memory.
-Times are an **estimate**, not a measurement: weights, K and V at the shares of bandwidth that the simulator's fits give
-(`bros_ref/simulator/gpus.py`), {1e6 * LAUNCH_S:g} us of host time per launch, {1e6 * GAP_S:g} us between two kernels,
-{1e6 * CROSSING_S:g} us per copy or wait, and {1e6 * PACKING_S:g} us to decide and pack a step; these overheads are
-assumptions. The roofline is bytes over the data sheet's bandwidth. *Attention only*: the readable decoder, with our
-kernels for attention; *fused*: `bros_ref/gpu/`, launch by launch and as a CUDA graph.
+sequence. Kernels, uploads, waits and allocations are **counted** by running the engine's own code on tensors without
+memory. Times are an **estimate**, not a measurement. The estimate assumes that weights, K and V are read at the
+fractions of peak bandwidth that the simulator's fits give (`bros_ref/simulator/gpus.py`). It adds overheads, which are
+assumptions: {1e6 * LAUNCH_S:g} us of host time per launch, {1e6 * GAP_S:g} us between two kernels,
+{1e6 * CROSSING_S:g} us per copy or wait, and {1e6 * PACKING_S:g} us to schedule and pack a step. The roofline divides
+the bytes read by the bandwidth in the data sheet. *Attention only* is the readable decoder, with our kernels for
+attention only; *fused* is `bros_ref/gpu/`, run launch by launch or as a CUDA graph.
 
 """ + "\n".join(lines) + "\n")
