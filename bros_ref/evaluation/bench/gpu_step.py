@@ -187,8 +187,8 @@ def markdown(rows: Sequence[StepEstimate]) -> str:
               f"{row.allocations} | {row.estimated_ms:.1f} | {row.roofline_ms:.1f} |" for row in rows]
     return (f"""## A decode step, counted and estimated
 
-`bros-ref bench gpu-step` prints this table. {rows[0].model} in bf16, {rows[0].context:,} tokens of context for each
-sequence. Kernels, uploads, waits and allocations are **counted** by running the engine's own code on tensors without
+`bros-ref bench gpu-step` prints this table. The model is {rows[0].model} in bf16, and each sequence has {rows[0].context:,} tokens
+of context. Kernels, uploads, waits and allocations are **counted** by running the engine's own code on tensors without
 memory. Times are an **estimate**, not a measurement. The estimate assumes that weights, K and V are read at the
 fractions of peak bandwidth that the simulator's fits give (`bros_ref/simulator/gpus.py`). It adds overheads, which are
 assumptions: {1e6 * LAUNCH_S:g} us of host time per launch, {1e6 * GAP_S:g} us between two kernels,
