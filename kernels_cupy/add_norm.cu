@@ -4,7 +4,7 @@
 //
 // Without ADD (before the first layer) there is no delta, and the residual is read but not written.
 // Who does what: a block takes one row. A thread takes every THREADS-th piece of 16 bytes and keeps it in registers
-//   between the two steps. The sum is rounded to the element type before it is normalised, because it is stored rounded.
+//   between the two steps. The sum is rounded to the element type before it is normalised, as in the stored residual.
 // Bytes: residual read and written, delta read, out written, once each; weight from the L2 cache. Limiter: launch
 //   latency for a few rows, DRAM bandwidth for many.
 // Launch: a block of THREADS threads per row. A row has HIDDEN values, a whole number of pieces.

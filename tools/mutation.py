@@ -2,11 +2,11 @@
 
     python tools/mutation.py --mutants 200 --seed 1
 
-mutmut creates about 3,500 mutants of the files that `[tool.mutmut]` in pyproject.toml lists, together with the tests.
+`[tool.mutmut]` in pyproject.toml lists the files and the tests; mutmut creates about 3,500 mutants of these files.
 Trying all takes a night, so a sample is drawn: the first mutants in the order of a hash of seed and name. The same
-sources and seed give the same sample, and most of it stays the same when a few functions change. A mutant counts as killed if a test
-fails or the tests do not end within a multiple of their usual time. The score is killed / tried, with the Wilson
-interval at 95 %. The exit status is 1 if it is below `--at-least`.
+sources and seed give the same sample, and most of it stays the same when a few functions change. A mutant counts as
+killed if a test fails, or if the tests do not end within a multiple of their usual time. The score is killed / tried,
+with the Wilson interval at 95 %. The exit status is 1 if the score is below `--at-least`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST = "bros_ref.scheduler.queues.x_by_class_and_arrival__mutmut_1"  # any mutant: mutmut lists them only after a first run
+FIRST = "bros_ref.scheduler.queues.x_by_class_and_arrival__mutmut_1"  # any one: mutmut lists mutants only after a run
 FIXED = {"LIVES_SEED": "0", "LIVES_SECONDS": "0", "OMP_NUM_THREADS": "1"}  # the same random lives for every mutant
 
 
