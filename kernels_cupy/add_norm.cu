@@ -1,13 +1,13 @@
-// Between two sublayers: what one computed joins the residual stream, and the sum, normalised, is the next one's input.
+// Between two sublayers: adds one's output to the residual stream, and normalises the sum for the next one's input.
 //
 //     residual += delta,   out = residual / sqrt(mean(residual^2) + eps) * weight      (RMS norm, per row)
 //
-// Without ADD (before the first layer) there is no delta, and the residual is only read.
+// Without ADD (before the first layer) there is no delta, and the residual is read but not written.
 // Who does what: a block takes one row. A thread takes every THREADS-th piece of 16 bytes and keeps it in registers
-//   between the two steps. The sum is rounded to the element type before it is normalised, as it is stored.
-// Bytes: the residual in and out, delta in, out once; weight from the L2 cache. Limiter: launch latency for a few rows,
-//   DRAM bandwidth for many.
-// Launch: a block of THREADS threads per row. HIDDEN values in a row, a whole number of pieces.
+//   between the two steps. The sum is rounded to the element type before it is normalised, as in the stored residual.
+// Bytes: residual read and written, delta read, out written, once each; weight from the L2 cache. Limiter: launch
+//   latency for a few rows, DRAM bandwidth for many.
+// Launch: a block of THREADS threads per row. A row has HIDDEN values, a whole number of pieces.
 #include "common.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;

@@ -1,7 +1,7 @@
-"""`rope_store`, `add_norm`, `silu_mul`: what lies between a layer's products and its attention, each in one launch.
+"""`rope_store`, `add_norm`, `silu_mul`: the work between a layer's products and its attention, in one launch each.
 
-Checks, sizes and launches, the same on every device. No launch allocates, and none waits for the device. The formulas
-in plain torch are in `proof/fused.py`.
+The checks, sizes and launches are the same on every device. No launch allocates memory or waits for the device.
+`proof/fused.py` has the formulas in plain torch.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from kernels_cupy.heads import SCALARS, Heads
 
 
 def whole_pieces(values: int, dtype: torch.dtype) -> bool:
-    """Whether a row of so many values is a whole number of 16-byte pieces, as `add_norm` and `silu_mul` take them."""
+    """Whether a row of `values` is a whole number of 16-byte pieces, as `add_norm` and `silu_mul` require."""
     return values * dtype.itemsize % VECTOR_BYTES == 0
 
 
 def rope_store(device: Device, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor,
                k_cache: Tensor, v_cache: Tensor, q: Tensor, norms: tuple[Tensor, Tensor] | None = None,
                eps: float = 0.0) -> None:
-    """Turns queries and keys by their positions; queries go to `q`, keys and values to their slots.
+    """Rotates queries and keys by their positions. Writes queries to `q`, and keys and values to their slots.
 
     Args:
         qkv: [T, H + 2 * K, D]: queries, keys and values of each token.
         positions: [T] int32, rows of cos and sin.
-        slots: [T] int32, none twice; a negative one is padding, whose key and value are not stored.
-        cos, sin: [positions, R / 2] float32; the first R of D dimensions turn.
+        slots: [T] int32, all different; a negative slot marks padding, whose key and value are not stored.
+        cos, sin: [positions, R / 2] float32; the first R of D dimensions are rotated.
         k_cache, v_cache: [num_blocks, B, K, D]; q: [T, H, D].
         norms: weights [D] of an RMS norm of each query and each key, with `eps`; None: no norm.
 

@@ -1,14 +1,15 @@
-// From a layer's product to its attention: queries and keys turned by their positions, keys and values put into the
-// cache. With QK_NORM each query and key is first divided by its root mean square (Qwen3).
+// Between a layer's qkv product and its attention: rotates queries and keys by their positions, and writes keys and
+// values to the cache. With QK_NORM, each query and key first gets an RMS norm (Qwen3).
 //
 // qkv [T, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM]: the queries of a token, its keys, its values.
-// cos, sin [positions, ROTARY / 2] float: pair (d, d + ROTARY / 2) turns by the position's angle; the rest stays.
+// cos, sin [positions, ROTARY / 2] float: pair (d, d + ROTARY / 2) is rotated by the position's angle.
+//   Dimensions from ROTARY on are copied.
 // Who does what: a warp takes one row of HEAD_DIM values; neighbouring lanes take neighbouring values. Arithmetic is
 //   float, and a value is rounded once.
-// A token with a negative slot is padding: its query is turned, its key and value are stored nowhere. Without QK_NORM
+// A token with a negative slot is padding: its query is rotated, but its key and value are not stored. Without QK_NORM
 //   the two norms are not read.
-// Bytes: each row once in (keys and queries a second time, from the L1 cache, for QK_NORM), once out. Limiter: launch
-//   latency for a few tokens, DRAM bandwidth for a long prefill.
+// Bytes: each row is read once (with QK_NORM, queries and keys again from the L1 cache) and written once. Limiter:
+//   launch latency for a few tokens, DRAM bandwidth for a long prefill.
 // Launch: ceil(T * rows / WARPS) blocks of 32 * WARPS threads. No slot may occur twice.
 #include "common.cuh"
 
@@ -52,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_store(
     auto value = [&](int d) { return to_float(qkv[d]) * scale; };
 #endif
 
-    // 3. The turn.
+    // 3. The rotation.
     long long angles = (long long)positions[token] * PAIRS;
     for (int d = lane; d < PAIRS; d += 32) {
         float left = value(d), right = value(d + PAIRS), c = cos[angles + d], s = sin[angles + d];

@@ -1,8 +1,8 @@
 // The inner activation of a gated MLP: silu(gate) * up, with silu(x) = x / (1 + exp(-x)).
 //
-// gate_up [T, 2 * INNER]: a row's gates, then its ups; out [T, INNER].
+// gate_up [T, 2 * INNER]: the gates of a row, then its ups; out [T, INNER].
 // Who does what: a thread takes 16 bytes of gate and the same 16 bytes of up. Arithmetic is float, rounded once.
-// Bytes: each value once in, once out. Limiter: launch latency for a few rows, DRAM bandwidth for many.
+// Bytes: each value is read or written once. Limiter: launch latency for a few rows, DRAM bandwidth for many.
 // Launch: ceil(T * INNER / VECTOR / 256) blocks of 256 threads. INNER is a whole number of 16-byte pieces.
 #include "common.cuh"
 

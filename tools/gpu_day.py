@@ -131,7 +131,7 @@ def verify(dry: bool) -> dict[str, Any]:
 
 
 def _verify_fused(device: Any, place: str, dtypes: Sequence[Any]) -> tuple[int, Rows]:
-    """The kernels between products and attention: how many runs, and what was wrong."""
+    """Checks the fused kernels; returns the number of runs, and the wrong ones."""
     import numpy as np
 
     from kernels_cupy.heads import Heads
@@ -197,8 +197,8 @@ def prefill_and_copies(dry: bool) -> dict[str, Any]:
 
 
 def engine_steps(dry: bool) -> dict[str, Any]:
-    """Whole decode steps of the engine on random weights of Llama-3-8B's shape, or as many of its layers as fit: to
-    compare with the estimates of docs/gpu.md."""
+    """Whole decode steps of the engine with random weights in the shape of Llama-3-8B, or of as many layers as fit, for
+    comparison with the estimates in docs/gpu.md."""
     import dataclasses
 
     import torch
@@ -257,7 +257,7 @@ def notebooks(out: Path) -> dict[str, Any]:
 def run(stage: Stage, out: Path, left_s: float, dry: bool) -> dict[str, Any]:
     """Runs a stage; its output goes to a log. Returns its name, result ("ok", or what kept it) and seconds.
 
-    A dry run has no limits: it says what works, however busy the machine is.
+    A dry run has no time limits, so its result does not depend on how busy the machine is.
     """
     if dry and not stage.dry:
         return {"stage": stage.name, "result": "not in a dry run", "seconds": 0.0}

@@ -1,12 +1,12 @@
-"""Mutation testing of what decides and accounts: a random sample of mutmut's mutants, the score, and the survivors.
+"""Mutation testing of the scheduling and accounting code: a seeded sample of mutants, the score, and the survivors.
 
     python tools/mutation.py --mutants 200 --seed 1
 
-mutmut (`[tool.mutmut]` in pyproject.toml: which files, which tests) makes every mutant of these files, some 3,500.
-Trying all takes a night, so a sample is drawn: those whose names, hashed with the seed, come first. The same sources
-and seed give the same sample, and most of it stays when a few functions change. A mutant counts as killed if a test
-fails or the tests do not end within a multiple of their usual time. The score is killed / tried, with the Wilson
-interval at 95 %. The exit status is 1 if it is below `--at-least`.
+`[tool.mutmut]` in pyproject.toml lists the files and the tests; mutmut creates about 3,500 mutants of these files.
+Trying all takes a night, so a sample is drawn: the first mutants in the order of a hash of seed and name. The same
+sources and seed give the same sample, and most of it stays the same when a few functions change. A mutant counts as
+killed if a test fails, or if the tests do not end within a multiple of their usual time. The score is killed / tried,
+with the Wilson interval at 95 %. The exit status is 1 if the score is below `--at-least`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FIRST = "bros_ref.scheduler.queues.x_by_class_and_arrival__mutmut_1"  # any: mutmut lists mutants after a first run
+FIRST = "bros_ref.scheduler.queues.x_by_class_and_arrival__mutmut_1"  # any one: mutmut lists mutants only after a run
 FIXED = {"LIVES_SEED": "0", "LIVES_SECONDS": "0", "OMP_NUM_THREADS": "1"}  # the same random lives for every mutant
 
 
@@ -38,7 +38,7 @@ def mutmut(*arguments: str, shown: bool = False) -> str:
 
 
 def outcomes() -> dict[str, str]:
-    """Every mutant's name and what became of it: "killed", "survived", "timeout", ..., "not checked"."""
+    """Every mutant's name and its outcome: "killed", "survived", "timeout", ..., "not checked"."""
     return dict(re.findall(r"^ +(\S+): (.+)$", mutmut("results", "--all", "true"), re.MULTILINE))
 
 
@@ -50,7 +50,7 @@ def wilson(killed: int, tried: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Draws, runs and reports; returns the exit status."""
+    """Draws and runs the sample and reports; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--mutants", type=int, default=200, help="size of the sample; 0 tries all")
     parser.add_argument("--seed", type=int, default=1)
@@ -68,7 +68,7 @@ def main() -> int:
     for name in sorted(name for name, what in became.items() if what not in ("killed", "timeout")):
         print(mutmut("show", name))
     for name in sorted(name for name, what in became.items() if what == "timeout"):
-        print(f"stopped at the time limit: {name}")  # never ends, or the machine was too busy: look
+        print(f"stopped at the time limit: {name}")  # it never ends, or the machine was too busy: check by hand
     counts = Counter(became.values())
     killed = counts["killed"] + counts["timeout"]
     low, high = wilson(killed, size)

@@ -101,7 +101,7 @@ def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "a
 
 def _make_decoder(config: ModelConfig, parameters: Parameters, dtype: torch.dtype, device: str,
                   attention: AttentionFn) -> Decoder:
-    """The decoder of fused kernels where attention is computed by kernels and the model is of that kind."""
+    """A `KernelDecoder` if attention uses our kernels and the fused ones support the model; else a `Decoder`."""
     if attention is not paged_attention:
         from bros_ref.gpu.attention import KernelAttention
         from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
@@ -112,8 +112,8 @@ def _make_decoder(config: ModelConfig, parameters: Parameters, dtype: torch.dtyp
 
 
 def half_precision() -> torch.dtype:
-    """The 16-bit dtype for this GPU: bf16 where tensor cores take it (sm_80 and later), since fp16 overflows in some
-    models trained in bf16; else fp16."""
+    """The 16-bit dtype for this GPU: bf16 if its tensor cores support it (sm_80 and later), because fp16 overflows in
+    some models trained in bf16; otherwise fp16."""
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 

@@ -65,8 +65,8 @@ class StepWork:
 
     @classmethod
     def of(cls, output: SchedulerOutput, decodes_first: bool = False) -> StepWork:
-        """Reads a decision, without changing it. `decodes_first`: sequences with one new token before the others, as
-        the GPU's kernels want them; else in the batch's order."""
+        """Reads a decision, without changing it. `decodes_first` puts sequences with one new token before the others,
+        as the GPU's kernels require; otherwise they are in the batch's order."""
         requests, counts, order = output.requests, output.num_scheduled_tokens, list(range(len(output.requests)))
         if decodes_first:
             order.sort(key=lambda index: counts[index] > 1)
@@ -121,19 +121,19 @@ class ModelRunner:
         return result
 
     def next_tokens(self, work: StepWork, requests: Sequence[Request]) -> list[int | None]:
-        """Computes a step, and the next token of each of `work.sampled`; None where its logits are not finite."""
+        """Computes a step and the next token of each of `work.sampled`; None if its logits are not finite."""
         logits = self.compute(work)
         if not requests:
-            self.wait()  # nothing is read back, so nothing else waits
+            self.wait()  # no result is read back, so nothing else would wait
         return self.sample(logits, requests)
 
     def wait(self) -> None:
-        """Returns when the device has computed everything. Else the step's time would be that of its launch."""
+        """Returns when the device has finished. Otherwise the step would be timed only up to its launch."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).record_event().synchronize()
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int | None]:
-        """logits [num_rows, V], one row per request -> the next tokens; None where logits are not finite."""
+        """logits [num_rows, V], one row per request -> the next tokens; None if its logits are not finite."""
         finite = logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist()  # one NaN or infinity spoils the sum
         if not all(finite):
             logits = logits[torch.tensor(finite, device=logits.device)]

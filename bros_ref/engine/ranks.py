@@ -199,7 +199,7 @@ def rank_main(rank: int, spec: RankSpec, config: ModelConfig, progress: Any, pip
             try:
                 runner.compute(message)
             except ExchangeFailed:
-                os._exit(1)  # another rank is gone; rank 0 says which, a traceback from here would hide that
+                os._exit(1)  # another rank is gone; rank 0 says which, and a traceback here would hide that
 
 
 class TensorParallelRunner(ModelRunner):

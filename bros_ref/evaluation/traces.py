@@ -1,13 +1,13 @@
-"""Settings on which nothing was tuned: synthetic long prompts, and every trace in a folder.
+"""Workloads on which nothing was tuned: synthetic long prompts, and every trace in a folder.
 
-Each is served at two loads beside the paper's best-effort batches. Rules choose the rest, the same for all:
+Each is served at two loads together with the paper's best-effort batches. The same rules choose the rest for all:
 
     system    the first of `SYSTEMS` whose context holds `FITTING` of the requests; longer requests are left out
-    rate      such that RT alone would take LOADS of the GPU's time (`rt_work_share`), whatever the trace's own rate is
-    targets   TTFT: a quarter more than a prompt takes alone that is longer than 99 % of the others, at least the
-              paper's 0.4 s. TPOT: the paper's 0.2 s, so that a full step of chunks fits
+    rate      such that RT alone takes LOADS of the GPU's time (`rt_work_share`); the trace's own rate is ignored
+    targets   TTFT: 1.25 times what a prompt of the 99th percentile takes alone, and at least the paper's 0.4 s.
+              TPOT: the paper's 0.2 s, so that a full step of chunks fits
 
-A file with arrival times is played in windows, one for each seed; lengths without arrival times get Poisson arrivals.
+A file with arrival times is replayed in windows, one for each seed. Lengths without arrival times get Poisson arrivals.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ SYSTEMS = (SimulationSettings("a100-40gb", "opt-13b", 2), SimulationSettings("a1
 FITTING = 0.95
 LOADS = {"half load": 0.5, "high load": 0.9}
 TTFT_SHARE = 1.25
-SAMPLE_S = 2000.0  # of Poisson arrivals at one per second: what load and targets are estimated from
+SAMPLE_S = 2000.0  # length of the sample of Poisson arrivals, at one per second, that gives load and targets
 
 Point = tuple[str, SimulationSettings, PaperWorkload]
 
 
 def unseen_points(duration_s: float, folder: Path | None = None) -> list[Point]:
-    """(label, settings, workload) of every setting: the synthetic ones, and those of a folder's files.
+    """(label, settings, workload) of every point: the synthetic ones, and those of a folder's files.
 
     Raises:
         WorkloadError: a file can be read neither as a trace nor as lengths.
-        ValueError: the folder has no files, or a trace has fewer than two real-time requests that fit.
+        ValueError: the folder has no files, or fewer than two real-time requests of a trace fit.
     """
     one_per_s = PaperWorkload(1.0, duration_s, 0)
     points = [point for name in LONG_LENGTHS for point in _at_loads(
@@ -67,7 +67,7 @@ def unseen_points(duration_s: float, folder: Path | None = None) -> list[Point]:
 
 
 def _system(totals: list[int]) -> SimulationSettings:
-    """The first whose context holds most of the requests, of so many tokens each."""
+    """The first system whose context fits most of the requests. `totals`: tokens of each request."""
     for settings in SYSTEMS:
         most = model_named(settings.model).max_context_tokens
         if sum(total <= most for total in totals) >= FITTING * len(totals):
@@ -83,7 +83,7 @@ def _fitting(items: list[WorkloadItem], most: int, path: Path) -> tuple[Workload
 
 
 def _at_loads(name: str, settings: SimulationSettings, workload: PaperWorkload) -> Iterable[Point]:
-    """A workload that has one request per second so far, at each load, with its targets and best-effort batch."""
+    """A workload of one request per second, rescaled to each load, with its targets and best-effort batch."""
     whole_s = len(workload.rt_trace) + 1.0 if workload.rt_trace else SAMPLE_S
     sample = replace(workload, duration_s=whole_s)
     prompts = [item.prompt_tokens for item in sample.build(0, only="rt").due(math.inf)]

@@ -1,5 +1,5 @@
-"""The model and its runner as a GPU wants them: few launches, one upload and one wait per step, CUDA graphs.
+"""The model and its runner, arranged for a GPU: few launches, one upload and one wait per step, CUDA graphs.
 
-`decoder.py` computes what `model/decoder.py` does, which stays the reference. Nothing here is needed on a CPU, but all
-of it runs there too, with the kernels emulated (`--backend cpu-emulated`); that is how it is tested.
+`decoder.py` computes the same as `model/decoder.py`, which remains the reference. Nothing here is needed on a CPU, but
+all of it also runs there with emulated kernels (`--backend cpu-emulated`), which is how it is tested.
 """

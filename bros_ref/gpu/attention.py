@@ -1,5 +1,5 @@
-"""Attention by the CUDA kernels, behind the interface that the decoder knows. Torch does all else then; models of
-Llama's kind run on more kernels than that, see `gpu/decoder.py`."""
+"""Attention by the CUDA kernels, behind the interface that `Decoder` uses. Torch then computes everything else. Models
+of the Llama architecture use more kernels than that; see `gpu/decoder.py`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class KernelAttention:
-    """Attention by the kernels: one launch of the decode kernel for the sequences in front that have one new token,
-    and one of the prefill kernel for the others.
+    """Attention by the kernels: one launch of the decode kernel for the leading sequences that have one new token each,
+    and one launch of the prefill kernel for the others.
 
     Raises (when called):
         ValueError: a context exceeds a sliding window, which the kernels do not have. `Decoder` limits its context to
-            the window, so that requests are refused before.
+            the window, so longer requests are refused earlier.
     """
 
     sliding_windows = False
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._meta: AttentionMetadata | None = None  # the step whose integers are at hand
+        self._meta: AttentionMetadata | None = None  # the step that `_integers` belongs to
         self._integers: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> Tensor:
@@ -62,5 +62,5 @@ class KernelAttention:
 
 
 def leading_decodes(query_lens: Sequence[int]) -> int:
-    """How many sequences with one new token there are before the first with several."""
+    """The number of sequences with one new token before the first sequence with several."""
     return next((i for i, length in enumerate(query_lens) if length > 1), len(query_lens))

@@ -1,10 +1,10 @@
-"""Checkpoint, relocation and restore by `copy_slots`, on a stream of their own: the host queues them and goes on.
+"""Checkpoint, relocation and restore by `copy_slots`, on a separate stream: the host queues them without waiting.
 
-    side stream   waits for what is queued | checkpoint, relocate | restore, layer by layer |
+    side stream   waits for queued work    | checkpoint, relocate | restore, layer by layer |
     main stream   ...                        waits for this         each layer waits for its own restore
 
-The host store is pinned and allocated at the start, so that the kernel reads and writes it over PCIe. All copies are on
-one side stream, so a host slot is read and written in the order in which the scheduler decided it.
+The host store is pinned and allocated at the start, so that the kernel can read and write it over PCIe. All copies use
+the same side stream, so host slots are read and written in the order that the scheduler decided.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class Streams(Protocol):
     """The order of copies and computation."""
 
     def side(self) -> Any:
-        """A context whose launches begin after all that is queued so far."""
+        """A context whose launches begin after all work queued so far."""
         ...
 
     def record(self) -> Any:
-        """An event behind all that the side stream has to do; it has `query()`."""
+        """An event after all work queued on the side stream; it has `query()`."""
         ...
 
     def wait(self, event: Any) -> None:
-        """What is queued from now on waits for the event; the host does not."""
+        """Work queued from now on waits for the event; the host does not."""
         ...
 
 
 class CudaStreams:
-    """Torch's current stream of a GPU, and one stream beside it."""
+    """Torch's current stream of a GPU, and one side stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._side = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -62,15 +62,15 @@ class CudaStreams:
 
 
 class Done:
-    """The event of a device that has no streams: all is done at once."""
+    """The event of a device that has no streams: all work is complete immediately."""
 
     def query(self) -> bool:
-        """Always."""
+        """Always true."""
         return True
 
 
 class OneAfterAnother:
-    """A device that computes at once, as the emulator does."""
+    """A device that executes each launch immediately, as the emulator does."""
 
     @contextmanager
     def side(self) -> Iterator[None]:
@@ -89,8 +89,8 @@ class KernelKVStorage(KVStorage):
     """A `KVStorage` whose copies are kernels.
 
     Args:
-        kernels: what runs them.
-        streams: their order; by default CUDA's on a GPU, and one after another elsewhere.
+        kernels: the device that runs the copy kernels.
+        streams: the order of copies; by default CUDA streams on a GPU, and one copy after another elsewhere.
     """
 
     def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, config: KVCacheConfig, dtype: torch.dtype,
@@ -102,7 +102,7 @@ class KernelKVStorage(KVStorage):
         shape = (num_layers, 2, config.host_blocks * config.block_size, num_kv_heads, head_dim)
         self._store = torch.zeros(shape, dtype=dtype, pin_memory=on_gpu)
         self._layer_events: list[Any] = [None] * num_layers
-        self._pairs: deque[tuple[Any, list[Tensor]]] = deque()  # read by kernels until the event
+        self._pairs: deque[tuple[Any, list[Tensor]]] = deque()  # kernels read these until the event
 
     @property
     def host_data(self) -> Tensor:
@@ -112,12 +112,12 @@ class KernelKVStorage(KVStorage):
         return self._store.clone()
 
     def run_copies(self, checkpoint: SlotPairs = (), relocate: SlotPairs = (), restore: SlotPairs = ()) -> None:
-        """See `KVStorage`: the same lists, the same order, the same errors. Nothing here waits for the device."""
+        """See `KVStorage`: the same lists, order and errors. This call never waits for the device."""
         device_slots, host_slots = self._slots.shape[2], self._store.shape[2]
         check_pairs("checkpoint", checkpoint, device_slots, host_slots)
         check_pairs("relocate", relocate, device_slots, device_slots)
         check_pairs("restore", restore, host_slots, device_slots)
-        self.wait_for_restores()  # an earlier restore whose layers nobody read yet
+        self.wait_for_restores()  # an earlier restore whose layers were not read yet
         while self._pairs and self._pairs[0][0].query():
             self._pairs.popleft()
         used: list[Tensor] = []
@@ -137,12 +137,12 @@ class KernelKVStorage(KVStorage):
             self._streams.wait(moved)
 
     def wait_for_restores(self) -> None:
-        """What is queued from now on finds every layer restored."""
+        """Work queued from now on sees every layer restored."""
         for layer in range(len(self._layer_events)):
             self._wait_for_restore(layer)
 
     def _relocate(self, relocate: SlotPairs, used: list[Tensor]) -> None:
-        """All reads before all writes: by way of a buffer where a slot is both a source and a destination."""
+        """All reads before all writes: goes through a buffer if a slot is both a source and a destination."""
         sources, destinations = zip(*relocate, strict=True)
         if not set(sources) & set(destinations):
             copy_slots(self._kernels, self._slots, self._slots, self._integers(relocate, used))
@@ -154,7 +154,7 @@ class KernelKVStorage(KVStorage):
         copy_slots(self._kernels, between, self._slots, self._integers(list(enumerate(destinations)), used))
 
     def _integers(self, pairs: Sequence[tuple[int, int]], used: list[Tensor]) -> Tensor:
-        """[n, 2] int32 in memory that the kernel reads, kept in `used`."""
+        """[n, 2] int32 in memory that the kernel can read; `used` keeps it alive."""
         used.append(torch.tensor(pairs, dtype=torch.int32, pin_memory=self.device.type == "cuda"))
         return used[-1]
 

@@ -1,10 +1,10 @@
-"""The decoder of Llama's kind in ten kernels per layer, each into memory that is there already.
+"""The decoder for the Llama architecture in ten kernels per layer, each writing to memory that is already allocated.
 
     qkv product -> rope_store -> attention, merge -> output product -> add_norm
         -> gate and up product -> silu_mul -> down product -> add_norm
 
-It computes what `Decoder` computes, rounded less often: within a fused kernel everything is float32. A decode step
-allocates nothing and reads nothing from the host, so that a CUDA graph can hold it.
+It computes the same as `Decoder` with fewer roundings, because a fused kernel computes in float32. A decode step
+allocates nothing and reads nothing from the host, so a CUDA graph can capture it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kernels_cupy.launch_prefill import prefill_attention
 
 
 def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:
-    """None if `KernelDecoder` computes such a model, else the reason."""
+    """None if `KernelDecoder` supports such a model, otherwise the reason why not."""
     if (config.norm, config.mlp, config.positions) != ("rms", "gated-silu", "rope"):
         return f"{config.family} has {config.norm} norms, {config.positions} positions and a {config.mlp} MLP"
     if not all(whole_pieces(size, dtype) for size in (config.hidden_size, config.intermediate_size, config.head_dim)) \
@@ -40,7 +40,7 @@ def why_not_fused(config: ModelConfig, dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True)
 class Activations:
-    """What the layers of a step write to, one after the other. T tokens."""
+    """The buffers that the layers of a step write to in turn. T is the number of tokens."""
 
     residual: Tensor  # [T, E]
     normed: Tensor  # [T, E]
@@ -54,9 +54,9 @@ class Activations:
 
 
 class KernelDecoder(Decoder):
-    """A `Decoder` that computes packed steps with fused kernels; see `why_not_fused` for the models it takes.
+    """A `Decoder` that computes packed steps with fused kernels; see `why_not_fused` for the models it supports.
 
-    `forward` is still there, and computes any step as `Decoder` does.
+    `forward` is inherited, and computes any step as `Decoder` does.
     """
 
     def __init__(self, config: ModelConfig, weights: Parameters, dtype: torch.dtype, device: torch.device | str,
@@ -67,7 +67,7 @@ class KernelDecoder(Decoder):
         self._angle_cos, self._angle_sin = cos[:, 0].contiguous(), sin[:, 0].contiguous()  # [positions, R / 2]
 
     def activations(self, shape: StepShape) -> Activations:
-        """New buffers for steps of so many tokens and rows of logits."""
+        """New buffers for steps of this shape."""
         c, tokens = self.config, shape.tokens
 
         def empty(*sizes: int) -> Tensor:
@@ -81,7 +81,7 @@ class KernelDecoder(Decoder):
             logits=empty(shape.num_logits, c.vocab_size))
 
     def workspace(self, shape: StepShape, block_size: int) -> Tensor:
-        """A new workspace of the decode kernel for steps of this shape: float32."""
+        """A new float32 workspace of the decode kernel for steps of this shape."""
         c = self.config
         heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, block_size, self.dtype)
         floats = workspace_floats(heads, shape.num_decodes, shape.width, self.kernels.gpu) if shape.num_decodes else 0
@@ -91,7 +91,7 @@ class KernelDecoder(Decoder):
     def forward_step(self, step: PackedStep, to: Activations, workspace: Tensor, kv: KVStorage) -> Tensor:
         """Computes an uploaded step: writes its K and V, returns the logits, [num_logits, V], in the model's dtype.
 
-        The logits lie in `to.logits`, which the next step of this shape overwrites.
+        The logits are stored in `to.logits`, which the next step of this shape overwrites.
         """
         c = self.config
         torch.index_select(self._embed, 0, step.token_ids, out=to.residual)
@@ -112,7 +112,7 @@ class KernelDecoder(Decoder):
         return to.logits
 
     def _attend_step(self, i: int, step: PackedStep, to: Activations, workspace: Tensor, kv: KVStorage) -> None:
-        """Positions, the cache and attention: decodes and prefills of a mixed batch are a launch each."""
+        """Rotary positions, KV store and attention. In a mixed batch, decodes and prefills use one launch each."""
         c, layer, decodes = self.config, self._layers[i], step.shape.num_decodes
         k, v = kv.k(i), kv.v(i)
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)

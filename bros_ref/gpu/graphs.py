@@ -1,8 +1,8 @@
-"""CUDA graphs: a decode step of a bucket is launched once kernel by kernel, and from then on as one graph.
+"""CUDA graphs: the first decode step of a bucket is launched kernel by kernel, and every later one as a single graph.
 
-A graph holds addresses and numbers, not values: the buffers of its bucket are written before each replay. What a
-bucket's computation may do is checked without a GPU (`tests/gpu/test_counts.py`): no allocation, no upload, no wait,
-and the same calls on the same memory in every step.
+A graph stores addresses and scalar arguments, not tensor values, so the buffers of its bucket are written before each
+replay. A bucket's computation must not allocate, upload or wait, and must make the same calls on the same memory in
+every step. `tests/gpu/test_counts.py` checks this without a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Graphs:
     """One graph per key.
 
     Args:
-        capture: runs a body once and returns what runs it again.
+        capture: runs a body once and returns a function that runs it again.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -27,7 +27,7 @@ class Graphs:
         self._replays: dict[Hashable, Body] = {}
 
     def run(self, key: Hashable, body: Body) -> None:
-        """Runs the body, or the graph that the first body of this key became."""
+        """Runs the body, or the graph captured from the first body with this key."""
         replay = self._replays.get(key)
         if replay is None:
             self._replays[key] = self._capture(body)
@@ -36,7 +36,7 @@ class Graphs:
 
 
 class CudaCapture:
-    """Captures on one GPU; all graphs share one memory pool, for they run one after another.
+    """Captures on one GPU. All graphs share one memory pool, because they run one after another.
 
     Not measured here: no GPU was available when this was written.
     """
@@ -46,7 +46,7 @@ class CudaCapture:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, body: Body) -> Body:
-        """Runs the body on a side stream, which computes the step and loads its kernels, and then captures it."""
+        """Runs the body on a side stream, which computes the step and loads its kernels, and then captures the body."""
         side, main = torch.cuda.Stream(self._device), torch.cuda.current_stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(main)
         with torch.cuda.stream(side):

@@ -20,10 +20,10 @@ from bros_ref.request import Request
 
 
 class KernelRunner(ModelRunner):
-    """Runs a `KernelDecoder` with the buffers it owns: those of decode steps are kept, one set per bucket.
+    """Runs a `KernelDecoder` and owns its buffers. Buffers of decode steps are kept, one set per bucket.
 
     Args:
-        capture: makes graphs of decode steps; None: CUDA graphs on a GPU, none elsewhere.
+        capture: makes graphs of decode steps. By default CUDA graphs on a GPU, and no graphs elsewhere.
         streams: see `KernelKVStorage`.
     """
 
@@ -37,7 +37,7 @@ class KernelRunner(ModelRunner):
         if capture is None and self.device.type == "cuda":
             capture = CudaCapture(self.device)
         self._graphs = None if capture is None else Graphs(capture)
-        self._activations: dict[int, Activations] = {}  # of decode steps, by rows
+        self._activations: dict[int, Activations] = {}  # of decode steps, by number of rows
         self._buckets: dict[StepShape, tuple[PackedStep, torch.Tensor]] = {}  # integers, and the kernel's workspace
 
     def make_storage(self, config: ModelConfig, kv_config: KVCacheConfig, dtype: torch.dtype) -> KernelKVStorage:
@@ -52,7 +52,7 @@ class KernelRunner(ModelRunner):
         return logits[work.logits_rows].float() if step.shape.is_bucket else logits.float()
 
     def next_tokens(self, work: StepWork, requests: Sequence[Request]) -> list[int | None]:
-        """See `ModelRunner.next_tokens`. One wait: for the copy of the tokens."""
+        """See `ModelRunner.next_tokens`. Waits once, for the copy of the tokens."""
         draws = [draw_of(request) for request in requests]
         step, logits = self._forward(work, draws)
         if not requests:
@@ -65,7 +65,7 @@ class KernelRunner(ModelRunner):
         return [None if tokens[row] == NOT_FINITE else tokens[row] for row in rows]
 
     def _forward(self, work: StepWork, draws: Sequence[Draw]) -> tuple[PackedStep, torch.Tensor]:
-        """Copies, the upload, and the forward pass. The logits are those of `PackedStep`'s rows."""
+        """Queues the copies, the upload and the forward pass. The logits have the rows of the `PackedStep`."""
         if work.copies:
             self.kv.run_copies(work.copies.checkpoint, work.copies.relocate, work.copies.restore)
         shape = StepShape.of(work)
@@ -76,14 +76,14 @@ class KernelRunner(ModelRunner):
             self.model.forward_step(step, activations, workspace, self.kv)
 
         if self._graphs is not None and shape.is_bucket:
-            self.kv.wait_for_restores()  # a graph holds no events of this step
+            self.kv.wait_for_restores()  # a graph cannot wait for events of this step
             self._graphs.run(shape, forward)
         else:
             forward()
         return step, activations.logits
 
     def _buffers(self, shape: StepShape) -> tuple[PackedStep, Activations, torch.Tensor]:
-        """Those of the bucket, or new ones."""
+        """The buffers of the step's bucket, or new ones for a step without a bucket."""
         block_size = self.kv.config.block_size
         if not shape.is_bucket:
             return (PackedStep(shape, block_size, self.device), self.model.activations(shape),

@@ -1,8 +1,8 @@
-"""Next tokens of a whole batch on the GPU, and one copy of them to the host.
+"""Samples the next tokens of a whole batch on the GPU; one copy takes them to the host.
 
-A draw depends on the request's seed and position alone, as in `engine/sampler.py`; but it inverts the distribution at
-one uniform number, so the same seed gives another (equally likely) text than there. Penalties and log-probabilities
-are left to that file.
+A draw depends only on the request's seed and position, as in `engine/sampler.py`. Here it inverts the cumulative
+distribution at one uniform number, so the same seed gives a different (equally likely) text than it does there.
+Requests with penalties or log-probabilities are left to that file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOT_FINITE = -1
 
 
 def draw_of(request: Request) -> Draw:
-    """What a request's next token is drawn with."""
+    """Temperature, top_p and the uniform number for a request's next token."""
     params = request.sampling
     if params.temperature < GREEDY_BELOW:
         return 0.0, 1.0, 0.0
@@ -41,7 +41,7 @@ def sample_rows(logits: Tensor, draws: Tensor, drawn: Sequence[Draw]) -> Tensor:
     Args:
         logits: [num_rows, V], any float dtype.
         draws: [3, num_rows] float32, as in `PackedStep`; rows whose temperature is 0 are greedy.
-        drawn: the same of the rows in use, on the host: what is not asked for is not computed.
+        drawn: the same values on the host, of the rows in use; tells which steps of the computation can be skipped.
     """
     finite = logits.sum(dim=-1, dtype=torch.float32).isfinite()  # one NaN or infinity spoils the sum
     tokens = logits.argmax(dim=-1)
@@ -57,6 +57,6 @@ def sample_rows(logits: Tensor, draws: Tensor, drawn: Sequence[Draw]) -> Tensor:
         sums = chances.cumsum(dim=-1)
         total = sums[:, -1:].contiguous()
         choice = torch.searchsorted(sums, uniform * total, right=True)
-        last = torch.searchsorted(sums, total)  # the last token with any chance, should rounding pass it
+        last = torch.searchsorted(sums, total)  # the last token with a chance, in case rounding passes it
         tokens = torch.where(is_drawn[:, 0], torch.minimum(choice, last)[:, 0], tokens)
     return torch.where(finite, tokens, NOT_FINITE)

@@ -1,8 +1,8 @@
 """One step's integers on the GPU: token ids, positions, slots, tables, lengths and draws, packed into one upload.
 
-Decode steps come in buckets: the number of sequences and the width of the block tables are rounded up to powers of two
-(the width to MIN_WIDTH at least), and all steps of a bucket use the same buffers, so that one CUDA graph serves them.
-Rows that pad a bucket have slot -1 and no context: their keys and values are not stored, their results never read.
+Decode steps are grouped in buckets. The number of sequences and the width of the block tables are rounded up to powers
+of two (the width to at least MIN_WIDTH). All steps of a bucket use the same buffers, so one CUDA graph serves them.
+Padding rows have slot -1 and no context: their keys and values are not stored, and their results are never read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bros_ref.engine.model_runner import StepWork
 from bros_ref.model.attention import AttentionMetadata
 
 PADDING_SLOT = -1
-MIN_WIDTH = 16  # columns of a bucket's block tables: narrower ones would only mean more graphs
+MIN_WIDTH = 16  # columns of a bucket's block tables; narrower tables would only add graphs
 Draw = tuple[float, float, float]  # temperature (0: greedy), top_p, and a uniform number in [0, 1)
 
 
@@ -28,11 +28,12 @@ class StepShape:
     """The sizes of a step's buffers.
 
     Attributes:
-        tokens: T, rows of the forward pass. num_decodes: the first rows, one token of one sequence each.
-        num_prefills: the sequences behind them, with several tokens each.
+        tokens: T, the rows of the forward pass.
+        num_decodes: the leading sequences, with one token (and row) each.
+        num_prefills: the sequences after them, with several tokens each.
         width: columns of the block tables.
-        num_logits: rows whose logits are wanted.
-        is_bucket: a decode step, whose sizes are rounded up.
+        num_logits: the number of rows whose logits are needed.
+        is_bucket: whether this is a decode step, whose sizes are rounded up.
     """
 
     tokens: int
@@ -56,7 +57,7 @@ class StepShape:
 
 
 class PackedStep:
-    """The buffers of one shape: one on the host, pinned if the device is a GPU, and one like it on the device.
+    """The buffers of one shape: one on the host, pinned if the device is a GPU, and an equal one on the device.
 
     Attributes (views of the device's buffer, int32 unless said otherwise; S sequences, decodes first):
         token_ids, positions, slots: [T].
@@ -89,12 +90,12 @@ class PackedStep:
         """Packs a step of this shape and sends it.
 
         Args:
-            draws: one for each of `work.logits_rows`, or none at all: all greedy.
+            draws: one for each of `work.logits_rows`; if empty, all rows are greedy.
         """
         meta = AttentionMetadata.build(work.block_tables, work.reversed, work.query_lens, work.context_lens,
                                        self._block_size)
         if self._sent is not None:
-            self._sent.synchronize()  # a step that was interrupted may not have been sent yet
+            self._sent.synchronize()  # the upload of an interrupted step may still be reading the host buffer
         self._numbers.fill(0)
         self._put("token_ids", work.token_ids)
         self._put("positions", meta.positions.numpy())
@@ -124,13 +125,13 @@ class PackedStep:
 
     @cached_property
     def decodes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Tables, lengths and directions of the sequences with one new token."""
+        """Block tables, context lengths and directions of the sequences with one new token."""
         count = self.shape.num_decodes
         return self.tables[:count], self.context_lens[:count], self.reversed[:count]
 
     @cached_property
     def prefills(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of the others."""
+        """The same for the sequences with several new tokens."""
         count = self.shape.num_decodes
         return self.tables[count:], self.context_lens[count:], self.reversed[count:]
 

@@ -1,1 +1,1 @@
-"""BROS inside other systems. Each package here needs the system it is named after, and nothing else needs it."""
+"""BROS inside other systems. Each package here needs the system that it is named after; nothing else depends on it."""

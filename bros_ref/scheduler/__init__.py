@@ -49,7 +49,7 @@ PLUS: dict[str, dict[str, Any]] = {
     "chunks": {"chunked_prefill": True},  # prompts are cut to what the deadlines leave
     "seats": {"batch_slow_start": False},  # the deadlines bound the batch, and no cap besides
     "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
-    "triage": {"rt_triage": True},  # of RT that cannot all be on time, as many as possible are
+    "triage": {"rt_triage": True},  # when not all RT can be on time, as many as possible are
     "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
 # One class alone: the floor of latency and the ceiling of throughput. A run uses whichever form serves its class better
@@ -68,8 +68,8 @@ def make_scheduler(policy: str, config: SchedulerConfig, kv_config: KVCacheConfi
     """Builds the scheduler of a policy, with its KV manager.
 
     Raises:
-        ValueError: unknown policy; the message lists the known ones. Or a vLLM policy with fewer tokens than requests
-            in a step, which vLLM refuses too: in a full batch some requests could not decode.
+        ValueError: the policy is unknown; the message lists the known ones. Or a vLLM policy has fewer tokens per step
+            than seats, which vLLM refuses too: in a full batch some requests could not decode.
     """
     if policy not in known_policies():
         raise ValueError(f"unknown policy {policy!r}; known are {', '.join(known_policies())}")

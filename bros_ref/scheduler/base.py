@@ -180,7 +180,7 @@ class Scheduler:
         return ADMITTED
 
     def admit_newcomer(self, request: Request) -> Admission:
-        """`try_admit` for policies in which each running request holds a seat, also in steps that it sits out."""
+        """`try_admit` for policies in which each running request holds a seat, even in steps that it sits out."""
         if len(self.running) >= self.max_batch_size:
             return self.refuse(request, BATCH_CAP)
         return self.try_admit(request)

@@ -31,8 +31,8 @@ Ours, where the paper is silent or where measurements gave a reason to differ:
 - No cap bounds the batch besides the deadlines.
 - An RT banks the time it is ahead: TPOT is a mean, so token k is due at first token + k * TPOT (nine tenths of it), if
   that is later than the paper's last token + TPOT. An RT that is ahead can sit out for others, and still be on time.
-- Of RT that cannot all be on time, as many as possible are (`_triage`). By slack alone, each prompt that is just too
-  long for its deadline makes those behind it late, too. The ones given up come next, before the late and before BE.
+- When not all RT can be on time, as many as possible are (`_triage`). In the order by slack, a prompt that barely
+  misses its deadline also makes those behind it late. RT that are given up come next, before late RT and before BE.
 - RT displace RT as late as they can. In the paper's form the RT that comes first in slack order takes blocks from the
   one with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross
   PCIe in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two
@@ -200,10 +200,10 @@ class BROSScheduler(Scheduler):
         return urgent, late
 
     def _triage(self, urgent: list[Request], now_s: float) -> tuple[list[Request], list[Request]]:
-        """Those that can be on time together, and those given up for now so that the others can.
+        """The RT that can all be on time together, and those given up for now so that the others can.
 
-        Moore and Hodgson's algorithm (1968) for the most jobs on time: go by ascending deadline, and whenever one
-        would be late, give up the prompt with most work left so far. Only RT without a first token are given up.
+        Moore and Hodgson's algorithm (1968) maximises the number of jobs on time: take them by ascending deadline, and
+        whenever one would be late, give up the prompt with most work left so far. RT with a first token are kept.
         """
         latency, prompts = self.latency, [request for request in urgent if request.first_token_s is None]
         if len(prompts) < 2:
@@ -325,7 +325,7 @@ class BROSScheduler(Scheduler):
         """Preempts only if `request` fits once all requests that it may preempt have given up their blocks.
 
         For BE: swap out blocks of BE ordered after it, or recompute these BE if the host store is full. (A new BE
-        preempts nothing: it is tried when its blocks are there, or as the starving head where no BE holds KV.) For RT,
+        preempts nothing: it is tried when its blocks are free, or as the starving head when no BE holds KV.) For RT,
         when slots of BE did not suffice: recompute the BE ordered last if that makes enough room (their slots would
         have been taken before if the host store had room for them); else swap out the RT with the most slack (paper),
         or recompute it if the host store is full.

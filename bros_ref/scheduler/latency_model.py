@@ -111,7 +111,7 @@ class StepLatencyModel:
         scaled, _ = nnls(rows / scale, np.ones(len(rows)))
         model = cls(tuple(scaled / scale), restore_s_per_token)
         model._ratios.extend(seconds / predicted_s for features, seconds in samples
-                             if (predicted_s := model.predict(features)) > 0)  # 0: outvoted by contradicting samples
+                             if (predicted_s := model.predict(features)) > 0)  # 0 if samples contradict each other
         model._set_safety()
         return model
 

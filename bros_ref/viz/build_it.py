@@ -1,6 +1,6 @@
-"""Exercises whose answer is a part that the rest of a notebook builds on: checked against an oracle, then used.
+"""Exercises whose answers are used in the rest of a notebook: each is checked against an oracle first.
 
-The only state is which of the reader's functions and classes passed their check.
+The only state is the set of the reader's functions and classes that passed their check.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any
 
 from bros_ref.viz.notebook import unanswered
 
-SHORT = 400  # characters of two results that are shown as they are
+SHORT = 400  # characters up to which two results are shown in full
 _passed: dict[str, Any] = {}  # name -> the reader's function or class
 
 
 def check_against(answer: Any, oracle: Callable[..., Any], cases: Mapping[str, tuple[Any, ...]], hint: str, *,
                   use: Callable[..., Any] | None = None, same: Callable[[Any, Any], object] | None = None) -> None:
-    """Checks an exercise against an oracle, case by case, up to the first that fails. Prints "right" if none does;
-    then `yours_if_right` keeps the answer.
+    """Checks an exercise against an oracle, case by case, and stops at the first failure. If there is none, prints
+    "right", and `yours_if_right` will use the answer.
 
     Args:
         answer: the reader's function, class or text.
-        oracle: gives what is right from a case's arguments.
-        cases: arguments by a description that tells the reader what is tried.
-        use: called with the answer and a case's arguments instead of calling the answer.
+        oracle: computes the right result from a case's arguments.
+        cases: a description for the reader -> the arguments of the case.
+        use: called with the answer and a case's arguments; None: the answer itself is called.
         same: raises AssertionError unless its two arguments, got and wanted, agree (`torch.testing.assert_close`);
             None compares with ==.
 
     Raises:
-        AssertionError: there is no answer yet, or a case fails or raises; it ends with the hint.
+        AssertionError: there is no answer yet, or a case fails or raises; the message ends with the hint.
     """
     name = getattr(answer, "__name__", "")
     _passed.pop(name, None)
@@ -58,25 +58,25 @@ def check_against(answer: Any, oracle: Callable[..., Any], cases: Mapping[str, t
 
 
 def yours_if_right(ours: Any) -> Any:
-    """Decorates the answer to an exercise: the reader's own function or class of this name, if it passed
-    `check_against`, else the one decorated. So a notebook goes on with what its reader has built."""
+    """Decorator for the answer to an exercise. Returns the reader's own function or class of the same name if it passed
+    its check, and otherwise `ours`. The notebook therefore continues with the reader's code where possible."""
     return _passed.get(ours.__name__, ours)
 
 
 def check_cases(stub: Callable[..., object], cases: Iterable[tuple[tuple[Any, ...], object]], hint: str,
                 needs: Iterable[Callable[..., object]] = ()) -> None:
-    """Checks an exercise against known results, up to the first that is wrong. If none is, it prints "right", and
-    `yours_if_right` keeps the answer.
+    """Checks an exercise against known results, and stops at the first wrong one. If there is none, prints "right", and
+    `yours_if_right` will use the answer.
 
     Args:
         stub: the function to call: the reader's own, or one that uses `needs`.
         cases: (arguments, wanted result) pairs.
-        hint: what to think of, if a result is wrong.
-        needs: the reader's functions, where `stub` is none of them.
+        hint: shown if a result is wrong.
+        needs: the reader's functions, if `stub` is not one of them.
 
     Raises:
-        AssertionError: a function is still the bare stub, or a result is wrong; the message has the case, what came
-            out and what was wanted, and for lists the first entry that differs.
+        AssertionError: a function is still the bare stub, or a result is wrong; the message has the case, the actual
+            and the wanted result, and for lists the first entry that differs.
     """
     parts = list(needs) or [stub]
     for part in parts:
@@ -102,15 +102,15 @@ def _difference(got: object, wanted: object) -> str:
 
 
 def toys_of(notebook: str, folder: str | Path = ".") -> ModuleType:
-    """What an earlier notebook built by hand, with the answers of its exercises: runs its cells tagged `toy` or
-    `answer`, in order, in a module of their own.
+    """The code that an earlier notebook built by hand, with the answers to its exercises. Runs its cells tagged `toy`
+    or `answer` in order, in a new module.
 
     Args:
         notebook: the file's name without its ending.
-        folder: where it lies; a notebook runs in its own folder.
+        folder: the folder that contains it; a notebook runs in its own folder.
 
     Raises:
-        FileNotFoundError: the notebook is not there.
+        FileNotFoundError: the folder does not contain the notebook.
     """
     path = Path(folder) / f"{notebook}.ipynb"
     if not path.is_file():

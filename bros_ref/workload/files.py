@@ -113,7 +113,7 @@ def iter_workload(path: Path | str, request_class: RequestClass | None = None, s
 
 
 def has_arrivals(path: Path | str) -> bool:
-    """Whether a file has a column of arrival times, so that `read_workload` is the one to read it.
+    """Whether a file has a column of arrival times, so that `read_workload` can read it.
 
     Raises:
         WorkloadError: it cannot be read.

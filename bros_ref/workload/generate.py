@@ -123,7 +123,7 @@ def lognormal_lengths(median: float, sigma: float, low: int, high: int) -> Lengt
 
 
 def mixed_lengths(most: LengthSampler, some: LengthSampler, share: float) -> LengthSampler:
-    """Lengths of `most`, of which a `share` is drawn from `some` instead, independently of one another.
+    """Lengths drawn from `some` with probability `share`, and otherwise from `most`, independently of each other.
 
     Raises:
         WorkloadError: the share is not between 0 and 1.

@@ -8,8 +8,8 @@ Lengths of RT requests are drawn from distributions of ours, since the datasets 
               spread is our assumption
     arxiv     (for BE) log-normal for article -> abstract, fitted to 28,257 pairs of at most 4,096 Llama-2 tokens
     long-8k, long-14k, chat-and-30k
-              beyond the paper, synthetic: log-normal prompts of mean 8,000 and 14,000 tokens (of the latter a tenth is
-              over 30,000), and sharegpt in which a tenth of the prompts have 30,000 tokens and more
+              not in the paper, synthetic: log-normal prompts with a mean of 8,000 and 14,000 tokens (a tenth of the
+              latter exceed 30,000), and sharegpt in which a tenth of the prompts have at least 30,000 tokens
 
 BE requests are the paper's: prompt U(512, 1024), output U(32, 128), a new batch when the last of the old one has ended.
 The paper does not say how large a batch is. Here it is what the KV pool holds times `BE_DEMAND`, because policies
@@ -39,12 +39,12 @@ from bros_ref.workload.generate import (
 
 PAPER_SLO = SLO(ttft_s=0.4, tpot_s=0.2)
 BE_DEMAND = 1.1
-MAX_BE_BATCH = 512  # of the evaluations: large pools would ask for more than the seats can serve
+MAX_BE_BATCH = 512  # for evaluations: large pools would need more than the seats can serve
 RT_LENGTHS: dict[str, tuple[LengthSampler, LengthSampler]] = {
     "sharegpt": (lognormal_lengths(97, 1.40, 1, 1024), lognormal_lengths(127, 1.15, 1, 1024)),
     "lmsys": (lognormal_lengths(38, 1.10, 1, 1024), lognormal_lengths(142, 0.95, 1, 1024)),
 }
-LONGEST_PROMPT = 31_700  # of the long ones: with an answer of 1,024 tokens it fits a context of 32,768
+LONGEST_PROMPT = 31_700  # with an answer of 1,024 tokens it fits a context of 32,768
 LONG_LENGTHS: dict[str, tuple[LengthSampler, LengthSampler]] = {
     "long-8k": (lognormal_lengths(4850, 1.0, 1, LONGEST_PROMPT), RT_LENGTHS["sharegpt"][1]),
     "long-14k": (lognormal_lengths(9000, 0.94, 1, LONGEST_PROMPT), RT_LENGTHS["sharegpt"][1]),
@@ -68,8 +68,8 @@ class PaperWorkload:
         rt_lengths: a name of `RT_LENGTHS` or `LONG_LENGTHS`, or a dataset's (prompt, output) pairs, drawn with
             replacement.
         cv: coefficient of variation of the gaps between RT arrivals; 1 is Poisson.
-        rt_trace: recorded RT requests in the place of drawn ones. Its gaps are stretched so that their mean rate is
-            `rt_rate_per_s`; each seed plays another window of `duration_s` in which there are requests.
+        rt_trace: recorded RT requests that replace drawn ones. The gaps are stretched so that the mean rate is
+            `rt_rate_per_s`. Each seed replays a different window of `duration_s` that has requests.
     """
 
     rt_rate_per_s: float
@@ -113,7 +113,7 @@ class PaperWorkload:
         return Workload(items, loops)
 
     def _window(self, seed: int) -> list[WorkloadItem]:
-        """The window of the stretched trace that belongs to a seed: those with requests in turn, then the first again.
+        """The window of the stretched trace for a seed. Seeds take the windows with requests in turn, and then repeat.
         """
         length_s = self.rt_trace[-1].arrival_s
         stretch = len(self.rt_trace) / self.rt_rate_per_s / length_s

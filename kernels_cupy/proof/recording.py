@@ -1,12 +1,12 @@
-"""`Recorder`: what a piece of code asks of an accelerator, counted without one.
+"""`Recorder`: counts the operations that a piece of code would run on an accelerator, without having one.
 
-It is a device for kernels and a mode for torch's operators at once. With tensors on torch's `meta` device, which have
-shapes and no memory, it stands for a GPU: uploads, downloads and waits show as such. With tensors on the CPU and
-another device to run the kernels, everything is computed too, and can be replayed as a CUDA graph would: the very same
-calls on the very same tensors.
+It is both a device for kernels and a mode for torch's operators. With tensors on torch's `meta` device, which have
+shapes but no memory, it stands for a GPU, and uploads, downloads and waits are counted as such. With tensors on the CPU
+and another device to run the kernels, everything is also computed, and can be replayed as a CUDA graph would be: the
+same calls on the same tensors.
 
-What is counted as one kernel: a launch of ours, or one torch operator that computes (`linear`, `rms_norm` and the like
-are one each; CUDA may need more). Views and plain allocations are none.
+One kernel is counted for each launch of ours, and for each torch operator that computes (`linear`, `rms_norm` and the
+like count as one each; CUDA may need more). Views and plain allocations are not counted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from kernels_cupy.device import Argument, Device, Dim3, Gpu, Kernel
 
 ALLOCATORS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 COPIES = {"to", "_to_copy", "copy_"}
-READERS = {"item", "_local_scalar_dense", "nonzero", "equal", "is_nonzero"}  # the host needs their result to go on
+READERS = {"item", "_local_scalar_dense", "nonzero", "equal", "is_nonzero"}  # the host needs their result to continue
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Use as a context manager around the code, and as the device of its launchers.
+    """Use it as a context manager around the code, and as the device of its launchers.
 
     Args:
         place: type of the torch device that stands for the accelerator: "meta" or "cpu".
@@ -36,8 +36,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         kernels: names, in order.
-        calls: per kernel, what a CUDA graph would keep of it: its name, sizes, numbers, and which memory it is given.
-        allocations: names of the operators that made new memory on the accelerator.
+        calls: per kernel, what a CUDA graph would store: its name, sizes, scalar arguments and memory addresses.
+        allocations: names of the operators that allocated memory on the accelerator.
         uploads, downloads: bytes of each copy from and to the host.
         waits: names of the operators that made the host wait for the accelerator.
     """
@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.clear()
 
     def clear(self) -> None:
-        """Forgets what was counted."""
+        """Resets all counts."""
         self.kernels: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
         self.allocations: list[str] = []
@@ -60,10 +60,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._replay: list[Callable[[], object]] = []
 
     def replay(self) -> Callable[[], None]:
-        """A function that makes the recorded calls again.
+        """Returns a function that repeats the recorded calls.
 
         Raises:
-            RuntimeError: a CUDA graph cannot hold all that was recorded.
+            RuntimeError: something was recorded that a CUDA graph cannot contain.
         """
         if self.allocations or self.uploads or self.downloads or self.waits:
             raise RuntimeError(f"a graph cannot hold allocations {self.allocations}, waits {self.waits}, "

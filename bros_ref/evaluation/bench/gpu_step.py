@@ -1,8 +1,8 @@
-"""What a decode step asks of a GPU, counted without one; a model of the time that would take; and its time on a GPU.
+"""The operations of a decode step, counted without a GPU; an estimate of its time; and its measured time on a GPU.
 
-Counted, exactly: kernels, uploads, waits and allocations of the engine's own code, on tensors that have shapes and no
-memory. Estimated, and labelled so: the step's time, as the sum of what is counted times published or assumed rates.
-Measured, by `tools/gpu_day.py` where a GPU is: the same steps by the wall clock.
+Kernels, uploads, waits and allocations of the engine's own code are counted exactly, on tensors that have shapes but no
+memory. The time of the step is an estimate, and labelled as such: the counts times published or assumed rates. On a
+machine with a GPU, `tools/gpu_day.py` measures the same steps by the wall clock.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from kernels_cupy.device import Device
 from kernels_cupy.proof.recording import Recorder
 
 POOL = KVCacheConfig(4096, 16, 0)
-PATHS = ("attention only", "fused", "fused, graph")  # what kernels of ours compute; a graph, or launch by launch
+PATHS = ("attention only", "fused", "fused, graph")  # what our kernels compute; as a graph, or launch by launch
 
 
 def meta_runner(config: ModelConfig, dtype: torch.dtype, recorder: Recorder, pool: KVCacheConfig = POOL,
                 fused: bool = True) -> ModelRunner:
-    """A runner whose tensors have no memory, with the kernels of `recorder`. `fused=False`: the readable decoder with
-    kernels for attention alone."""
+    """A runner whose tensors have no memory, with the kernels of `recorder`. `fused=False` uses the readable decoder
+    with our kernels for attention only."""
     weights = {name: torch.empty(shape, dtype=dtype, device="meta")
                for name, shape in parameter_shapes(config).items()}
     fused = fused and why_not_fused(config, dtype) is None
@@ -42,7 +42,7 @@ def meta_runner(config: ModelConfig, dtype: torch.dtype, recorder: Recorder, poo
 
 
 def _runner(path: str, config: ModelConfig, weights: Parameters, kernels: Device, pool: KVCacheConfig) -> ModelRunner:
-    """The runner of one of PATHS, where the weights are."""
+    """The runner of one of PATHS, on the device of the weights."""
     some = weights["embed.weight"]
     attention, device, dtype = KernelAttention(kernels), some.device, some.dtype
     if path == PATHS[0]:
@@ -52,13 +52,13 @@ def _runner(path: str, config: ModelConfig, weights: Parameters, kernels: Device
 
 
 def _launch_by_launch(body: Callable[[], object]) -> Callable[[], object]:
-    """In place of a capture: runs the body, this time and every time."""
+    """Used instead of a capture: runs the body now and on every replay."""
     body()
     return body
 
 
 def counted_step(runner: ModelRunner, recorder: Recorder, batch: Sequence[tuple[int, int]]) -> None:
-    """Counts one step of sequences with (new tokens, tokens in the cache), after one that fills the caches."""
+    """Counts one step of sequences with (new tokens, tokens in the cache), after an equal step that warms up."""
     output = _batch_output(batch, runner.kv.config)
     with recorder:
         runner.execute(output)
@@ -66,27 +66,27 @@ def counted_step(runner: ModelRunner, recorder: Recorder, batch: Sequence[tuple[
         runner.execute(output)
 
 
-# ----- the time that this would take: an estimate
+# ----- the estimated time
 
-# Assumed by us, since none of it was measured on these GPUs here.
+# Our assumptions: we measured none of these on the GPUs.
 LAUNCH_S = 6e-6  # host: one kernel launched from Python
 GAP_S = 1e-6  # device: from one kernel of a graph to the next
 GRAPH_S = 10e-6  # host: one graph launched
-CROSSING_S = 10e-6  # one copy between host and device, beside its bytes; and one wait
-PACKING_S = 100e-6  # host: the step's integers, and the decision that they come from
+CROSSING_S = 10e-6  # one copy between host and device, besides its bytes; or one wait
+PACKING_S = 100e-6  # host: scheduling the step and packing its integers
 
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """A decode step: what was counted, and what it would take.
+    """A decode step: its counts and its estimated time.
 
     Attributes:
         path: one of PATHS.
-        kernels, uploads, waits, allocations: counted; a graph allocates nothing that is counted.
+        kernels, uploads, waits, allocations: counted; replaying a graph allocates nothing beyond these.
         upload_bytes: counted.
-        host_ms: the host's work before the GPU has everything; device_ms: the GPU's work.
-        estimated_ms: the longer of both, or in a graph their sum, with copies and waits.
-        roofline_ms: weights, and K and V of all contexts, at the data sheet's bandwidth; nothing is faster.
+        host_ms: the host's work until everything is launched; device_ms: the GPU's work.
+        estimated_ms: the longer of both, or with a graph their sum, plus copies and waits.
+        roofline_ms: reading weights, K and V of all contexts at the data sheet's bandwidth; a lower bound.
     """
 
     gpu: str
@@ -107,7 +107,7 @@ class StepEstimate:
 
 def count_paths(config: ModelConfig, batch: int, context: int,
                 dtype: torch.dtype = torch.bfloat16) -> dict[str, Recorder]:
-    """path -> the counts of one decode step of `batch` sequences with so many tokens each."""
+    """path -> the counts of one decode step of `batch` sequences with `context` tokens each."""
     found = {}
     for path in PATHS[:2]:
         found[path] = Recorder()
@@ -118,7 +118,7 @@ def count_paths(config: ModelConfig, batch: int, context: int,
 
 
 def llama_config(model: str, context: int) -> ModelConfig:
-    """The simulator's model of that name, with room for so many tokens."""
+    """The simulator's model of that name, with room for at least `context` tokens."""
     shape = model_named(model)
     return ModelConfig("llama", shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_layers,
                        shape.num_heads, shape.num_kv_heads, shape.head_dim, max(shape.max_context_tokens, context))
@@ -126,8 +126,8 @@ def llama_config(model: str, context: int) -> ModelConfig:
 
 def timed_steps(kernels: Device, weights: Parameters, config: ModelConfig, batches: Sequence[int], context: int,
                 clock: Callable[[], float] = time.perf_counter, repeats: int = 20) -> list[dict[str, Any]]:
-    """The decode steps of `estimate_steps` by a clock: one row per batch and path, the median of some repeats after two
-    steps that load kernels and capture graphs. A step ends when its tokens are on the host."""
+    """Measures the decode steps of `estimate_steps`: one row per batch and path, with the median of `repeats` steps
+    after two that load kernels and capture graphs. A step ends when its tokens are on the host."""
     rows = []
     for batch in batches:
         pool = KVCacheConfig(batch * (context // POOL.block_size + 1), POOL.block_size, 0)
@@ -145,7 +145,7 @@ def timed_steps(kernels: Device, weights: Parameters, config: ModelConfig, batch
 
 def estimate_steps(model: str = "llama-3-8b", gpus: Sequence[str] = ("h100-80gb", "a100-80gb"),
                    batches: Sequence[int] = (1, 32), context: int = 1024) -> list[StepEstimate]:
-    """One row per GPU, batch and path. Raises ValueError: an unknown GPU or model, or a model not of Llama's kind."""
+    """One row per GPU, batch and path. Raises ValueError: unknown GPU or model, or not a Llama-like model."""
     shape, rows, config = model_named(model), [], llama_config(model, context)
     if shape.mlp_matrices != 3:
         raise ValueError(f"{model} has no gated MLP: the fused kernels compute models of Llama's kind")
@@ -187,12 +187,13 @@ def markdown(rows: Sequence[StepEstimate]) -> str:
               f"{row.allocations} | {row.estimated_ms:.1f} | {row.roofline_ms:.1f} |" for row in rows]
     return (f"""## A decode step, counted and estimated
 
-`bros-ref bench gpu-step` prints this table. {rows[0].model} in bf16, {rows[0].context:,} tokens of context for each
-sequence. Kernels, uploads, waits and allocations are **counted**: the engine's own code ran on tensors without memory.
-Times are an **estimate**, not a measurement: weights, K and V at the shares of bandwidth that the simulator's fits give
-(`bros_ref/simulator/gpus.py`), {1e6 * LAUNCH_S:g} us of host time per launch, {1e6 * GAP_S:g} us between two kernels,
-{1e6 * CROSSING_S:g} us per copy or wait, and {1e6 * PACKING_S:g} us to decide and pack a step; these overheads are
-assumptions. The roofline is bytes over the data sheet's bandwidth. *Attention only*: the readable decoder, with our
-kernels for attention; *fused*: `bros_ref/gpu/`, launch by launch and as a CUDA graph.
+`bros-ref bench gpu-step` prints this table. The model is {rows[0].model} in bf16, and each sequence has
+{rows[0].context:,} tokens of context. Kernels, uploads, waits and allocations are **counted** by running the engine's
+own code on tensors without memory. Times are an **estimate**, not a measurement. The estimate assumes that weights, K
+and V are read at the fractions of peak bandwidth that the simulator's fits give (`bros_ref/simulator/gpus.py`). It adds
+overheads, which are assumptions: {1e6 * LAUNCH_S:g} us of host time per launch, {1e6 * GAP_S:g} us between two kernels,
+{1e6 * CROSSING_S:g} us per copy or wait, and {1e6 * PACKING_S:g} us to schedule and pack a step. The roofline divides
+the bytes read by the bandwidth in the data sheet. *Attention only* is the readable decoder, with our kernels for
+attention only; *fused* is `bros_ref/gpu/`, run launch by launch or as a CUDA graph.
 
 """ + "\n".join(lines) + "\n")

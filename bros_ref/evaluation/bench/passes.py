@@ -1,7 +1,7 @@
-"""One forward pass of a loaded model as a piece of work to be timed, whose attention has been checked beforehand.
+"""One forward pass of a loaded model, to be timed, after its attention has been checked.
 
-It knows nothing of requests or schedules: one sequence, some tokens of which are new. Invariant: a pass whose
-attention is wrong is never returned, so its time can't be reported.
+There are no requests or schedules here, only one sequence, some tokens of which are new. Invariant: a pass with wrong
+attention is never returned, so its time cannot be reported.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from bros_ref.kv_cache.storage import KVStorage
 from bros_ref.model.attention import AttentionMetadata, dense_attention
 from bros_ref.model.backends import attention_backend
 
-# Of attention over standard normal numbers.
+# Maximum absolute error of attention over standard normal numbers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def checked_pass(loaded: LoadedModel, new: int, context: int, block_size: int = 16) -> Callable[[], Tensor]:
-    """A pass over the last `new` tokens of a sequence of `context`, in a pool just large enough. The cache holds
-    standard normal numbers, as the time does not depend on what the tokens before left there.
+    """A pass over the last `new` tokens of a sequence of `context`, in a pool that is just large enough. The
+    cache holds standard normal numbers, because the time does not depend on its values.
 
     Returns:
         A function that computes the pass on the model's device, without waiting for it, and returns [1, V] logits.
 
     Raises:
-        ValueError: not 1 <= new <= context, or a context beyond the model's.
-        ArithmeticError: the backend's attention is not `dense_attention`'s up to rounding.
+        ValueError: 1 <= new <= context does not hold, or the context exceeds the model's.
+        ArithmeticError: the backend's attention differs from `dense_attention` by more than rounding.
     """
     config, device = loaded.config, loaded.device
     if not 1 <= new <= context <= config.max_context_tokens:

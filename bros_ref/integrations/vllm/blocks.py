@@ -1,8 +1,8 @@
 """vLLM's block pool, as our scheduler sees it while it plans one step.
 
-It answers "would this fit?" from vLLM's own block tables and changes none of them: vLLM carries the plan out, and
-allocates then. Where vLLM shares blocks by prefix caching the answers are on the safe side: a shared block counts as
-new for a request that is admitted, and as not freed when one of its owners leaves.
+It answers "would this fit?" from vLLM's own block tables and changes none of them. vLLM allocates blocks when it
+carries out the plan. If prefix caching shares blocks, the answers are conservative: a shared block counts as new for a
+request that is admitted, and as not freed when one of its owners leaves.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from bros_ref.request import Request
 
 
 class VLLMBlocks(KVCacheManager):
-    """The four verbs of `KVCacheManager` on a plan; there is no host memory, so preemption is by recomputation.
+    """A `KVCacheManager` for a plan. There is no host memory, so preemption is by recomputation.
 
     Args:
-        manager: vLLM's `KVCacheManager` with one group of blocks, each of one owner or shared as a prefix.
+        manager: vLLM's `KVCacheManager` with one group of blocks; each block has one owner or is a shared prefix.
         block_size: slots per block.
     """
 

@@ -1,11 +1,11 @@
-"""The conventions of `bros-ref serve` on vLLM's HTTP server:
+"""Gives vLLM's HTTP server the conventions of `bros-ref serve`:
 
     vllm serve MODEL --scheduler-cls bros_ref.integrations.vllm.BROSScheduler \\
                      --middleware bros_ref.integrations.vllm.middleware.RequestClassMiddleware
 
 A request without `service_tier`, or with `auto`, `default`, `priority` or `fast`, is real-time; `flex` is best-effort.
-The headers `x-slo-ttft-ms` and `x-slo-tpot-ms` are targets of a real-time request. They are passed on as `vllm_xargs`;
-what the body says there itself takes precedence. Arguments that make no sense are answered with status 400.
+The headers `x-slo-ttft-ms` and `x-slo-tpot-ms` are targets of a real-time request. They are passed on as `vllm_xargs`.
+Values that the body itself has there take precedence. Invalid arguments are rejected with status 400.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def with_class(body: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str,
     """The body of a request with its class, and its targets if it has any, in `vllm_xargs`.
 
     Raises:
-        ValueError: an unknown tier or class, a target that is no positive number, or one of a best-effort request.
+        ValueError: the tier or class is unknown, a target is not a positive number, or a best-effort request has one.
     """
     arguments = body.get("vllm_xargs") or {}
     if not isinstance(arguments, Mapping):
@@ -65,7 +65,7 @@ class RequestClassMiddleware:
         raw, more = b"", True
         while more:
             message = await receive()
-            if message["type"] != "http.request":  # the client is gone
+            if message["type"] != "http.request":  # the client has disconnected
                 return
             raw += message.get("body", b"")
             more = message.get("more_body", False)
@@ -73,7 +73,7 @@ class RequestClassMiddleware:
         try:
             body = json.loads(raw)
         except ValueError:
-            body = None  # vLLM says what is wrong with it
+            body = None  # vLLM reports what is wrong with it
         if isinstance(body, dict):
             try:
                 raw = json.dumps(with_class(body, headers)).encode()
@@ -86,7 +86,7 @@ class RequestClassMiddleware:
 
 
 def _replay(raw: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body first, and then what the client sends, which is that it has left."""
+    """A `receive` that returns the whole body first, and then passes on later messages, such as a disconnect."""
     is_new = True
 
     async def replay() -> Message:

@@ -1,11 +1,11 @@
 """What users of the vLLM integration can set: the class and targets of a request, and the scheduler's settings.
 
-A request says them in `vllm_xargs` of the HTTP body, which is `extra_args` of vLLM's `SamplingParams`:
+A request sets them in `vllm_xargs` of the HTTP body, which vLLM passes on as `extra_args` of its `SamplingParams`:
 
-    bros_class                "rt" or "be"; left out: "rt" if a target is given, else "be"
-    ttft_slo_s, tpot_slo_s    targets in seconds of a real-time request; left out: the settings' defaults
+    bros_class                "rt" or "be"; if omitted, "rt" if a target is given, otherwise "be"
+    ttft_slo_s, tpot_slo_s    targets of a real-time request, in seconds; if omitted, the settings' defaults
 
-The server says the rest with `--additional-config '{"bros": {"rt_slowdown": 2}}'`; see `Settings`.
+The server sets the rest with `--additional-config '{"bros": {"rt_slowdown": 2}}'`; see `Settings`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Settings:
     """Settings of the scheduler, with the paper's targets as defaults.
 
     Attributes:
-        ttft_slo_s: default target of real-time requests, in seconds; so is `tpot_slo_s`.
-        be_max_wait_steps: N in the bound on the waiting of best-effort requests, see `scheduler/bros.py`.
+        ttft_slo_s, tpot_slo_s: default targets of real-time requests, in seconds.
+        be_max_wait_steps: N in the bound on how long best-effort requests wait; see `scheduler/bros.py`.
         rt_slowdown: best-effort requests may make the latency of real-time ones at most about this many times what it
             is without them; None: only the deadlines bound it.
-        latency: coefficients of the latency model from an earlier fit; None: it learns from the first steps.
+        latency: coefficients of the latency model from an earlier fit; None: the model learns from the first steps.
     """
 
     ttft_slo_s: float = 0.4
@@ -42,7 +42,7 @@ class Settings:
         """From vLLM's `additional_config`, of which only the key "bros" is looked at.
 
         Raises:
-            ValueError: an unknown key; the message lists the known ones. Bad values are refused by whatever they set.
+            ValueError: a key is unknown; the message lists the known ones. Invalid values are refused where they apply.
         """
         given = additional_config.get("bros", {}) if isinstance(additional_config, Mapping) else {}
         known = [field.name for field in fields(cls)]
@@ -54,10 +54,10 @@ class Settings:
 
 
 def class_and_slo(arguments: Mapping[str, Any] | None, settings: Settings) -> tuple[RequestClass, SLO | None]:
-    """The class of a request, and its targets if it is real-time. Other keys of `arguments` are not ours.
+    """The class of a request, and its targets if it is real-time. Other keys of `arguments` are ignored.
 
     Raises:
-        ValueError: an unknown class, a target that is no positive number, or one for a best-effort request.
+        ValueError: the class is unknown, a target is not a positive number, or a best-effort request has a target.
     """
     arguments = arguments or {}
     targets = {key: arguments[key] for key in ("ttft_slo_s", "tpot_slo_s") if arguments.get(key) is not None}

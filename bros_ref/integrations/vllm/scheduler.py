@@ -1,16 +1,16 @@
-"""BROS for vLLM V1. Read it beside `scheduler/bros.py`, which decides here too, unchanged.
+"""BROS for vLLM V1. Read it together with `scheduler/bros.py`, which makes the decisions here too, unchanged.
 
 Each step has three parts:
 
-    1. sync        our scheduler learns what vLLM did to its requests: tokens, preemptions, prefix cache hits
-    2. plan        `scheduler/bros.py` packs a batch, against our latency model and vLLM's free blocks (`blocks.py`)
-    3. carry out   vLLM's own `schedule` runs with only the planned requests in sight, and no more tokens for each than
-                   the plan grants; so block tables, prefix cache, sampling and statistics stay vLLM's
+    1. sync        our scheduler copies the state of vLLM's requests: tokens, preemptions, prefix cache hits
+    2. plan        `scheduler/bros.py` packs a batch, using our latency model and vLLM's free blocks (`blocks.py`)
+    3. carry out   vLLM's own `schedule` runs on the planned requests only, and gives each at most the tokens that the
+                   plan grants; vLLM still manages block tables, prefix cache, sampling and statistics
 
-What carries over: the order by slack, batches bounded by deadlines, chunks cut to what the deadlines leave, RT
-preempting BE, and the bound on the waiting of BE. A request that the plan leaves out keeps its KV and sits out the
-step, as in the paper. What does not: two owners in one block (vLLM's kernels fill blocks from the front), and copying
-single slots to host memory. A request that gives up its blocks is recomputed, less what vLLM's prefix cache still has.
+These parts of BROS carry over: the order by slack, batches bounded by deadlines, chunks that fit the deadlines, RT
+preempting BE, and the bound on how long BE wait. A request that the plan leaves out keeps its KV and sits out the step,
+as in the paper. These do not: two owners in one block (vLLM's kernels fill blocks from the front), and copying single
+slots to host memory. A request that gives up its blocks is recomputed, except for what vLLM's prefix cache still has.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from bros_ref.scheduler import PLUS, bros, output
 from bros_ref.scheduler.latency_model import UNLIMITED_TOKENS, StepLatencyModel
 
 logger = init_logger(__name__)
-LOOKED_UP = 16  # of each waiting queue, this many requests are looked up in the prefix cache in each step
-# An RT that arrives waits for the end of a step, then perhaps for one with the prefill of another RT, then for its own.
+LOOKED_UP = 16  # requests of each waiting queue that are looked up in the prefix cache per step
+# A new RT waits for the end of a step, then perhaps for a step with another RT's prefill, and then for its own step.
 WAIT_SHARE = 1 / 3
 
 
 class Planner(bros.BROSScheduler):
-    """`bros-plus`, with three changes (ours): vLLM's limits on who may newly hold KV; BE fill a step only up to
-    WAIT_SHARE of a TTFT; and BE sit out rather than preempt, since vLLM recomputes whoever is preempted.
+    """`bros-plus` with three changes (ours): vLLM's limits on which requests may start to hold KV; BE fill a step only
+    up to WAIT_SHARE of a TTFT; and BE sit out instead of preempting, since vLLM recomputes preempted requests.
 
     Attributes:
-        max_holders: the most requests that may hold KV; None: no limit besides the blocks.
-        takes_newcomers: whether requests without KV may enter; not while vLLM is told to drain.
-        expected_ttft_s: the target that an RT is expected to have before the first one has come.
+        max_holders: the maximum number of requests that hold KV; None: limited by the blocks only.
+        takes_newcomers: whether requests without KV may be admitted; False while vLLM drains.
+        expected_ttft_s: the TTFT target that is assumed until the first RT has arrived.
     """
 
     max_holders: int | None = None
@@ -61,8 +61,8 @@ class Planner(bros.BROSScheduler):
         return self.takes_newcomers and super().can_admit(request) and self._finds_a_row(request)
 
     def _finds_a_row(self, request: ours.Request) -> bool:
-        """vLLM's model runner V2 keeps a row for each request that holds KV. If none is left, an RT has the BE that is
-        ordered last give up its own."""
+        """vLLM's model runner V2 keeps a row for each request that holds KV. If no row is free, an RT takes the row of
+        the last BE in the order that can give up its KV."""
         if self.max_holders is None or len(self.running) < self.max_holders:
             return True
         if request.is_rt:
@@ -73,8 +73,8 @@ class Planner(bros.BROSScheduler):
         return False
 
     def preempt_for(self, request: ours.Request, num_new_tokens: int) -> bool:
-        """A BE that needs a block sits out while others can run: it keeps its KV, and recomputing one costs more. A
-        starving BE, or one without which the machine would idle, preempts as in `bros.py`; so does RT."""
+        """A BE that needs a block keeps its KV and sits out while others can run, because recomputation costs more. RT,
+        a starving BE, and a BE without which the machine would idle preempt as in `bros.py`."""
         waits = not request.is_rt and self.output.requests and request not in self._starving_be
         return not waits and super().preempt_for(request, num_new_tokens)
 
@@ -87,7 +87,7 @@ class Planner(bros.BROSScheduler):
         return min(wait_s, super()._newcomer_budget_s())
 
     def first_waiting(self, num: int) -> list[ours.Request]:
-        """The first `num` of each queue: those that may be admitted next."""
+        """The first `num` requests of each queue, which may be admitted next."""
         urgent = [request for request in self._rt_waiting[:num] if not request.status.is_end]
         return [*urgent, *self._rt_late.first(num), *self._be_waiting.first(num)]
 
@@ -99,10 +99,10 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         ValueError: a setting or a feature of vLLM that this scheduler does not support.
     """
 
-    clock = staticmethod(time.time)  # vLLM's arrival times are of this clock
+    clock = staticmethod(time.time)  # the clock of vLLM's arrival times
 
     def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> BROSScheduler:
-        """vLLM picks between its own two classes in the same way."""
+        """Picks the asynchronous class if needed, as vLLM picks between its own two classes."""
         is_async = vllm_config.scheduler_config.async_scheduling and cls is BROSScheduler
         return super().__new__(AsyncBROSScheduler if is_async else cls)  # type: ignore[no-any-return]
 
@@ -119,12 +119,12 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
                                StepLatencyModel(settings.latency) if settings.latency else None)
         self.planner.max_holders = self.max_num_running_reqs if self.use_v2_model_runner else None
         self.planner.expected_ttft_s = settings.ttft_slo_s
-        self.scheduler_reserve_full_isl = False  # whether a whole prompt has to fit is decided by the plan
-        self._grants: dict[str, int] = {}  # request id -> the most tokens of this step
+        self.scheduler_reserve_full_isl = False  # the plan decides whether a whole prompt has to fit
+        self._grants: dict[str, int] = {}  # request id -> its maximum number of tokens in this step
         self._in_flight: deque[tuple[SchedulerOutput, float]] = deque()  # and when they were scheduled
         self._updated_s = -math.inf
-        self._blocked: list[Request] = []  # not ready yet, such as those whose grammar is being compiled
-        self._refused: set[str] = set()  # ids of requests with arguments that make no sense
+        self._blocked: list[Request] = []  # not ready yet, for example while a grammar is compiled
+        self._refused: set[str] = set()  # ids of requests with invalid arguments
 
     def _refuse_unsupported(self) -> None:
         config = self.vllm_config
@@ -160,7 +160,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         return scheduled
 
     def _sync(self) -> None:
-        """What vLLM knows better: which requests are ready, which hold KV, how many of their tokens are computed."""
+        """Copies from vLLM which requests are ready, which hold KV, and how many of their tokens are computed."""
         planner, requests = self.planner, self.requests
         self._blocked = [request for request in self._blocked if not request.is_finished() and not (
             self._handle_blocked_waiting_request(request) and self._enter(request))]
@@ -175,7 +175,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
             self._copy_progress(request, mirror, num_hits)
 
     def _copy_progress(self, request: Request, mirror: ours.Request, num_computed_tokens: int) -> None:
-        """With asynchronous scheduling a token that is being sampled counts as known: it is the next one's input."""
+        """With asynchronous scheduling, a token that is still being sampled counts as known: it is the next input."""
         mirror.num_computed_tokens = num_computed_tokens
         mirror.num_tokens = request.num_tokens + request.num_output_placeholders
         has_all = request.num_output_tokens + request.num_output_placeholders >= request.max_tokens
@@ -183,8 +183,8 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
             mirror.num_tokens = num_computed_tokens  # vLLM would not schedule it now: nothing left to compute
 
     def _within_budget(self, plan: output.SchedulerOutput) -> dict[str, int]:
-        """Request id -> tokens. Starving requests are exempt from our budget of tokens but not from vLLM's; the longest
-        chunk makes room for theirs."""
+        """Request id -> tokens. Starving requests are exempt from our token budget but not from vLLM's, so the longest
+        chunk is shortened to make room for them."""
         grants = {request.request_id: count
                   for request, count in zip(plan.requests, plan.num_scheduled_tokens, strict=True)}
         excess = sum(grants.values()) - self.max_num_scheduled_tokens
@@ -200,7 +200,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         self._preempt_request(request, time.monotonic())
 
     def _carry_out(self, throttle_prefills: bool) -> SchedulerOutput:
-        """Runs vLLM's `schedule` on the planned requests, in the plan's order, and hides all others from it."""
+        """Runs vLLM's `schedule` on the planned requests, in the plan's order, and hides all other requests from it."""
         grants = self._grants
         pending: list[Request] = [request for request in self.running if request.request_id not in grants]
         behind: list[Request] = [request for request in self.waiting if request.request_id not in grants]
@@ -217,15 +217,15 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         return scheduled
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        """vLLM asks this for every request that it is about to schedule; here the plan's grant is the limit."""
+        """vLLM calls this for every request that it is about to schedule; the plan's grant is the limit."""
         granted = min(num_new_tokens, self._grants.get(request.request_id, 0))
         return int(super()._reserve_prefill_lookahead(request, num_computed_tokens, granted))
 
-    # -- what came of it --------------------------------------------------------------------------------------
+    # -- the results of a step --------------------------------------------------------------------------------
 
     def update_from_output(self, scheduler_output: SchedulerOutput,
                            model_runner_output: ModelRunnerOutput) -> dict[int, EngineCoreOutputs]:
-        """Teaches our latency model and sets deadlines, then does what vLLM does."""
+        """Updates our latency model and the deadlines, then calls vLLM's own update."""
         now_s, started_s = self.clock(), 0.0
         while self._in_flight:
             step, started_s = self._in_flight.popleft()
@@ -244,7 +244,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
 
     def _learn(self, scheduled: SchedulerOutput, model_output: ModelRunnerOutput, now_s: float,
                duration_s: float) -> None:
-        """Our scheduler's own update, for what vLLM really ran, with the contexts that it ran behind."""
+        """Updates our scheduler with the step that vLLM actually ran and the context lengths of its requests."""
         cached = scheduled.scheduled_cached_reqs
         contexts = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
         contexts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -252,7 +252,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         token_ids: list[int | None] = []
         for request_id, count in scheduled.num_scheduled_tokens.items():
             step.features.add(count, contexts[request_id])
-            if (mirror := self.planner.requests.get(request_id)) is not None:  # else it was aborted meanwhile
+            if (mirror := self.planner.requests.get(request_id)) is not None:  # else it was aborted in the meantime
                 sampled = model_output.sampled_token_ids
                 new_ids = sampled[model_output.req_id_to_index[request_id]] if sampled else []
                 step.requests.append(mirror)
@@ -263,7 +263,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
     # -- life of a request ------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
-        """vLLM's, then ours. A request whose arguments make no sense is ended with an error, not the engine."""
+        """Adds it to vLLM, then to our scheduler. Invalid arguments end the request with an error, not the engine."""
         super().add_request(request)
         if self._is_blocked_waiting_status(request.status):
             self._blocked.append(request)
@@ -271,12 +271,12 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
             self._enter(request)
 
     def _enter(self, request: Request) -> bool:
-        """Shows a request that is ready to our scheduler, or refuses it; True: it need not be looked at again."""
+        """Adds a request that is ready to our scheduler, or refuses it. Returns True: it is no longer blocked."""
         try:
             if request.resumable:
                 raise ValueError("streaming input is not supported by BROSScheduler")
             cls, slo = class_and_slo(request.sampling_params.extra_args, self.settings)
-            # vLLM says when a request ends, so our own limit on its tokens never binds
+            # vLLM decides when a request ends, so our own token limit must never apply
             self.planner.add(ours.Request(
                 request.request_id, cls, range(request.num_prompt_tokens), arrival_s=request.arrival_time, slo=slo,
                 sampling=ours.SamplingParams(max_tokens=UNLIMITED_TOKENS)))
@@ -286,11 +286,11 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         return True
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        """Every way in which a request can end comes here."""
+        """vLLM calls this for every request that ends, whatever the reason."""
         if (mirror := self.planner.requests.get(request.request_id)) is not None:
             self.planner.finish(mirror, ours.RequestStatus.ABORTED)
         return super()._free_request(request, delay_free_blocks)
 
 
 class AsyncBROSScheduler(BROSScheduler, AsyncScheduler):  # type: ignore[misc]
-    """The same on top of vLLM's asynchronous scheduler. Deadlines are then those of one step ago."""
+    """The same on top of vLLM's asynchronous scheduler. Deadlines then lag by one step."""

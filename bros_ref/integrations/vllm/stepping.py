@@ -1,8 +1,8 @@
-"""Steps a scheduler class of vLLM without a model, on a modelled clock: for measurements and tests of decisions.
+"""Runs a vLLM scheduler class step by step without a model, on a modelled clock, to measure and test its decisions.
 
-`ChecksumRunner` stands in for vLLM's model runner. It keeps the token of every KV slot, follows the block tables that
-the scheduler sends, and "samples" a checksum of what it reads back through them. A request gets the tokens that it
-would get alone if and only if no block was lost, mixed up, or reused too early.
+`ChecksumRunner` replaces vLLM's model runner. It stores the token of every KV slot, follows the block tables that the
+scheduler sends, and "samples" a checksum of what it reads back through them. A request gets the same tokens as alone if
+and only if no block was lost, mixed up, or reused too early.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_s
 
 @dataclass(frozen=True)
 class Pool:
-    """The limits that a scheduler works with. `max_num_batched_tokens`: per step."""
+    """The limits of a scheduler. `max_num_batched_tokens` is per step."""
 
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 256
@@ -45,7 +45,7 @@ class Pool:
 
 
 def next_token(tokens: Sequence[int]) -> int:
-    """The token that `ChecksumRunner` samples behind `tokens`."""
+    """The token that `ChecksumRunner` samples after `tokens`."""
     return zlib.crc32(np.asarray(tokens, dtype=np.int64).tobytes()) % VOCAB_SIZE
 
 
@@ -59,7 +59,7 @@ class ChecksumRunner:
         self._tables: dict[str, list[int]] = {}
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Writes the scheduled tokens to their slots, then samples for each request that has no more to compute."""
+        """Writes the scheduled tokens to their slots, then samples for requests whose known tokens are all computed."""
         starts = {}
         for new in step.scheduled_new_reqs:
             self._tokens[new.req_id] = list(new.prefill_token_ids or new.prompt_token_ids)
@@ -100,7 +100,7 @@ class ChecksumRunner:
 
 @dataclass
 class Served:
-    """What became of one request. Times are seconds on the modelled clock; `steps` are those in which it ran."""
+    """The outcome of one request. Times are in seconds on the modelled clock; `steps` are those in which it ran."""
 
     arrival_s: float
     token_ids: list[int] = field(default_factory=list)
@@ -115,7 +115,7 @@ class Stepper:
     Args:
         scheduler_cls: a subclass of vLLM's `Scheduler`.
         policy: vLLM's scheduling policy, "fcfs" or "priority".
-        settings: what `additional_config` says under "bros".
+        settings: the value of "bros" in `additional_config`.
         step_s: modelled seconds per step; `token_s` is added for each scheduled token.
     """
 
@@ -137,7 +137,7 @@ class Stepper:
 
     def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, priority: int = 0,
             arrival_s: float | None = None, json_schema: str | None = None, **arguments: Any) -> None:
-        """A request reaches the scheduler now; it may have arrived while a step ran. `arguments`: its `vllm_xargs`."""
+        """Adds a request now; it may have arrived earlier, during a step. `arguments`: its `vllm_xargs`."""
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0, extra_args=arguments or None,
             structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None)
@@ -154,7 +154,7 @@ class Stepper:
         return scheduled
 
     def update(self, scheduled: SchedulerOutput) -> None:
-        """The second half of a step: what follows its `schedule`."""
+        """The second half of a step, after its `schedule`."""
         model_output = self.runner.execute(scheduled)
         if scheduled.num_scheduled_tokens:
             self.now_s += self.step_s + self.token_s * scheduled.total_num_scheduled_tokens

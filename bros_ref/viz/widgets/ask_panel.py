@@ -1,8 +1,8 @@
-"""A panel on an engine at work: ask something now, one step at a time or played, and see what becomes of everybody.
+"""A panel on a running engine: ask a question now, run single steps or play, and watch the effect on every request.
 
-It shows each request's text as it grows, the slack of the real-time ones, and the KV pool. The panel calls
-`add_request` and `step` and draws from the engine's trace and streams. Invariant: while it plays, the kernel takes
-button presses between two steps, so a question is asked in the middle of the work.
+It shows the growing text of each request, the slack of the real-time ones, and the KV pool. The panel calls
+`add_request` and `step`, and draws from the engine's trace and streams. Invariant: while it plays, the kernel handles
+button presses between two steps, so a question can be asked while the engine is busy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bros_ref.viz.figures.style import INK, PAPER
 from bros_ref.viz.widgets.panels import SteppedEngine
 from bros_ref.viz.widgets.player import step_note
 
-MAX_CHARACTERS = 160  # of a text, its end
+MAX_CHARACTERS = 160  # shown of a text: its last ones
 
 
 class StreamingEngine(SteppedEngine, Protocol):
@@ -29,10 +29,10 @@ class StreamingEngine(SteppedEngine, Protocol):
 
 
 class AskPanel:
-    """A text box with a button, step and play, and the state of every request.
+    """A text box, buttons to ask, step and play, and the state of every request.
 
     Args:
-        engine: one with a trace and a tokenizer; requests may be in it already.
+        engine: has a trace and a tokenizer, and may already have requests.
         ask: (number of the question, its text) -> a request that arrives now.
 
     Raises:
@@ -59,7 +59,7 @@ class AskPanel:
         self._show()
 
     def ask_now(self) -> None:
-        """Sends what is in the box to the engine; an empty box asks its example. Says why it was refused."""
+        """Sends the text in the box, or the example if it is empty, to the engine. Shows the reason of a refusal."""
         number, self.asked = self.asked, self.asked + 1
         try:
             self.engine.add_request(self.ask(number, self.box.value.strip() or self.box.placeholder))
@@ -70,13 +70,13 @@ class AskPanel:
         self._show()
 
     def step(self) -> None:
-        """One iteration, if there is anything to run."""
+        """Runs one iteration if a request is unfinished."""
         if self.engine.has_unfinished:
             self.engine.step()
         self._show()
 
     def play_or_pause(self) -> None:
-        """Runs until nothing is left or it is pressed again."""
+        """Runs until all requests have finished or the button is pressed again."""
         if self.playing is not None:
             self.playing.cancel()
             self._stopped()
@@ -87,7 +87,7 @@ class AskPanel:
     async def _play(self) -> None:
         while self.engine.has_unfinished:
             self.step()
-            await asyncio.sleep(0.01)  # the kernel answers the browser here
+            await asyncio.sleep(0.01)  # lets the kernel handle messages from the browser
         self._stopped()
 
     def _stopped(self) -> None:
