@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -53,7 +54,21 @@ def create_app(state: ServerState) -> FastAPI:
     app.include_router(batch_routes(state.batches, state.runner))
     app.include_router(live_routes(state.live, state.trace, state.batches, state.settings.model_id))
     app.include_router(status_routes(state))
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]  # FastAPI's own way to change it
     return app
+
+
+def _openapi(app: FastAPI, generate: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """FastAPI's page. It gives errors the media type of the route's answers, but ours are JSON on pages of HTML too."""
+    if app.openapi_schema is None:
+        for operations in generate()["paths"].values():
+            for operation in operations.values():
+                for status, response in operation["responses"].items():
+                    if int(status) >= 400 and "content" in response:
+                        [content] = response["content"].values()
+                        response["content"] = {"application/json": content}
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 def completion_routes(service: Service) -> APIRouter:

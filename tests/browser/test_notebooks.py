@@ -10,7 +10,11 @@ import pytest
 from browser.jupyter import CHROMIUM, FLAGS, OUTPUTS, ROOT, RUN_ALL, jupyter_lab, why_not
 from browser.pages import violations, wait_for
 
-NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+# Those in which a kernel answers what one does on the page. The players of the others need no kernel, and test_site.py
+# opens all pages. BROS_REF_ALL_NOTEBOOKS=1 runs every notebook here.
+KERNEL_WIDGETS = re.compile(r"\w+Panel\(|WhatIf\(|Explorer\(")
+NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")
+                   if os.environ.get("BROS_REF_ALL_NOTEBOOKS") or KERNEL_WIDGETS.search(path.read_text()))
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
 WIDGETS = ".jp-OutputArea-output:has(button, input, select, canvas)"  # outputs that one can operate

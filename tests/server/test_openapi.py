@@ -33,6 +33,18 @@ def operations() -> dict[str, object]:
 OPERATIONS = operations()
 
 
+def test_every_error_is_json(tmp_path):
+    """Also on pages of HTML: a schedule before the first step is such an error."""
+    state, _ = make_state(tmp_path)
+    page = create_app(state).openapi()
+    state.store.close()
+    errors = {(path, status): set(response["content"]) for path, operations in page["paths"].items()
+              for operation in operations.values() for status, response in operation["responses"].items()
+              if int(status) >= 400}
+    assert ("/dashboard/schedule", "404") in errors
+    assert {place: kinds for place, kinds in errors.items() if kinds != {"application/json"}} == {}
+
+
 @pytest.mark.parametrize("label", OPERATIONS)
 def test_no_input_breaks_the_server(server, label):
     @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
