@@ -39,7 +39,7 @@ def serve_table(run: Run, title: str) -> FittedTable:
     table = FittedTable(title, _columns("class", figures=(
         "sent", "completed", "failed", "on time", "TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "tokens/s")), caption=(
         "Latencies count from the scheduled arrival. On time: share of all real-time requests that met both targets."
-        + ("" if added is None else f" Of the mean real-time TTFT, HTTP added {added:.1f} ms.")))
+        + ("" if added is None else f" HTTP added {added:.1f} ms to the TTFT of a real-time request (median).")))
     for kind, values in run["classes"].items():
         attained = values["slo_attainment"]
         table.add_row(kind, number(values["arrived"]), number(values["completed"]), number(values["failed"]),

@@ -77,10 +77,10 @@ class BROSScheduler(Scheduler):
             return
         insort(self._rt_waiting, request, key=by_deadline)
         if request.slo is not None and not front:
-            known = self._typical_ttft_s < math.inf
-            weight = TYPICAL_RT_EMA if known else 1.0
-            self._typical_ttft_s = request.slo.ttft_s if not known else (
-                self._typical_ttft_s + weight * (request.slo.ttft_s - self._typical_ttft_s))
+            ttft_s, typical_s = request.slo.ttft_s, self._typical_ttft_s
+            weight = TYPICAL_RT_EMA if typical_s < math.inf else 1.0
+            # A tighter target counts at once: a mean with loose targets would leave no time for those who need it.
+            self._typical_ttft_s = ttft_s if ttft_s < typical_s else typical_s + weight * (ttft_s - typical_s)
             self._typical_prompt_tokens += weight * (request.num_prompt_tokens - self._typical_prompt_tokens)
 
     def dequeue(self, request: Request) -> None:

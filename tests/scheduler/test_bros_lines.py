@@ -240,6 +240,20 @@ def test_the_typical_newcomer_follows_those_that_arrive_and_no_preemption_counts
     assert (scheduler._typical_prompt_tokens, scheduler._typical_ttft_s) == pytest.approx(typical)
 
 
+def test_a_tighter_target_is_typical_at_once_and_a_looser_one_slowly():
+    """20 tokens take 32 ms alone. Due after 0.1 s they leave 68 ms, in which 60 BE tokens do not fit."""
+    decider = Decider("bros", num_blocks=400, max_num_batched_tokens=1000)
+    decider.add("rt-loose", prompt_tokens=20, max_tokens=2, slo=SLO(60.0, 9.0))
+    decider.add("rt-tight", prompt_tokens=20, max_tokens=2, slo=SLO(0.1, 9.0))
+    assert decider.scheduler._typical_ttft_s == 0.1
+    decider.step()
+    decider.latency.safety = 1.0
+    decider.add("be0", prompt_tokens=60)
+    assert "be0" not in decider.decide()
+    decider.add("rt-loose-again", prompt_tokens=20, slo=SLO(1.1, 9.0))
+    assert decider.scheduler._typical_ttft_s == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(("slowdown", "safety", "num_be"), [
     (None, 1.0, 6), (1.0, 1.0, 0), (1.35, 1.0, 3), (1.35, 2.0, 3), (1.55, 1.0, 5)])
 def test_rt_slowdown_bounds_what_best_effort_adds_to_an_iteration_of_real_time(slowdown, safety, num_be):

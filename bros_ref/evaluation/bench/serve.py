@@ -8,19 +8,22 @@ A chunk's arrival is the time of its tokens. Tokens are counted by the server's 
 they share its time. What comes out is a `Trace` of what the client saw, so every definition is that of
 `trace/metrics.py`. Best-effort requests may instead be sent as one batch, whose lines have no times of their own.
 
-A server of ours also reports on `/metrics` the TTFT that its engine measured. The difference of the two means is what
-HTTP added on both ends; it depends less on other load on the machine than the difference of two runs would.
+A server of ours also gives the trace of its engine, with the TTFT of each request as the engine measured it. How much
+later the client saw the same token is what HTTP added on both ends; it depends less on other load on the machine than
+the difference of two runs would.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -28,16 +31,17 @@ import numpy as np
 
 from bros_ref.files import write_text
 from bros_ref.request import SLO, RequestClass
-from bros_ref.trace.metrics import summarise
+from bros_ref.trace.metrics import request_timings, summarise
 from bros_ref.trace.records import RequestRecord, StepRecord
 from bros_ref.trace.trace import Trace
 from bros_ref.workload.generate import WorkloadItem, merge, open_loop, poisson_arrivals, uniform_lengths
 
 RT_LENGTHS, BE_LENGTHS = (64, 32), (512, 128)  # prompt and output tokens, those of `bench hybrid`
 PROMPT_IDS = (3, 250)  # token ids that every vocabulary has
-WARM_UP = WorkloadItem(0.0, RequestClass.REAL_TIME, 8, 2, SLO(60.0, 60.0))
+WARM_UP_LENGTHS = (8, 2)  # prompt and output tokens
 BATCH_POLL_S = 0.2
 TIMEOUT_S = 3600.0
+LONGEST_TRACE_S = 3600.0  # that our server gives
 
 
 class BenchError(ValueError):
@@ -53,6 +57,7 @@ class Answer:
     chunk_times_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     finish_reason: str | None = None
+    response_id: str = ""  # the server's name of it
     error: str | None = None
     ended_s: float = 0.0
 
@@ -106,36 +111,49 @@ def bench_serve(target: Target, items: Sequence[WorkloadItem], seed: int, *, be_
     Returns one element of "runs", and the trace of what the client saw."""
     batch = [item for item in items if be_as_batch and item.slo is None]
     singles = [item for item in items if not (be_as_batch and item.slo is None)]
-    asyncio.run(_send_all(target, [WARM_UP], [], seed, lambda: None))
-    before = _engine_ttft(target)
+    asyncio.run(_send_all(target, [_warm_up(items)], [], seed, lambda: None))
+    start_s = time.perf_counter()
     answers, batch_result = asyncio.run(_send_all(target, singles, batch, seed, on_done or (lambda: None)))
-    after = _engine_ttft(target)
+    added = _http_added(target, answers, math.ceil(time.perf_counter() - start_s) + 1)
     trace = as_trace(answers, target.model, seed)
     run = {name: value for name, value in summarise(trace).items() if name not in ("kv", "scheduler", "prediction")}
     errors = sorted({answer.error for answer in answers if answer.error})
     if batch_result is not None:
         run["classes"]["be"] |= batch_result
-    return run | {"errors": errors[:10], "sent_as_batch": len(batch), **_added(run, before, after)}, trace
+    return run | {"errors": errors[:10], "sent_as_batch": len(batch), **added}, trace
 
 
-def _engine_ttft(target: Target) -> tuple[float, float] | None:
-    """Sum (seconds) and number of the real-time TTFTs that the server's own engine has given so far."""
+def _warm_up(items: Sequence[WorkloadItem]) -> WorkloadItem:
+    """A short request with the targets of the first real-time one: BROS learns from every request which TTFT target is
+    typical."""
+    slo = next((item.slo for item in items if item.slo is not None), None)
+    return WorkloadItem(0.0, RequestClass.BEST_EFFORT if slo is None else RequestClass.REAL_TIME, *WARM_UP_LENGTHS, slo)
+
+
+def _http_added(target: Target, answers: Sequence[Answer], seconds: float) -> dict[str, float | None]:
+    """Medians over the real-time requests: TTFT in the server's engine, and how much later the client saw the token.
+    None where the server gives no trace of its engine, as only ours does."""
     try:
-        page = httpx.get(f"{target.base_url}/metrics", headers=target.headers, timeout=30).text
-    except httpx.HTTPError:
-        return None
-    found = dict(re.findall(r'^bros_ttft_seconds_(sum|count)\{class="rt"\} (\S+)$', page, re.MULTILINE))
-    return (float(found.get("sum", 0)), float(found.get("count", 0))) if "bros_ttft_seconds" in page else None
+        page = httpx.get(f"{target.base_url}/v1/trace", params={"seconds": min(seconds, LONGEST_TRACE_S)},
+                         headers=target.headers, timeout=60)
+        page.raise_for_status()
+        with TemporaryDirectory() as folder:
+            (path := Path(folder) / "trace.json").write_bytes(page.content)
+            engine = request_timings(Trace.load(path))
+    except (httpx.HTTPError, ValueError):
+        engine = {}
+    pairs = [(timing.ttft_s, answer.chunk_times_s[0] - answer.item.arrival_s) for answer in answers
+             if answer.item.slo is not None and answer.chunk_times_s
+             and (timing := engine.get(engine_id(answer.response_id))) is not None and timing.ttft_s is not None]
+    if not pairs:
+        return {"engine_median_ttft_ms": None, "http_added_ttft_ms": None}
+    return {"engine_median_ttft_ms": 1e3 * median(inside for inside, _ in pairs),
+            "http_added_ttft_ms": 1e3 * median(outside - inside for inside, outside in pairs)}
 
 
-def _added(run: dict[str, Any], before: tuple[float, float] | None, after: tuple[float, float] | None
-           ) -> dict[str, float | None]:
-    """The engine's mean TTFT, and how much later the client saw the first token; None where it is unknown."""
-    seen_ms = run["classes"]["rt"]["mean_ttft_ms"]
-    if before is None or after is None or seen_ms is None or after[1] == before[1]:
-        return {"engine_mean_ttft_ms": None, "http_added_ttft_ms": None}
-    engine_ms = 1e3 * (after[0] - before[0]) / (after[1] - before[1])
-    return {"engine_mean_ttft_ms": engine_ms, "http_added_ttft_ms": seen_ms - engine_ms}
+def engine_id(response_id: str) -> str:
+    """What our server's engine calls the first choice of an answer."""
+    return f"{response_id.partition('-')[2][:12]}-0"
 
 
 def request_body(target: Target, item: WorkloadItem, index: int, seed: int) -> dict[str, Any]:
@@ -182,6 +200,7 @@ async def _stream(client: httpx.AsyncClient, target: Target, answer: Answer, bod
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             chunk = json.loads(line[6:])
+            answer.response_id = chunk.get("id", "")
             if "error" in chunk:
                 answer.error = str(chunk["error"].get("message"))
                 return
