@@ -3,6 +3,7 @@ alone only if every block held what its table says. Needs vLLM (`make test-vllm`
 
 import random
 from collections import deque
+from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import MagicMock
 
@@ -54,14 +55,17 @@ def assert_nothing_is_left(stepper, pool):
     assert not stepper.scheduler.requests
     assert not stepper.scheduler.planner.requests
     assert not stepper.scheduler.planner.running
+    if pool.num_host_blocks:
+        assert stepper.scheduler.connector.store.num_used_blocks == 0
 
 
+@pytest.mark.parametrize("num_host_blocks", [0, 1, 7, 200])
 @pytest.mark.parametrize("prefix_caching", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_every_request_gets_the_tokens_that_it_would_get_alone(seed, prefix_caching):
+def test_every_request_gets_the_tokens_that_it_would_get_alone(seed, prefix_caching, num_host_blocks):
     rng = random.Random(seed)
     pool = Pool(max_num_seqs=rng.choice([2, 3, 4]), max_num_batched_tokens=rng.choice([16, 64, 256]), num_blocks=24,
-                block_size=rng.choice([8, 16]), prefix_caching=prefix_caching)
+                block_size=rng.choice([8, 16]), prefix_caching=prefix_caching, num_host_blocks=num_host_blocks)
     stepper = Stepper(BROSScheduler, pool, settings=rng.choice([KNOWN, {}]))
     wanted, preempted = {}, 0
     shared = prompt_of(seed, 40)
@@ -79,10 +83,12 @@ def test_every_request_gets_the_tokens_that_it_would_get_alone(seed, prefix_cach
     assert_nothing_is_left(stepper, pool)
 
 
+@pytest.mark.parametrize("num_host_blocks", [0, 9, 100])
 @pytest.mark.parametrize("prefix_caching", [False, True])
-def test_no_block_leaks_in_500_requests_with_aborts(prefix_caching):
+def test_no_block_leaks_in_500_requests_with_aborts(prefix_caching, num_host_blocks):
     rng = random.Random(7)
-    pool = Pool(max_num_seqs=4, max_num_batched_tokens=64, num_blocks=24, prefix_caching=prefix_caching)
+    pool = Pool(max_num_seqs=4, max_num_batched_tokens=64, num_blocks=24, prefix_caching=prefix_caching,
+                num_host_blocks=num_host_blocks)
     stepper = Stepper(BROSScheduler, pool, settings=KNOWN)
     ends, wanted = set(), {}
     for number in range(500):
@@ -229,11 +235,13 @@ def test_what_is_not_supported_is_refused_by_name():
         Stepper(BROSScheduler, TIGHT, settings={"slow": 1})
 
 
+@pytest.mark.parametrize("num_host_blocks", [0, 7, 100])
 @pytest.mark.parametrize("seed", range(3))
-def test_asynchronous_scheduling(seed):
+def test_asynchronous_scheduling(seed, num_host_blocks):
     """Each step is scheduled before the output of the one before is known."""
     rng = random.Random(seed)
-    stepper = Stepper(BROSScheduler, TIGHT, settings=KNOWN, is_async=True)
+    pool = replace(TIGHT, num_host_blocks=num_host_blocks)
+    stepper = Stepper(BROSScheduler, pool, settings=KNOWN, is_async=True)
     assert type(stepper.scheduler).__name__ == "AsyncBROSScheduler"
     wanted, in_flight, number = {}, deque(), 0
     while number < 25 or stepper.scheduler.has_unfinished_requests() or in_flight:
@@ -250,7 +258,7 @@ def test_asynchronous_scheduling(seed):
             stepper.update(in_flight.popleft())
         assert stepper.now_s < 1000
     assert {name: served.token_ids for name, served in stepper.served.items()} == wanted
-    assert stepper.num_free_blocks == TIGHT.num_blocks
+    assert_nothing_is_left(stepper, pool)
 
 
 @pytest.mark.parametrize("budget", [256, 2048])
@@ -265,3 +273,27 @@ def test_the_hybrid_workload_on_the_modelled_clock(budget):
     assert bros["be_tokens_per_s"] >= 43
     assert recomputing["be_tokens_per_s"] >= 42.5
     assert bros["num_on_time"] > 2 * priority["num_on_time"]
+
+
+def recomputed_tokens(num_host_blocks):
+    """Two BE of 240 tokens each share 24 blocks of 16 with RT that come and go."""
+    pool = replace(TIGHT, num_host_blocks=num_host_blocks)
+    stepper = Stepper(BROSScheduler, pool, settings=KNOWN)
+    for name in ("be-0", "be-1"):
+        stepper.add(name, prompt_of(name, 180), 60)
+    for number in range(5):
+        for _ in range(20):
+            stepper.step()
+        stepper.add(f"rt-{number}", prompt_of(number, 60), 4, **SLO)
+    finish(stepper)
+    assert_nothing_is_left(stepper, pool)
+    assert all(served.token_ids == alone(prompt_of(name, 180), 60) for name, served in stepper.served.items()
+               if name.startswith("be"))
+    return stepper.num_recomputed_tokens
+
+
+def test_what_is_on_the_host_is_not_recomputed():
+    """The more host blocks, the fewer tokens are computed twice; with enough of them, none."""
+    without, little, enough = (recomputed_tokens(num) for num in (0, 3, 30))
+    assert without >= little + 3 * TIGHT.block_size
+    assert enough == 0

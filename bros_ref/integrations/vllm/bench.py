@@ -4,14 +4,15 @@
 
 The workload is that of `bros-ref bench hybrid`: 16 BE requests of 512 + 128 tokens at t = 0, 12 RT requests of 64 + 32
 over 20 s, 8 sequences at most, 3,200 KV tokens. Every decision is made by vLLM's own scheduler class, or by ours in
-vLLM. No model runs: a step takes 32 ms + 2.5 ms per token. `rt-only` is the latency floor, `be-only` the throughput
-ceiling.
+vLLM. No model runs: a step takes 32 ms + 2.5 ms per token, and copies take no time. `bros-host` keeps the KV of
+preempted BE in host memory; `rt-only` is the latency floor, `be-only` the throughput ceiling.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -24,17 +25,18 @@ from bros_ref.evaluation.bench.hybrid import HYBRID_SLO, MODELLED_STEP, hybrid_i
 from bros_ref.integrations.vllm.scheduler import BROSScheduler
 from bros_ref.integrations.vllm.stepping import VOCAB_SIZE, Pool, Served, Stepper
 
-SYSTEMS: dict[str, tuple[type[Any], str]] = {  # scheduler class and vLLM's policy
-    "vllm-fcfs": (Scheduler, "fcfs"), "vllm-priority": (Scheduler, "priority"), "bros": (BROSScheduler, "fcfs")}
+SYSTEMS: dict[str, tuple[type[Any], str, int]] = {  # scheduler class, vLLM's policy, and host blocks
+    "vllm-fcfs": (Scheduler, "fcfs", 0), "vllm-priority": (Scheduler, "priority", 0), "bros": (BROSScheduler, "fcfs", 0),
+    "bros-host": (BROSScheduler, "fcfs", 200)}
 REFERENCES = {"rt-only": ("bros", True), "be-only": ("vllm-fcfs", False)}  # the system; whether it gets RT, or BE
 
 
-def serve_hybrid(system: str, seed: int, pool: Pool) -> dict[str, Served]:
-    """One run to the end; ids start with "rt" or "be"."""
-    scheduler_cls, policy = SYSTEMS[REFERENCES[system][0] if system in REFERENCES else system]
+def serve_hybrid(system: str, seed: int, pool: Pool) -> Stepper:
+    """One run to the end; in `served`, ids start with "rt" or "be"."""
+    scheduler_cls, policy, num_host_blocks = SYSTEMS[REFERENCES[system][0] if system in REFERENCES else system]
     settings = {"latency": (*MODELLED_STEP, 0.0, 0.0), "ttft_slo_s": HYBRID_SLO.ttft_s,
                 "tpot_slo_s": HYBRID_SLO.tpot_s} if scheduler_cls is BROSScheduler else None
-    stepper = Stepper(scheduler_cls, pool, policy, settings, *MODELLED_STEP)
+    stepper = Stepper(scheduler_cls, replace(pool, num_host_blocks=num_host_blocks), policy, settings, *MODELLED_STEP)
     rng = np.random.default_rng(seed)
     arrivals = [item for item in hybrid_items(seed, HYBRID_SLO)
                 if system not in REFERENCES or (item.slo is not None) == REFERENCES[system][1]]
@@ -52,7 +54,7 @@ def serve_hybrid(system: str, seed: int, pool: Pool) -> dict[str, Served]:
                         priority=int(item.slo is None), arrival_s=item.arrival_s, **slo)
             num_added += 1
         stepper.step()
-    return stepper.served
+    return stepper
 
 
 def measure(served: dict[str, Served]) -> dict[str, float | None]:
@@ -63,7 +65,7 @@ def measure(served: dict[str, Served]) -> dict[str, float | None]:
     on_time = [ttft <= HYBRID_SLO.ttft_s and _tpot_s(request) <= HYBRID_SLO.tpot_s
                for ttft, request in zip(ttft_s, rt, strict=True)]
     return {"ttft_p50_s": float(np.quantile(ttft_s, 0.5)) if rt else None,
-            "ttft_p99_s": float(np.quantile(ttft_s, 0.99)) if rt else None,
+            "ttft_p99_s": float(np.quantile(ttft_s, 0.99)) if rt else None, "ttft_max_s": max(ttft_s, default=None),
             "num_on_time": sum(on_time) if rt else None, "num_rt": len(rt),
             "be_tokens_per_s": sum(len(request.token_ids) for request in be) / max(
                 request.token_s[-1] for request in be) if be else None}
@@ -75,16 +77,19 @@ def _tpot_s(request: Served) -> float:
 
 def run(systems: Sequence[str], budgets: Sequence[int], seeds: Sequence[int],
         prefix_caching: bool) -> list[dict[str, Any]]:
-    """One row per system and budget: medians over the seeds, and the total number of RT on time."""
+    """One row per system and budget: medians over the seeds, and the total number of RT on time. Tokens that were
+    computed more than once count as recomputed."""
     rows = []
     for budget in budgets:
         for system in systems:
             pool = Pool(max_num_batched_tokens=budget, prefix_caching=prefix_caching)
-            runs = [measure(serve_hybrid(system, seed, pool)) for seed in seeds]
+            steppers = [serve_hybrid(system, seed, pool) for seed in seeds]
+            runs = [measure(stepper.served) for stepper in steppers]
             row: dict[str, Any] = {"system": system, "token_budget": budget, "prefix_caching": prefix_caching}
             for key in ("ttft_p50_s", "ttft_p99_s", "be_tokens_per_s"):
                 row[key] = None if runs[0][key] is None else median(float(result[key] or 0) for result in runs)
             row["num_on_time"] = sum(int(result["num_on_time"] or 0) for result in runs)
+            row["recomputed_tokens"] = median(stepper.num_recomputed_tokens for stepper in steppers)
             row["num_rt"] = sum(int(result["num_rt"] or 0) for result in runs)
             rows.append(row)
     return rows
@@ -96,12 +101,14 @@ def main(seeds: Annotated[int, typer.Option(min=1, help="Runs per row, with RT a
          json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows there.")] = None) -> None:
     """vLLM's schedulers and BROS in vLLM on the hybrid workload, modelled clock."""
     rows = run([*REFERENCES, *SYSTEMS], [int(budget) for budget in budgets.split(",")], range(seeds), prefix_caching)
-    print(f"{'system':14} {'tokens/step':>11} {'TTFT p50':>9} {'TTFT p99':>9} {'on time':>9} {'BE tokens/s':>11}")
+    print(f"{'system':14} {'tokens/step':>11} {'TTFT p50':>9} {'TTFT p99':>9} {'on time':>9} {'BE tokens/s':>11} "
+          f"{'recomputed':>10}")
     for row in rows:
         ttft = [f"{row[key]:8.2f}s" if row[key] is not None else f"{'-':>9}" for key in ("ttft_p50_s", "ttft_p99_s")]
         on_time = f"{row['num_on_time']}/{row['num_rt']}" if row["num_rt"] else "-"
         be = f"{row['be_tokens_per_s']:.1f}" if row["be_tokens_per_s"] is not None else "-"
-        print(f"{row['system']:14} {row['token_budget']:11} {' '.join(ttft)} {on_time:>9} {be:>11}")
+        print(f"{row['system']:14} {row['token_budget']:11} {' '.join(ttft)} {on_time:>9} {be:>11} "
+              f"{row['recomputed_tokens']:10}")
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=1))
 

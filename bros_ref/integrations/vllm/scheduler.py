@@ -10,7 +10,8 @@ Each step has three parts:
 These parts of BROS carry over: the order by slack, batches bounded by deadlines, chunks that fit the deadlines, RT
 preempting BE, and the bound on how long BE wait. A request that the plan leaves out keeps its KV and sits out the step,
 as in the paper. These do not: two owners in one block (vLLM's kernels fill blocks from the front), and copying single
-slots to host memory. A request that gives up its blocks is recomputed, except for what vLLM's prefix cache still has.
+slots to host memory. A request that gives up its blocks is recomputed, except for what vLLM's prefix cache still has,
+and what the host store has if `connector.py` is used.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from vllm.v1.request import Request, RequestStatus
 from bros_ref import request as ours
 from bros_ref.config import SchedulerConfig
 from bros_ref.integrations.vllm.blocks import VLLMBlocks
+from bros_ref.integrations.vllm.connector import HostKVConnector
 from bros_ref.integrations.vllm.parameters import Settings, class_and_slo
 from bros_ref.scheduler import PLUS, bros, output
 from bros_ref.scheduler.latency_model import UNLIMITED_TOKENS, StepLatencyModel
@@ -120,6 +122,7 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         self.planner.max_holders = self.max_num_running_reqs if self.use_v2_model_runner else None
         self.planner.expected_ttft_s = settings.ttft_slo_s
         self.scheduler_reserve_full_isl = False  # the plan decides whether a whole prompt has to fit
+        self.defer_block_free = False  # HostKVConnector copies in the order of the steps: blocks are free at once
         self._grants: dict[str, int] = {}  # request id -> its maximum number of tokens in this step
         self._in_flight: deque[tuple[SchedulerOutput, float]] = deque()  # and when they were scheduled
         self._updated_s = -math.inf
@@ -131,7 +134,8 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         unsupported = {
             "--scheduling-policy other than fcfs": self.policy is not SchedulingPolicy.FCFS,
             "speculative decoding": config.speculative_config is not None,
-            "KV connectors and KV offloading": self.connector is not None,
+            "KV connectors other than HostKVConnector": not isinstance(self.connector, HostKVConnector | None),
+            "HostKVConnector with context parallelism": self.connector is not None and self.dcp_world_size > 1,
             "encoder-decoder models": self.is_encoder_decoder,
             "pooling models": config.model_config.runner_type == "pooling",
             "pipeline parallelism": self.parallel_config.pipeline_parallel_size > 1,
@@ -172,6 +176,8 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         for mirror in planner.first_waiting(LOOKED_UP):
             request = requests[mirror.request_id]
             _, num_hits, *_ = self.kv_cache_manager.get_computed_blocks(request)
+            if self.connector is not None:
+                num_hits += self.connector.get_num_new_matched_tokens(request, num_hits)[0]
             self._copy_progress(request, mirror, num_hits)
 
     def _copy_progress(self, request: Request, mirror: ours.Request, num_computed_tokens: int) -> None:
@@ -196,6 +202,9 @@ class BROSScheduler(Scheduler):  # type: ignore[misc]  # vLLM has no types where
         return grants
 
     def _give_up(self, request: Request) -> None:
+        """Preempts a request; the KV of a BE goes to the host store if there is one."""
+        if self.connector is not None and not self.planner.requests[request.request_id].is_rt:
+            self.connector.save(request, self.kv_cache_manager.get_block_ids(request.request_id)[0])
         self.running.remove(request)
         self._preempt_request(request, time.monotonic())
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -26,6 +27,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from bros_ref.integrations.vllm.connector import HostKVConnector
+
 VOCAB_SIZE = 30_000
 _MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB_SIZE, "hidden_size": 64,
           "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1,
@@ -34,7 +37,7 @@ _MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_s
 
 @dataclass(frozen=True)
 class Pool:
-    """The limits of a scheduler. `max_num_batched_tokens` is per step."""
+    """The limits of a scheduler. `max_num_batched_tokens` is per step; without host blocks there is no connector."""
 
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 256
@@ -42,6 +45,7 @@ class Pool:
     block_size: int = 16
     prefix_caching: bool = False
     max_model_len: int = 2048
+    num_host_blocks: int = 0
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -50,16 +54,23 @@ def next_token(tokens: Sequence[int]) -> int:
 
 
 class ChecksumRunner:
-    """Executes a `SchedulerOutput`; see the module's docstring."""
+    """Executes a `SchedulerOutput`; see the module's docstring. `connector`: the worker's side of a KV connector."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._block_size = pool.block_size
+    def __init__(self, pool: Pool, connector: HostKVConnector | None = None) -> None:
+        self._block_size, self._connector = pool.block_size, connector
         self._slots = np.full((pool.num_blocks + 1) * pool.block_size, -1, dtype=np.int64)
+        if connector is not None:
+            connector.register_kv_caches({"layer": torch.from_numpy(self._slots).view(-1, pool.block_size)})
         self._tokens: dict[str, list[int]] = {}
         self._tables: dict[str, list[int]] = {}
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Writes the scheduled tokens to their slots, then samples for requests whose known tokens are all computed."""
+        if self._connector is not None:  # in the order of vLLM's model runner
+            self._connector.handle_preemptions(step.kv_connector_metadata)
+            self._connector.bind_connector_metadata(step.kv_connector_metadata)
+            if step.has_sync_kv_loads:
+                self._connector.start_load_kv(None)
         starts = {}
         for new in step.scheduled_new_reqs:
             self._tokens[new.req_id] = list(new.prefill_token_ids or new.prompt_token_ids)
@@ -103,6 +114,7 @@ class Served:
     """The outcome of one request. Times are in seconds on the modelled clock; `steps` are those in which it ran."""
 
     arrival_s: float
+    prompt_tokens: int
     token_ids: list[int] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -116,20 +128,23 @@ class Stepper:
         scheduler_cls: a subclass of vLLM's `Scheduler`.
         policy: vLLM's scheduling policy, "fcfs" or "priority".
         settings: the value of "bros" in `additional_config`.
-        step_s: modelled seconds per step; `token_s` is added for each scheduled token.
+        step_s: modelled seconds per step; `token_s` is added for each scheduled token. Copies take no time.
     """
 
     def __init__(self, scheduler_cls: type[Any], pool: Pool, policy: str = "fcfs",
                  settings: Mapping[str, Any] | None = None, step_s: float = 0.032, token_s: float = 0.0025,
                  is_async: bool = False) -> None:
         self.now_s, self.step_s, self.token_s = 0.0, step_s, token_s
-        self.runner, self.served, self.num_steps = ChecksumRunner(pool), dict[str, Served](), 0
+        self.served, self.num_steps, self.num_tokens = dict[str, Served](), 0, 0
         config = _vllm_config(pool, policy, settings)
         config.scheduler_config.async_scheduling = is_async
         spec = FullAttentionSpec(block_size=pool.block_size, num_kv_heads=1, head_size=64, dtype=torch.float32)
+        kv_cache_config = KVCacheConfig(pool.num_blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)])
         self.scheduler = scheduler_cls(
             vllm_config=config, block_size=pool.block_size, structured_output_manager=StructuredOutputManager(config),
-            kv_cache_config=KVCacheConfig(pool.num_blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)]))
+            kv_cache_config=kv_cache_config)
+        self.runner = ChecksumRunner(pool, HostKVConnector(config, KVConnectorRole.WORKER, kv_cache_config)
+                                     if pool.num_host_blocks else None)
         self.scheduler.clock = lambda: self.now_s
         hash_tokens = get_hash_fn_by_name("sha256")
         init_none_hash(hash_tokens)
@@ -141,7 +156,7 @@ class Stepper:
         sampling = SamplingParams(
             max_tokens=max_tokens, temperature=0, extra_args=arguments or None,
             structured_outputs=StructuredOutputsParams(json=json_schema) if json_schema else None)
-        self.served[request_id] = Served(self.now_s if arrival_s is None else arrival_s)
+        self.served[request_id] = Served(self.now_s if arrival_s is None else arrival_s, len(prompt))
         self.scheduler.add_request(Request(
             request_id, list(prompt), sampling, None, arrival_time=self.served[request_id].arrival_s,
             priority=priority, block_hasher=self._hasher))
@@ -156,6 +171,7 @@ class Stepper:
     def update(self, scheduled: SchedulerOutput) -> None:
         """The second half of a step, after its `schedule`."""
         model_output = self.runner.execute(scheduled)
+        self.num_tokens += scheduled.total_num_scheduled_tokens
         if scheduled.num_scheduled_tokens:
             self.now_s += self.step_s + self.token_s * scheduled.total_num_scheduled_tokens
         for outputs in self.scheduler.update_from_output(scheduled, model_output).values():
@@ -172,6 +188,12 @@ class Stepper:
         """Blocks of vLLM's pool that no request holds."""
         return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
+    @property
+    def num_recomputed_tokens(self) -> int:
+        """Tokens that were computed more than once, given that all requests have finished and share no prefix."""
+        needed = sum(served.prompt_tokens + len(served.token_ids) - 1 for served in self.served.values())
+        return self.num_tokens - needed
+
 
 def _vllm_config(pool: Pool, policy: str, settings: Mapping[str, Any] | None) -> VllmConfig:
     with tempfile.TemporaryDirectory() as folder:
@@ -180,8 +202,12 @@ def _vllm_config(pool: Pool, policy: str, settings: Mapping[str, Any] | None) ->
         model = ModelConfig(model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=pool.max_model_len)
         cache = CacheConfig(block_size=pool.block_size, enable_prefix_caching=pool.prefix_caching)
         cache.num_gpu_blocks = pool.num_blocks + 1  # vLLM keeps one as its null block
+        transfer = KVTransferConfig(
+            kv_connector="HostKVConnector", kv_connector_module_path="bros_ref.integrations.vllm.connector",
+            kv_role="kv_both", kv_connector_extra_config={"num_host_blocks": pool.num_host_blocks})
         return VllmConfig(
             model_config=model, cache_config=cache, additional_config={"bros": dict(settings or {})},
+            kv_transfer_config=transfer if pool.num_host_blocks else None,
             scheduler_config=SchedulerConfig(
                 max_num_seqs=pool.max_num_seqs, max_num_batched_tokens=pool.max_num_batched_tokens,
                 max_model_len=pool.max_model_len, policy=policy, enable_chunked_prefill=True,
