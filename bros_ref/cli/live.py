@@ -46,6 +46,7 @@ from bros_ref.cli.common import (
     parse_policies,
     progress,
     say,
+    set_threads,
     write_json,
 )
 from bros_ref.cli.terminal import abandon_stdout, prepare_streams, printable
@@ -316,13 +317,10 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
 
 
 def _load(model: str, device: str, threads: int, seed: int, backend: str = "auto", tp: int = 1) -> Any:
-    import torch
-
     from bros_ref.engine.build import load_model
     from bros_ref.engine.ranks import RankFailed
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     try:
         return load_model(model, device, seed, backend, tp)
     except RankFailed as error:
