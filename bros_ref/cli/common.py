@@ -63,7 +63,8 @@ SeedOption = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of eve
 ModelOption = Annotated[str, typer.Option(help="smollm2, random:<family>, checksum, a HF folder or a .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 BackendOption = Annotated[str, typer.Option(help="Attention: auto, torch, cupy or cpu-emulated.")]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads torch may use; 0: as torch chooses.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help=(
+    "Threads torch may use; 0: OMP_NUM_THREADS, or as many as are worth it beside the machine's other work."))]
 SplitOption = Annotated[int, typer.Option("--tp", min=1, help="Devices of this machine that the model is split over.")]
 SlowdownOption = Annotated[float | None, typer.Option(min=1, help=(
     "BROS: BE may make RT latency at most this many times what it would be alone."))]
@@ -79,6 +80,19 @@ OutOption = Annotated[Path, typer.Option(callback=output_folder,
                                          help="Folder for the report, the traces and the summary.")]
 StopOption = Annotated[list[str] | None, typer.Option(help="Stop string; repeatable.")]
 TpotOption = Annotated[float, typer.Option(help="TPOT target of real-time requests that bring none, seconds.")]
+
+
+def set_threads(wanted: int) -> None:
+    """Sets torch's number of threads as `compute_threads` says; on standard error, if they are fewer than usual."""
+    import torch
+
+    from bros_ref.environment import compute_threads
+
+    usual, chosen = torch.get_num_threads(), compute_threads(wanted)
+    if chosen < usual and not wanted:
+        say(Console(stderr=True), f"using {chosen} of {usual} threads: more are slower now, because other processes "
+            "keep cores busy")
+    torch.set_num_threads(chosen)
 
 
 def parse_policies(names: str) -> list[str]:

@@ -46,6 +46,7 @@ from bros_ref.cli.common import (
     parse_policies,
     progress,
     say,
+    set_threads,
     write_json,
 )
 from bros_ref.cli.terminal import abandon_stdout, prepare_streams, printable
@@ -247,16 +248,22 @@ def bench_scheduler_command(policies: Annotated[str, typer.Option()] = "bros,vll
 @bench_app.command("engine")
 def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
                          model: ModelOption = "smollm2", rounds: CountOption = 3,
+                         peers: Annotated[bool, typer.Option("--peers", help=(
+                             "Also vLLM and llama.cpp (xllamacpp), where installed."))] = False,
+                         vllm_python: Annotated[Path | None, typer.Option(help=(
+                             "A Python that has vLLM. Default: that of `make test-vllm`, else this one."))] = None,
                          threads: ThreadsOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
-    """The engine against transformers.generate, alternated, and against the machine."""
+    """The engine against transformers.generate and other engines, alternated, and against the machine."""
     from bros_ref.cli.tables import engine_table
     from bros_ref.evaluation.bench.engine import CASES, bench_engine
+    from bros_ref.evaluation.bench.engine_peers import PEERS
 
     console = make_console(json_path)
     loaded = _load(model, "cpu", threads, seed)
     chosen = CASES if cases is None else tuple(case.strip() for case in cases.split(","))
     with progress(console, "engine", rounds * len(chosen)) as advance:
-        result = bench_engine(loaded, chosen, rounds, seed, on_case=lambda _: advance(1))
+        result = bench_engine(loaded, chosen, rounds, seed, lambda _: advance(1), PEERS if peers else PEERS[:1],
+                              vllm_python)
     console.print(engine_table(result))
     write_json(json_path, "bench engine", seed, **result)
 
@@ -310,13 +317,10 @@ def bench_hybrid_command(policies: Annotated[str | None, typer.Option(help="Defa
 
 
 def _load(model: str, device: str, threads: int, seed: int, backend: str = "auto", tp: int = 1) -> Any:
-    import torch
-
     from bros_ref.engine.build import load_model
     from bros_ref.engine.ranks import RankFailed
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     try:
         return load_model(model, device, seed, backend, tp)
     except RankFailed as error:

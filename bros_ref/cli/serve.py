@@ -33,6 +33,7 @@ from bros_ref.cli.common import (
     output_folder,
     parse_policies,
     progress,
+    set_threads,
     write_json,
 )
 
@@ -55,8 +56,6 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
           rt_slowdown: SlowdownOption = None, tp: SplitOption = 1,
           threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0) -> None:
     """An OpenAI-compatible server: interactive calls are real-time; flex calls and batches are best-effort."""
-    import torch
-
     from bros_ref.engine.build import LiveSettings, blocks_that_fit, load_model, make_engine, make_runner
     from bros_ref.engine.profile import fit_latency_model
     from bros_ref.request import SLO
@@ -73,8 +72,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
         max_queued_rt=max_queued_rt, max_queued_be=max_queued_be, batch_lines_in_flight=2 * max_num_seqs,
         reject_late=reject_late)
     listener = open_socket(host, port)
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     loaded = load_model(model, device, seed, backend, tp)
     if kv_blocks is None:
         kv_blocks = blocks_that_fit(loaded, block_size, max_num_seqs)

@@ -62,18 +62,23 @@ def scheduler_table(rows: Sequence[Mapping[str, Any]], slopes: Mapping[str, floa
 
 
 def engine_table(result: Mapping[str, Any]) -> FittedTable:
-    """The engine against transformers, and against the machine."""
+    """The engine against its peers, and against the machine. A peer that could not be measured has a row that says
+    so."""
     machine = (f"decode of one sequence: {number(result['decode1_s'], 1, 1e3)} ms per token = "
                f"{number(result['decode1_over_weights_read'], 2)} x reading the weights once "
                f"({number(result['weights_read_s'], 1, 1e3)} ms); prefill of 512: "
                f"{number(result['prefill512_share_of_matrix_rate'], 0, 100)} % of the measured fp32 matrix rate "
                f"({number(result['matrix_flops_per_s'], 0, 1e-9)} GFLOP/s)")
+    peers = [f"{name} {version}" for name, version in result["versions"].items()]
     table = FittedTable("Engine, fp32", _columns("case", "system", figures=(
-        "output tokens/s", "ms per step", "x transformers", "peak RSS MB")), caption=machine, num_keys=2)
+        "output tokens/s", "ms per step", "bros_ref is x times as fast", "peak RSS MB")),
+        caption="; ".join([machine, *peers]), num_keys=2)
     for row in result["rows"]:
-        ratio = result["speedup_over_transformers"].get(row["case"]) if row["system"] == "bros_ref" else None
+        ratio = result["speedup_over"].get(row["system"], {}).get(row["case"])
         table.add_row(row["case"], row["system"], number(row["output_tok_s"], 1), number(row["ms_per_step"], 1),
                       number(ratio, 2), number(row["peak_rss_bytes"], 0, 1e-6))
+    for name, reason in result["absent"].items():
+        table.add_row("all", name, reason, *[number(None)] * 3)
     return table
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -55,10 +56,10 @@ def twice(x: Tensor, w: Tensor) -> Tensor:
     return (w @ x.expand(2, -1).t())[:, 0][None]
 
 
-def halves(x: Tensor, w: Tensor) -> Tensor:
-    """A batch of two halves of w: a batch is split over threads; a product of few rows would run on one."""
+def split(x: Tensor, w: Tensor, parts: int) -> Tensor:
+    """A batch of equal parts of w: a batch is split over threads; a product of few rows would run on one."""
     rows, inputs = w.shape
-    product = torch.bmm(w.view(2, rows // 2, inputs), x.t().expand(2, inputs, x.shape[0]))
+    product = torch.bmm(w.view(parts, rows // parts, inputs), x.t().expand(parts, inputs, x.shape[0]))
     return product.view(rows, x.shape[0]).t().contiguous()
 
 
@@ -75,12 +76,14 @@ def pack(w: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # plainest first
-    "plain": F.linear, "columns": columns, "twice": twice, "halves": halves, "onednn": onednn, "packed": onednn}
+    "plain": F.linear, "columns": columns, "twice": twice, "halves": partial(split, parts=2),
+    "eighths": partial(split, parts=8), "onednn": onednn, "packed": onednn}
 
 
 def possible_ways(w: Tensor, rows: int) -> list[str]:
     """The names of the ways that can compute a product of `rows` rows with w."""
-    unfit = {"twice": rows > 1, "halves": w.shape[0] % 2 == 1, "onednn": not ONEDNN, "packed": not ONEDNN}
+    unfit = {"twice": rows > 1, "halves": w.shape[0] % 2 > 0, "eighths": w.shape[0] % 8 > 0, "onednn": not ONEDNN,
+             "packed": not ONEDNN}
     return [way for way in WAYS if not unfit.get(way, False)]
 
 
@@ -133,7 +136,8 @@ class Trials:
     def __init__(self, weight_bytes: int) -> None:
         may_pack = weight_bytes <= PACKED_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._excluded = set() if may_pack else {"packed"}
-        self._name = f"linear-{torch.__version__}-{torch.get_num_threads()}-{'packed' if may_pack else 'stored'}.json"
+        kind = "packed" if may_pack else "stored"
+        self._name = f"linear{len(WAYS)}-{torch.__version__}-{torch.get_num_threads()}-{kind}.json"
         try:
             stored = json.loads(read_cached(self._name) or "{}")
         except ValueError:

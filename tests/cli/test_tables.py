@@ -42,7 +42,9 @@ INTERVALS = [{"policy": policy, **{key: [BIG, BIG] for key, *_ in tables.INTERVA
               "median": {key: BIG for key, *_ in tables.INTERVAL_COLUMNS},
               "interval95": {key: BOUNDS for key, *_ in tables.INTERVAL_COLUMNS}} for policy in known_policies()]
 ENGINE = {"decode1_s": 1.0, "decode1_over_weights_read": 1.0, "weights_read_s": 1.0, "matrix_flops_per_s": 1e12,
-          "prefill512_share_of_matrix_rate": 0.5, "speedup_over_transformers": {"decode-1": BIG}, "rows": [
+          "prefill512_share_of_matrix_rate": 0.5, "speedup_over": {"transformers": {"decode-1": BIG}},
+          "versions": {"transformers": "4.57.6", "llama.cpp": "2026.10.11549"}, "absent": {"vllm": "not installed"},
+          "rows": [
               {"case": "decode-1", "system": system, "output_tok_s": BIG, "ms_per_step": BIG, "peak_rss_bytes": 1e13}
               for system in ("bros_ref", "transformers")]}
 KERNEL = {"step": "prefill 1", "dtype": "bfloat16", "head_dim": 256, "arch": "sm_120a", "registers": 255,

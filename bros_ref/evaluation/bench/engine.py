@@ -1,12 +1,13 @@
-"""The engine against `transformers.generate`, same weights, same machine, alternating in one run.
+"""The engine against other engines (`engine_peers.py`), same weights, same machine, alternating in one run.
 
-    offline-32x128+64   32 requests of 128 + 64 tokens at once              (a static batch of 32 there)
+    offline-32x128+64   32 requests of 128 + 64 tokens at once              (a static batch of 32 in transformers)
     mixed-64            64 requests of 16-256 + 8-128 tokens                (padded static batches of 32 there)
-    decode-1            one sequence, per token; and how that compares with reading the weights once
+    decode-1, -8, -32   so many sequences of 16 + 48 tokens; for one, how that compares with reading the weights once
     prefill-512         one prompt of 512 tokens; and which share of the machine's matrix rate it reaches
 
-Throughput is output tokens per second of wall time; every case is repeated and the median kept. transformers is not
-a requirement of the project: without it its rows are left out.
+Throughput is output tokens per second of wall time; every case is repeated and the median kept. A peer's ratio is the
+median over rounds of its time over ours. No peer is a requirement of the project: the result names those that are
+missing.
 """
 
 from __future__ import annotations
@@ -15,35 +16,41 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bros_ref.config import KVCacheConfig, SchedulerConfig, cdiv
 from bros_ref.engine.build import LoadedModel
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import ModelRunner
+from bros_ref.evaluation.bench.engine_peers import (
+    STATIC_BATCH,
+    TOKEN_BUDGET,
+    Lengths,
+    Peer,
+    draw_prompts,
+    start_peers,
+)
 from bros_ref.evaluation.bench.machine import matrix_flops_per_s, read_bytes_per_s
 from bros_ref.evaluation.bench.memory import PeakMemory
-from bros_ref.evaluation.bench.reference import transformers_llama
 from bros_ref.request import Request, RequestClass, SamplingParams
 from bros_ref.scheduler import make_scheduler
 
-Lengths = list[tuple[int, int]]  # (prompt tokens, output tokens) a request
-STATIC_BATCH = 32
-CASES = ("offline-32x128+64", "mixed-64", "decode-1", "prefill-512")
+CASES = ("offline-32x128+64", "mixed-64", "decode-1", "decode-8", "decode-32", "prefill-512")
 
 
 @dataclass
 class EngineRow:
-    """One measured case. `ms_per_step` is an iteration of ours, or a token of a static batch. `peak_rss_bytes` is the
-    highest of this row's own runs (`memory.py`), with the weights of both systems in it; None if it is not known."""
+    """One measured case of one system. `ms_per_step` is an iteration of ours, or a token of a static batch of
+    transformers. `peak_rss_bytes` is the highest of this row's own runs (`memory.py`), with the weights of both systems
+    in it. None: not known; for a peer in a process of its own, neither is."""
 
     system: str
     case: str
-    output_tok_s: float | None
-    ms_per_step: float
+    output_tok_s: float
+    ms_per_step: float | None
     peak_rss_bytes: int | None
 
 
@@ -58,11 +65,10 @@ def run_ours(loaded: LoadedModel, lengths: Lengths, seed: int) -> tuple[float, i
     slots = sum(cdiv(prompt + output, 16) for prompt, output in lengths)
     kv_config = KVCacheConfig(min(slots, 1024))
     runner = ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype)
-    config = SchedulerConfig(max_num_seqs=STATIC_BATCH, max_num_batched_tokens=1024, chunked_prefill=True)
+    config = SchedulerConfig(max_num_seqs=STATIC_BATCH, max_num_batched_tokens=TOKEN_BUDGET, chunked_prefill=True)
     engine = LLMEngine(make_scheduler("vllm-fcfs", config, kv_config), runner)
-    rng = np.random.default_rng(seed)
-    for index, (prompt, output) in enumerate(lengths):
-        token_ids = rng.integers(3, loaded.config.vocab_size, prompt).tolist()
+    prompts = draw_prompts(lengths, loaded.config.vocab_size, seed)
+    for index, (token_ids, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
         engine.add_request(Request(str(index), RequestClass.BEST_EFFORT, token_ids,
                                    SamplingParams(max_tokens=output, ignore_eos=True)))
     start_s, steps = time.perf_counter(), 0
@@ -72,70 +78,60 @@ def run_ours(loaded: LoadedModel, lengths: Lengths, seed: int) -> tuple[float, i
     return time.perf_counter() - start_s, steps
 
 
-def reference_model(loaded: LoadedModel) -> Any | None:
-    """transformers on the same weights; None where it is not installed or has no such model."""
-    try:
-        return transformers_llama(loaded.config, loaded.parameters)
-    except (ImportError, ValueError):
-        return None
-
-
-def run_reference(model: Any, lengths: Lengths, vocab_size: int, seed: int) -> float:
-    """Seconds of `generate` over static batches of STATIC_BATCH: prompts padded on the left, and every sequence of a
-    batch runs as long as its longest output. In order of arrival, as a server without continuous batching would."""
-    rng = np.random.default_rng(seed)
-    start_s = time.perf_counter()
-    for first in range(0, len(lengths), STATIC_BATCH):
-        batch = lengths[first:first + STATIC_BATCH]
-        width, output = max(prompt for prompt, _ in batch), max(output for _, output in batch)
-        token_ids = torch.zeros(len(batch), width, dtype=torch.long)
-        mask = torch.zeros_like(token_ids)
-        for row, (prompt, _) in enumerate(batch):
-            token_ids[row, width - prompt:] = torch.from_numpy(rng.integers(3, vocab_size, prompt))
-            mask[row, width - prompt:] = 1
-        with torch.inference_mode():
-            model.generate(input_ids=token_ids, attention_mask=mask, min_new_tokens=output, max_new_tokens=output,
-                           do_sample=False, pad_token_id=0)
-    return time.perf_counter() - start_s
-
-
 def bench_engine(loaded: LoadedModel, cases: Sequence[str] = CASES, rounds: int = 3, seed: int = 0,
-                 on_case: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """The chosen cases; the shape that `bros-ref bench engine --json` promises, without the stamp.
+                 on_case: Callable[[str], None] | None = None, peers: Sequence[str] = ("transformers",),
+                 vllm_python: Path | None = None) -> dict[str, Any]:
+    """The chosen cases against the chosen peers (of `PEERS`); the shape that `bros-ref bench engine --json` promises,
+    without the stamp.
 
     Raises:
         ValueError: an unknown case.
+        Unavailable: a peer failed after it had started.
     """
     if unknown := set(cases) - set(CASES):
         raise ValueError(f"unknown case {sorted(unknown)[0]!r}; known are {', '.join(CASES)}")
-    reference = reference_model(loaded)
-    all_lengths = dict(zip(CASES, ([(128, 64)] * 32, mixed_lengths(64, seed), [(16, 48)], [(512, 1)]), strict=True))
-    rows, ratios = [], {}
-    for case in cases:
-        lengths = all_lengths[case]
-        ours, theirs = [], []
-        our_peaks, their_peaks = list[int | None](), list[int | None]()
-        for _ in range(rounds):
-            if on_case is not None:
-                on_case(case)
+    all_lengths = dict(zip(CASES, ([(128, 64)] * 32, mixed_lengths(64, seed), [(16, 48)], [(16, 48)] * 8,
+                                   [(16, 48)] * 32, [(512, 1)]), strict=True))
+    rows: list[EngineRow] = []
+    with start_peers(loaded, peers, vllm_python) as (others, absent):
+        ratios: dict[str, dict[str, float]] = {peer.name: {} for peer in others}
+        for case in cases:
+            taken, speedups = _alternate(loaded, case, all_lengths[case], others, rounds, seed, on_case)
+            rows += taken
+            for name, speedup in speedups.items():
+                ratios[name][case] = speedup
+        versions = {peer.name: peer.version for peer in others}
+    return {"rows": [vars(row) for row in rows], "speedup_over": ratios, "versions": versions, "absent": absent,
+            **_against_the_machine(loaded)}
+
+
+def _alternate(loaded: LoadedModel, case: str, lengths: Lengths, peers: Sequence[Peer], rounds: int, seed: int,
+               on_case: Callable[[str], None] | None) -> tuple[list[EngineRow], dict[str, float]]:
+    """One case, ours and every peer in each round: the rows, and how many times as fast as each peer ours is."""
+    ours: list[tuple[float, int]] = []
+    theirs: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    peaks: dict[str, list[int | None]] = {name: [] for name in ("bros_ref", *theirs)}
+    for _ in range(rounds):
+        if on_case is not None:
+            on_case(case)
+        with PeakMemory() as peak:
+            ours.append(run_ours(loaded, lengths, seed))
+        peaks["bros_ref"].append(peak.bytes)
+        for peer in peers:
             with PeakMemory() as peak:
-                ours.append(run_ours(loaded, lengths, seed))
-            our_peaks.append(peak.bytes)
-            if reference is not None:
-                with PeakMemory() as peak:
-                    theirs.append(run_reference(reference, lengths, loaded.config.vocab_size, seed))
-                their_peaks.append(peak.bytes)
-        tokens = sum(output for _, output in lengths)
-        seconds = statistics.median(run[0] for run in ours)
-        rows.append(EngineRow("bros_ref", case, tokens / seconds, 1e3 * seconds / ours[0][1], _highest(our_peaks)))
-        if theirs:
-            seconds = statistics.median(theirs)
-            steps = sum(max(output for _, output in lengths[i:i + STATIC_BATCH])
-                        for i in range(0, len(lengths), STATIC_BATCH))
-            rows.append(EngineRow("transformers", case, tokens / seconds, 1e3 * seconds / steps,
-                                  _highest(their_peaks)))
-            ratios[case] = statistics.median(other / own[0] for own, other in zip(ours, theirs, strict=True))
-    return {"rows": [vars(row) for row in rows], "speedup_over_transformers": ratios, **_against_the_machine(loaded)}
+                theirs[peer.name].append(peer.seconds(lengths, seed))
+            peaks[peer.name].append(peak.bytes if peer.in_this_process else None)
+    tokens = sum(output for _, output in lengths)
+    seconds = statistics.median(run[0] for run in ours)
+    rows = [EngineRow("bros_ref", case, tokens / seconds, 1e3 * seconds / ours[0][1], _highest(peaks["bros_ref"]))]
+    for peer in peers:
+        seconds = statistics.median(theirs[peer.name])
+        steps = sum(max(output for _, output in lengths[i:i + STATIC_BATCH])
+                    for i in range(0, len(lengths), STATIC_BATCH))
+        rows.append(EngineRow(peer.name, case, tokens / seconds,
+                              1e3 * seconds / steps if peer.in_this_process else None, _highest(peaks[peer.name])))
+    return rows, {name: statistics.median(other / own[0] for own, other in zip(ours, times, strict=True))
+                  for name, times in theirs.items()}
 
 
 def _against_the_machine(loaded: LoadedModel) -> dict[str, float]:

@@ -1,13 +1,17 @@
-"""transformers' own Llama on our very tensors: what the engine is compared with, in tests and in benchmarks.
+"""Our very tensors in the form that other software reads: transformers' own Llama, and a Hugging Face folder.
 
-transformers is a development requirement only; nothing else in the package imports it.
+What the engine is compared with, in tests and in benchmarks. transformers is a development requirement only; nothing
+else in the package imports it.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from bros_ref.config import ModelConfig
 from bros_ref.model.weights.parameters import Parameters
@@ -18,20 +22,55 @@ def transformers_llama(config: ModelConfig, weights: Parameters) -> Any:
 
     Raises:
         ImportError: transformers is not installed (`pip install -e .[dev]`).
-        ValueError: the model is not a Llama with tied embeddings.
+        ValueError: the model is not a Llama with tied embeddings and unscaled rotary positions.
     """
     import transformers
 
     library = cast(Any, transformers)  # mostly untyped
 
-    if config.family != "llama" or not config.tied_embeddings:
-        raise ValueError(f"the reference is a Llama with tied embeddings, not {config.family}")
+    _check_family(config)
     with torch.device("meta"):
         twin = library.LlamaForCausalLM(library.LlamaConfig(
             vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
             num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+            num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
+            rope_theta=config.rope_theta,
             max_position_embeddings=config.max_context_tokens, tie_word_embeddings=True))
+    twin.load_state_dict(_checkpoint(config, weights), strict=True, assign=True)
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config)  # its table is computed, not loaded
+    return twin.eval()
+
+
+def write_llama_folder(config: ModelConfig, weights: Parameters, folder: Path) -> None:
+    """Writes config.json and model.safetensors in fp32, in an existing folder; no tokenizer.
+
+    Raises:
+        ValueError: the model is not a Llama with tied embeddings and unscaled rotary positions.
+    """
+    from safetensors.torch import save_file
+
+    _check_family(config)
+    tensors = {name: tensor.clone() for name, tensor in _checkpoint(config, weights).items()}
+    del tensors["lm_head.weight"]  # tied
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim, "rms_norm_eps": config.norm_eps,
+        "hidden_act": "silu", "rope_theta": config.rope_theta, "tie_word_embeddings": True, "torch_dtype": "float32",
+        "max_position_embeddings": config.max_context_tokens, "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids)}))
+
+
+def _check_family(config: ModelConfig) -> None:
+    if config.family != "llama" or not config.tied_embeddings or config.rope_scaling is not None:
+        raise ValueError("the reference is a Llama with tied embeddings and unscaled rotary positions; this "
+                         f"{config.family} is another model")
+
+
+def _checkpoint(config: ModelConfig, weights: Parameters) -> dict[str, Tensor]:
+    """The tensors by Hugging Face's names: views of ours."""
     state = {"model.embed_tokens.weight": weights["embed.weight"], "model.norm.weight": weights["final_norm.weight"],
              "lm_head.weight": weights["embed.weight"]}
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -46,6 +85,4 @@ def transformers_llama(config: ModelConfig, weights: Parameters) -> Any:
             "mlp.up_proj.weight": up, "mlp.down_proj.weight": weights[ours + "mlp_out.weight"],
             "input_layernorm.weight": weights[ours + "attn_norm.weight"],
             "post_attention_layernorm.weight": weights[ours + "mlp_norm.weight"]}.items()}
-    twin.load_state_dict(state, strict=True, assign=True)
-    twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config)  # its table is computed, not loaded
-    return twin.eval()
+    return state
