@@ -10,6 +10,7 @@
   for (const [kind, label] of Object.entries(data.labels)) {
     const key = document.createElement('span'), sample = document.createElement('canvas');
     sample.dataset.key = kind; sample.setAttribute('aria-hidden', 'true');
+    key.hidden = true; // until it is drawn
     key.append(sample, ` ${label}`); find('[data-legend]').append(key);
   }
   paintKeys(root, data.looks);
