@@ -106,7 +106,7 @@ def drawn_and_keys(svg: str, group: int) -> tuple[set[str], set[str]]:
     parts = root.findall(f"{SVG}g")
 
     def fills(part: ElementTree.Element) -> set[str]:
-        found = (rect.get("fill") for rect in part.iter(f"{SVG}rect") if rect.get("fill"))
+        found = (rect.get("fill") for rect in part.iter(f"{SVG}rect") if "cells" not in rect.get("fill", "cells"))
         return {fill.removeprefix("url(#kv-").rstrip(")") if fill.startswith("url") else "saved" for fill in found}
 
     return fills(parts[1]), fills(parts[group])
@@ -131,10 +131,16 @@ def test_a_map_has_numbers_its_policy_and_a_legend_of_what_is_drawn(trace) -> No
 
 @pytest.mark.parametrize("size", [1, 2, 16, 32, 33, 64])
 def test_slots_are_cells_up_to_32_a_block(size: int) -> None:
-    root = ElementTree.fromstring(pool_svg([BlockView("r", size, None), BlockView()], size))
-    lines = sum(path.get("d", "").count("M") for path in root.iter(f"{SVG}path")
-                if path.get("class", "").startswith("cell"))
-    assert lines == (2 * (size - 1) if size <= 32 else 0)
+    root = ElementTree.fromstring(pool_svg([BlockView("r", size), BlockView("r", 1, "b", size - 1), BlockView()], size))
+    patterns = {one.get("id"): float(one.get("width")) for one in root.iter(f"{SVG}pattern")
+                if "cells" in one.get("id")}
+    assert len(patterns) == (2 if size <= 32 else 0)
+    for block in root.findall(f"{SVG}g")[1].findall(f"{SVG}g"):
+        wide = float(block.findall(f"{SVG}rect")[-1].get("width"))
+        fills = [(one.get("fill", "")[5:-1], float(one.get("width"))) for one in block.findall(f"{SVG}rect")]
+        slots = sum(width / patterns[fill] for fill, width in fills if fill in patterns)
+        assert slots == pytest.approx(size if size <= 32 else 0, abs=0.05)
+        assert all(width * size == pytest.approx(wide, abs=0.1) for width in patterns.values())
 
 
 @given(st.integers(1, 32), st.integers(0, 40), st.data())

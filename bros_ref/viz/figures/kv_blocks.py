@@ -56,7 +56,7 @@ FILLS = {FREE: Fill(EMPTY_COLOUR), RT: Fill(RT_COLOUR), BE: Fill(BE_COLOUR, "/",
          RESTORED: Fill(VEIL, "+", INK), MOVED: Fill(VEIL, "|", INK)}
 PALE = {"be_only": PALE_COLOURS["be"], "shared": "#dccbf0", "rt_only": PALE_COLOURS["rt"]}  # behind a state's pattern
 MAP_W, BLOCK_H, LABEL_W, GAP_X, GAP_Y, KEY_W = 903, 14, 30, 10, 6, 275  # SVG units
-FEW_BLOCKS, FEW_COLUMNS, COLUMNS = 24, 3, 6  # blocks of a small pool are drawn wide
+FEW_BLOCKS, FEW_COLUMNS, COLUMNS = 32, 3, 6  # blocks of a small pool are drawn wide
 MAX_SLOT_W, MAX_CELLS = 30, 32  # slots of a block that are drawn as single cells
 DIGIT_W, CELL_PAD = 4.8, 2.5  # room that a digit takes, and what stays free in a cell
 MAX_NAMED = 12  # requests that a legend names
@@ -192,10 +192,12 @@ def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int | None = N
     for place, block_id in enumerate(shown):
         x, y = place % columns * (LABEL_W + draw.block_w + GAP_X) + LABEL_W, place // columns * (BLOCK_H + GAP_Y)
         cells.append(f'<text x="{x - 4:.1f}" y="{y + 11}" text-anchor="end" class="id">{block_id}</text>')
-        cells += draw.block(pool[block_id], block_id, x, y, [run for run in copies if run.block_id == block_id])
+        mine = [run for run in copies if run.block_id == block_id]
+        cells.append(f'<g transform="translate({x:.1f} {y})">{"".join(draw.block(pool[block_id], block_id, mine))}</g>')
     legend_h = draw.legend_rows() * (BLOCK_H + GAP_Y) + 12
     height = top + legend_h + cdiv(len(shown), columns) * (BLOCK_H + GAP_Y)
-    patterns = "".join(svg_pattern(f"kv-{kind}", draw.fill(kind)) for kind in sorted(draw.seen - {SAVED}))
+    drawn = sorted(draw.seen - {SAVED})
+    patterns = draw.cells() + "".join(svg_pattern(f"kv-{kind}", draw.fill(kind)) for kind in drawn)
     counts = Counter(view.state for view in pool)
     summary = ", ".join(f"{counts[state]} {look.label}" for state, look in BLOCK_LOOKS.items())
     heading = f'<text x="0" y="14" class="title">{escape(title)}</text>' if title else ""
@@ -227,43 +229,56 @@ class _Drawing:
         """By kind of slot, or by request."""
         return FILLS[kind] if kind in FILLS else request_fill(int(kind.removeprefix("request-")))
 
-    def block(self, view: BlockView, block_id: int, x: float, y: float, copies: Sequence[SlotCopies]) -> Iterator[str]:
+    def cells(self) -> str:
+        """Patterns of one slot's width: a line between slots, for a dark and for a light ground."""
+        if self.block_size > MAX_CELLS:
+            return ""
+        slot_w = self.block_w / self.block_size
+        return "".join(f'<pattern id="{self._cells_id(on)}" width="{slot_w:.3f}" height="{BLOCK_H}" '
+                       f'patternUnits="userSpaceOnUse"><path d="M{slot_w - 0.35:.2f} 0v{BLOCK_H}" stroke="{colour}" '
+                       'stroke-width=".7"/></pattern>' for on, colour in (("rt", "#ffffff90"), ("pale", "#18212f60")))
+
+    def _cells_id(self, on: str) -> str:
+        """With the width in it: a page may hold maps of several widths."""
+        return f"kv-cells-{on}-{1000 * self.block_w / self.block_size:.0f}"
+
+    def block(self, view: BlockView, block_id: int, copies: Sequence[SlotCopies]) -> Iterator[str]:
         """A rectangle for each run of equal slots with its tooltip, marks of copies, lines between the slots, numbers
-        of tokens, and the block's outline."""
+        of tokens, and the block's outline; from its upper left corner on."""
         slot_w, kinds = self.block_w / self.block_size, slot_kinds(view, self.block_size)
         for kind, run in groupby(enumerate(kinds), key=lambda entry: entry[1]):
             slots = [slot for slot, _ in run]
             tip = f"block {block_id}, slots {slots[0]} to {slots[-1]}: {_tip(view, kind, slots, self.block_size)}"
-            yield self._rect(self._look(view, kind), x, y, slots, tip)
+            yield self._rect(self._look(view, kind), slots, tip)
         for copied in sorted(copies, key=lambda copied: copied.kind == "checkpoint"):  # its block may hold others' now
             slots = list(range(copied.first_slot, copied.first_slot + copied.num_slots))
             kind = COPY_KINDS[copied.kind]
             tip = f"block {block_id}, slots {slots[0]} to {slots[-1]}: {COPY_LABELS[kind]}: {copied.request_id}"
-            yield self._rect(kind, x, y, slots, tip)
+            yield self._rect(kind, slots, tip)
         if self.block_size <= MAX_CELLS:
-            dark = [self._look(view, kind) in (RT, OVER) for kind in kinds]
-            for on, ground in (("on-rt", True), ("on-pale", False)):
-                lines = "".join(f"M{x + slot * slot_w:.1f} {y}v{BLOCK_H}" for slot in range(1, self.block_size)
-                                if dark[slot] == ground)
-                yield f'<path d="{lines}" class="cell {on}"/>' if lines else ""
+            dark = sum(self._look(view, kind) in (RT, OVER) for kind in kinds)
+            for on, first, end in (("rt", 0, dark), ("pale", dark, self.block_size)):
+                if end > first:
+                    yield (f'<rect x="{first * slot_w:.1f}" width="{(end - first) * slot_w:.1f}" height="{BLOCK_H}" '
+                           f'fill="url(#{self._cells_id(on)})"/>')
         tokens = [token_at(view, kind, slot, self.block_size) for slot, kind in enumerate(kinds)]
         digits = max((len(str(token)) for token in tokens if token is not None), default=0)
         for slot, token in enumerate(tokens if slot_w >= DIGIT_W * digits + CELL_PAD else ()):
             if token is not None:
                 on = "on-rt" if self._look(view, kinds[slot]) in (RT, OVER) else "on-pale"
-                yield f'<text x="{x + (slot + 0.5) * slot_w:.1f}" y="{y + 10.5}" class="token {on}">{token}</text>'
-        yield f'<rect x="{x:.1f}" y="{y}" width="{self.block_w:.1f}" height="{BLOCK_H}" class="edge"/>'
+                yield f'<text x="{(slot + 0.5) * slot_w:.1f}" y="10.5" class="token {on}">{token}</text>'
+        yield f'<rect width="{self.block_w:.1f}" height="{BLOCK_H}" class="edge"/>'
 
     def _look(self, view: BlockView, kind: str) -> str:
         if not self.requests or kind not in (RT, BE):
             return kind
         return f"request-{self.requests.index((view.rt_owner if kind == RT else view.be_owner) or '')}"
 
-    def _rect(self, kind: str, x: float, y: float, slots: Sequence[int], tip: str) -> str:
+    def _rect(self, kind: str, slots: Sequence[int], tip: str) -> str:
         self.seen.add(kind)
         slot_w = self.block_w / self.block_size
-        top, tall, fill = (y + BLOCK_H - 3, 3, INK) if kind == SAVED else (y, BLOCK_H, f"url(#kv-{kind})")
-        return (f'<rect x="{x + slots[0] * slot_w:.2f}" y="{top}" width="{len(slots) * slot_w:.2f}" height="{tall}" '
+        top, tall, fill = (BLOCK_H - 3, 3, INK) if kind == SAVED else (0, BLOCK_H, f"url(#kv-{kind})")
+        return (f'<rect x="{slots[0] * slot_w:.1f}" y="{top}" width="{len(slots) * slot_w:.1f}" height="{tall}" '
                 f'fill="{fill}"><title>{escape(tip)}</title></rect>')
 
     def _labels(self) -> dict[str, str]:
@@ -313,8 +328,7 @@ def _tip(view: BlockView, kind: str, slots: Sequence[int], block_size: int) -> s
 _STYLE = (f"<style>.block-map text{{font:11px {FONT};fill:{INK}}}.block-map .id{{fill:{MUTED};font-size:10px}}"
           ".block-map .title{font-size:12.5px;font-weight:600}"
           ".block-map .edge{fill:none;stroke:#66717f;stroke-width:.8}"
-          ".block-map .cell{stroke-width:.7}.block-map .cell.on-rt{stroke:#ffffff90}"
-          ".block-map .cell.on-pale{stroke:#18212f60}.block-map .token{font-size:9px;text-anchor:middle;"
+          ".block-map .token{font-size:9px;text-anchor:middle;"
           "paint-order:stroke;stroke-width:2.6px;stroke-linejoin:round}"
           f".block-map .token.on-rt{{fill:{PAPER};stroke:{RT_COLOUR}}}"
           ".block-map .token.on-pale{stroke:#ffffffe0}</style>")

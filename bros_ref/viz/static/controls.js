@@ -27,7 +27,7 @@ function controls(root, show) {
     start();
   });
   speed.addEventListener('change', () => { if (timer !== null) { clearInterval(timer); start(); } });
-  slider.style.maxWidth = '100%';
+  slider.style.maxWidth = 'calc(100% - 8px)'; // its margins
   return { go, value: () => Number(slider.value), update, limit: (last) => { slider.max = last; } };
 }
 

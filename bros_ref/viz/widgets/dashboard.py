@@ -9,6 +9,7 @@ known when it finished.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from html import escape
 from itertools import accumulate
@@ -149,7 +150,8 @@ class Dashboard:
                          f'aria-label="{title} under both policies, over time"></canvas></div>'
                          for kind, title in CHARTS.items())
         sides = "".join(self._side_html(place, name) for place, name in enumerate(self.names))
-        grid = f"display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,{SIDE_W}px),1fr));column-gap:20px"
+        column = f"minmax(min(100%,max({SIDE_W}px,calc(50% - 10px))),1fr)"  # at most two
+        grid = f"display:grid;grid-template-columns:repeat(auto-fit,{column});column-gap:20px"
         names = list(dict.fromkeys(name for side in self.sides for name in side.trace.requests))
         body = (f'{controls_html(len(self.times_s) - 1, self.start, "moment", 30)} {request_select(names)}'
                 f'<div role="status"></div><div style="{grid}">{charts}{sides}</div>'
@@ -170,7 +172,7 @@ class Dashboard:
         parts, y = [], 18
         for side, name in zip(self.sides, self.names, strict=True):
             now = side.at(time_s)
-            drawn = block_map(side.trace, max(0, now["step"]))
+            drawn = re.sub("<title>.*?</title>", "", block_map(side.trace, max(0, now["step"])))  # it is an image
             width, height = (float(size) for size in drawn.split('viewBox="0 0 ')[1].split('"')[0].split())
             text = (f"{name} at {time_s:.2f} s: {now['on_time']} RT on time of {now['finished']} finished of "
                     f"{now['arrived']} arrived; {now['be_tokens']} BE tokens")
