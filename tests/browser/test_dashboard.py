@@ -7,7 +7,7 @@ from browser.jupyter import why_not
 from browser.pages import go_to, opened, violations, wait_for
 
 from bros_ref.trace import BEHIND
-from bros_ref.viz.figures.style import REASON_LABELS
+from bros_ref.viz.figures.style import REASON_LABELS, policy_look
 from bros_ref.viz.widgets.dashboard import Dashboard
 from tests.viz.factory import make_trace
 
@@ -50,16 +50,12 @@ def test_both_sides_follow_one_slider(shown):
     assert reasons - {BEHIND}
 
 
-INK_BEYOND = """(canvas, [end, kind]) => {
+INK_BEYOND = """(canvas, [end, colour]) => {
   const scaled = (length) => Math.round(length * canvas.width / canvas.clientWidth);
-  const [left, top, high] = [scaled(end + 3), scaled(18), scaled(canvas.clientHeight - 38)];
-  const wide = canvas.width - left - scaled(8);
-  const pixels = canvas.getContext('2d').getImageData(left, top, wide, high).data;
+  const [left, top, high] = [scaled(end + 3), scaled(18), scaled(canvas.clientHeight - 52)];
+  const pixels = canvas.getContext('2d').getImageData(left, top, canvas.width - left - scaled(16), high).data;
   let count = 0;
-  for (let i = 0; i < pixels.length; i += 4) {
-    const more_red = pixels[i] - pixels[i + 2];
-    count += kind === 'red' ? more_red > 60 : more_red < -60;
-  }
+  for (let i = 0; i < pixels.length; i += 4) count += colour.every((part, k) => Math.abs(pixels[i + k] - part) < 12);
   return count;
 }"""
 
@@ -78,8 +74,9 @@ def test_a_curve_ends_where_its_run_ends(chromium, tmp_path, shorter):
     assert ends[shorter] < last - 5, "one run is over long before the other"
     for canvas in root.locator("canvas[data-chart]").all():
         width = canvas.evaluate("canvas => canvas.clientWidth")
-        beyond = 44 + ends[shorter] / last * (width - 50)
-        inks = [canvas.evaluate(INK_BEYOND, [beyond, kind]) for kind in ("red", "blue")]  # of A and of B
+        beyond = 44 + ends[shorter] / last * (width - 56)
+        colours = [[int(policy_look(place).colour[i:i + 2], 16) for i in (1, 3, 5)] for place in (0, 1)]
+        inks = [canvas.evaluate(INK_BEYOND, [beyond, colour]) for colour in colours]  # of A and of B
         assert inks[shorter] == 0
         assert inks[1 - shorter] > 20
     page.close()
@@ -107,6 +104,32 @@ def test_a_click_on_a_slot_shows_a_block_table(shown):
     pool = dashboard.sides[1].trace.pool_at(dashboard.sides[1].step_at(dashboard.times_s[dashboard.start]))
     owner = pool[0].rt_owner or pool[0].be_owner
     assert said.startswith(f"block table of {owner}: ")
+
+
+def test_a_request_is_chosen_by_keyboard_in_both_runs(shown):
+    dashboard, root = shown
+    choice = root.locator("select[data-request]")
+    choice.focus()
+    for _ in range(1 + list(dashboard.sides[0].trace.requests).index("be-2")):  # the first is "none"
+        choice.press("ArrowDown")
+    wait_for(root, "chosen", "be-2")
+    for place, side in enumerate(dashboard.sides):
+        said = root.locator(f'[data-side="{place}"] [data-table]').inner_text()
+        step = side.step_at(dashboard.times_s[dashboard.start])
+        pool = side.trace.pool_at(step)
+        mine = sorted((view.be_index, i) for i, view in enumerate(pool) if view.be_owner == "be-2")
+        assert said == "block table of be-2: " + (", ".join(str(i) for _, i in mine) or "empty")
+
+
+@pytest.mark.parametrize("width", [380, 1600])
+def test_it_takes_the_width_of_its_page(shown, width):
+    page, root = shown[1].page, shown[1]
+    page.set_viewport_size({"width": width, "height": 900})
+    canvas = root.locator('[data-side="1"] canvas[data-pool]')
+    page.wait_for_function("([canvas, most]) => Math.abs(parseFloat(canvas.style.width) - most) < 20",
+                           arg=[canvas.element_handle(), width - 16 if width < 700 else 690])
+    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    assert root.evaluate("root => root.scrollWidth <= root.clientWidth")
 
 
 def test_axe_finds_nothing(shown):

@@ -10,6 +10,15 @@ WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
 
 
+CHOSEN = """() => {
+  const button = document.querySelector('[data-requests] button');
+  if (button === null) return false;
+  button.focus(); button.click();
+  const said = document.querySelector('[data-table]').textContent, name = button.dataset.name;
+  return said.startsWith(`block table of ${name}: `) && document.activeElement === button;
+}"""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with running(tmp_path_factory.mktemp("data")) as one:
@@ -62,6 +71,8 @@ def test_the_map_shows_blocks_that_are_taken_and_given_back(chromium, server):
         headers: { 'content-type': 'application/json' },
         body: JSON.stringify({ model: 'checksum', prompt: 'x'.repeat(200), max_tokens: 250 }) }); }""")
     page.wait_for_function(f"() => !/blocks in use\\s+0 of/.test(({shown})())", timeout=20_000)
+    page.wait_for_function(CHOSEN, timeout=20_000)
+    assert page.locator("[data-legend] > :visible").count() < page.locator("[data-legend] > *").count()
     page.wait_for_function(f"() => /blocks in use\\s+0 of/.test(({shown})())", timeout=30_000)
     page.close()
 

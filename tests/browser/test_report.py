@@ -35,7 +35,7 @@ def test_it_opens_with_the_verdict_and_fits_the_window(chromium, tmp_path, width
         assert box["x"] + box["width"] <= width
     root = page.locator("[data-bros-schedule]")
     go_to(root, 3)
-    assert root.locator("[role=status]").first.inner_text().startswith("step 4 of")
+    assert root.locator("[role=status]").first.inner_text().startswith("bros: step 4 of")
     assert violations(page, "main") == []
     assert errors == []
     page.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bros_ref.trace import BEHIND, NO_BLOCKS, PHASES, REASONS, BlockView, Trace
 from bros_ref.trace.metrics import request_timings, summarise
 from bros_ref.viz.figures import charts, kv_blocks, timeline
-from bros_ref.viz.figures.style import BLOCK_LOOKS, PHASE_LOOKS, REASON_LABELS, policy_look, svg_pattern
+from bros_ref.viz.figures.style import BLOCK_LOOKS, PHASE_MARKS, REASON_LABELS, policy_look, request_fill, svg_pattern
 from tests.viz.factory import TARGETS, make_trace
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -59,7 +59,8 @@ def test_trade_off_points_are_the_summaries(pair: list[Trace], copies: int) -> N
 
 
 def summary_of(latency: float | None, throughput: float) -> dict:
-    return {"classes": {"rt": {"normalized_latency_ms_per_token": latency}, "be": {"output_throughput": throughput}}}
+    classes = {"rt": {"normalized_latency_ms_per_token": latency}, "be": {"output_throughput": throughput}}
+    return {"policy": "bros-plus", "classes": classes}
 
 
 def test_the_frontier_of_slowdown_is_relative_to_the_floor_and_to_the_run_without_it() -> None:
@@ -108,18 +109,20 @@ def test_the_schedule_shows_every_span_of_its_rows(pair: list[Trace]) -> None:
         assert set(rows) == set(trace.requests) - set(trace.rejected)
         assert [trace.requests[row].request_class for row in rows] == ["rt"] * 10 + ["be"] * 14
         figure = timeline.schedule(trace, 100)
-        bars = {look.label: bar for look in PHASE_LOOKS.values() for bar in figure.data if bar.name == look.label}
+        bars = {bar.name: list(zip(bar.y, bar.base, bar.x, strict=True)) for bar in figure.data if bar.type == "bar"}
         spans = trace.phases()
         for phase in PHASES:
-            expected = [(row, span.start_s, span.end_s - span.start_s) for row in rows for span in spans[row]
-                        if span.phase == phase]
-            bar = bars[PHASE_LOOKS[phase].label]
-            assert list(zip(bar.y or (), bar.base or (), bar.x or (), strict=True)) == expected
+            for kind in ("rt", "be"):
+                expected = [(row, span.start_s, span.end_s - span.start_s) for row in rows for span in spans[row]
+                            if span.phase == phase and row.startswith(kind)]
+                assert bars.pop(f"{kind.upper()} {phase}", []) == expected
+        assert not bars
         marks = {mark.name: len(mark.x) for mark in figure.data if mark.type == "scatter"}
         timings = [timing for row, timing in request_timings(trace).items() if row.startswith("rt")]
         in_time = sum(timing.ttft_s is not None and timing.ttft_s <= TARGETS.ttft_s for timing in timings)
-        assert marks == {"first token in time": in_time,
-                         "first token late": sum(bool(timing.token_times_s) for timing in timings) - in_time}
+        late = sum(bool(timing.token_times_s) for timing in timings) - in_time
+        assert marks == {name: count for name, count in (("first token in time", in_time), ("first token late", late))
+                         if count}
 
 
 @given(limit=st.integers(1, 40))
@@ -136,7 +139,8 @@ TRACE = make_trace()
 
 
 def test_colour_is_never_alone() -> None:
-    assert len({look.pattern for look in PHASE_LOOKS.values()}) == len(PHASES)
+    assert len(set(PHASE_MARKS.values())) == len(PHASES)
+    assert len({request_fill(place) for place in range(56)}) == 56
     assert len({look.pattern for look in BLOCK_LOOKS.values()}) == len(BLOCK_LOOKS)
     looks = [policy_look(place) for place in range(9)]
     assert len({look.dash for look in looks}) == len({look.marker for look in looks}) == 9
@@ -156,7 +160,8 @@ def test_the_stack_adds_up_to_the_pool(pair: list[Trace], monkeypatch: pytest.Mo
     for trace in pair:
         figure = kv_blocks.pool_over_time(trace)
         layers = {layer.name: layer.y for layer in figure.data}
-        states = np.array([layers[look.label] for look in BLOCK_LOOKS.values()])
+        none = np.zeros_like(figure.data[0].y)
+        states = np.array([layers.get(look.label, none) for look in BLOCK_LOOKS.values()])
         assert states.shape[1] == len(figure.data[0].x) <= max_points
         assert (states.sum(axis=0) == trace.num_blocks).all()
         chosen = [trace.steps.index(step) for step in trace.steps if step.start_s in set(figure.data[0].x)]

@@ -41,7 +41,7 @@ def test_what_the_page_says_of_a_step_is_what_the_trace_says():
             del step.left_out[list(step.left_out)[-2]]
     player = SchedulePlayer(trace, max_requests=16)
     spans, last_reason = phase_steps(trace), len(REASONS) - 1
-    data = player.data()
+    [data] = player.data()["runs"]
     seen = set()
     for index, moment in enumerate(data["moments"]):
         for place, request_id in enumerate(player.request_ids):
@@ -128,7 +128,7 @@ def test_the_page_is_one_piece():
     player = SchedulePlayer(trace)
     page = player.to_html()
     [packed] = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
-    assert json.loads(packed)["num_blocks"] == trace.num_blocks
+    assert json.loads(packed)["runs"][0]["num_blocks"] == trace.num_blocks
     assert page.count("<script") == page.count("</script>") == 2
     assert "http" not in page.replace("http://www.w3.org", "")
     bundle = player._repr_mimebundle_()
@@ -141,3 +141,27 @@ def test_nothing_to_play_is_refused():
         SchedulePlayer(Trace("bros", "toy", "cpu", 8, 16, 64, 0))
     with pytest.raises(ValueError, match="max_requests=0"):
         SchedulePlayer(make_trace(), max_requests=0)
+    with pytest.raises(ValueError, match="at least one trace"):
+        SchedulePlayer([])
+
+
+def test_runs_of_one_workload_share_a_page():
+    runs = [make_trace(policy, seed=2) for policy in ("bros", "vllm")]
+    player = SchedulePlayer(runs)
+    data = player.data()["runs"]
+    assert [run["policy"] for run in data] == ["bros", "vllm"]
+    for run, trace in zip(data, runs, strict=True):
+        assert [run["owners"][row["request"]] for row in run["rows"]] == player.request_ids
+        assert len(run["moments"]) == len(trace.steps)
+    assert re.findall("<option value=.*?>(.*?)</option>", player.to_html().split("data-policy")[1]) == ["bros", "vllm"]
+    assert "data-policy" not in SchedulePlayer(runs[0]).to_html().split("<script")[0]
+    assert repr(player).endswith("policies bros, vllm")
+
+
+def test_runs_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="got runs under bros, bros"):
+        SchedulePlayer([make_trace("bros"), make_trace("bros")])
+    other = make_trace("vllm")
+    other.requests["rt-0"].request_class = "be"
+    with pytest.raises(ValueError, match="a request in two classes"):
+        SchedulePlayer([make_trace("bros"), other])

@@ -115,6 +115,14 @@ def test_what_could_not_work_is_refused_before_anything_is_asked(choices, before
     assert log == []
 
 
+def test_no_limit_is_a_value_like_any_other():
+    limit = Choice("x", "at most", (None, 1.5), "times")
+    assert [limit.shown(i) for i in (0, 1)] == ["none", "1.5 times"]
+    made = WhatIf((*CHOICES, limit), asked([]), [{"rate": 10, "policy": "bros", "x": None}])
+    assert made.question("2 1 0")["x"] is None
+    assert 'data-shown="none|1.5 times" aria-valuetext="none"' in made.to_html()
+
+
 def test_a_choice_without_values_is_refused():
     with pytest.raises(ValueError, match="no values"):
         Choice("rate", "rate", ())

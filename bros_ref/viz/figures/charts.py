@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from bros_ref.config import cdiv
 from bros_ref.trace import BEHIND, REASONS, Trace
 from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.style import (
+    ALARM_COLOUR,
     CLASS_LABELS,
     INK,
     LOG_TICKS,
-    LOST_COLOUR,
     MUTED,
     REASON_LABELS,
+    TOOLBAR_PX,
     dress,
     policy_look,
 )
@@ -53,13 +55,12 @@ def latency_ecdf(traces: Sequence[Trace]) -> go.Figure:
         targets = {getattr(record, metric.replace("_s", "_slo_s")) for trace in traces
                    for record in trace.requests.values() if record.request_class == name}
         for target in sorted(targets - {None}):
-            figure.add_vline(target, line={"color": LOST_COLOUR, "dash": "dash", "width": 1.5}, row=row, col=col)
+            figure.add_vline(target, line={"color": ALARM_COLOUR, "dash": "dash", "width": 1.5}, row=row, col=col)
             figure.add_annotation(text=f"SLO {target:g} s", x=np.log10(target), y=0.04, xanchor="left", showarrow=False,
-                                  font={"color": LOST_COLOUR, "size": 12}, row=row, col=col)  # log axis: x in decades
+                                  font={"color": ALARM_COLOUR, "size": 12}, row=row, col=col)  # log axis: x in decades
         figure.update_xaxes(type="log", title_text="seconds", tickvals=LOG_TICKS, row=row, col=col)
-        figure.update_yaxes(range=[0, 1.04], tickformat=".0%", row=row, col=col)
-    dress(figure, 660)
-    return figure.update_layout(margin_t=76)
+        figure.update_yaxes(range=[0, 1.04], tickformat=".0%", title_text="share of requests", row=row, col=col)
+    return dress(figure, 660)
 
 
 def _add_ecdf(figure: go.Figure, policy: str, place: int, samples: list[float], num_arrived: int, cell: int) -> None:
@@ -99,14 +100,15 @@ def trade_off(summaries: Sequence[dict[str, Any]]) -> go.Figure:
     figure.update_xaxes(title_text="best-effort output, tokens/s", range=[0, 1.2 * highest or 1.0])
     figure.update_yaxes(title_text="real-time on time", range=[-0.06, 1.1], tickformat=".0%",
                         tickvals=[0, 0.25, 0.5, 0.75, 1])
-    dress(figure, 370 if labelled else 440)
-    return figure.update_layout(margin_t=28 if labelled else 96)
+    dress(figure, 392 if labelled else 460)
+    return figure.update_layout(margin_t=TOOLBAR_PX + (24 if labelled else 90))
 
 
 def slowdown_frontier(floor: dict[str, Any], unbounded: dict[str, Any],
                       bounded: Mapping[float, dict[str, Any]]) -> go.Figure:
     """What `rt_slowdown` costs and gives: RT latency per token as a multiple of the floor's, against BE tokens/s as a
-    share of the run without the knob. A dotted line stands at each x, the latency that it allows.
+    share of the run without the knob. A dotted line stands at each x, the latency that it allows. The title names the
+    policy.
 
     Args:
         floor: summary of `rt-only` on the same arrivals.
@@ -133,8 +135,8 @@ def slowdown_frontier(floor: dict[str, Any], unbounded: dict[str, Any],
                        hovertemplate="%{text}: RT latency %{x:.2f} times the floor, %{y:.0%} of BE<extra></extra>")
     figure.update_xaxes(title_text="RT latency per token, as a multiple of rt-only's", rangemode="normal")
     figure.update_yaxes(title_text="BE tokens/s, of those without the knob", range=[0, 1.1], tickformat=".0%")
-    dress(figure, 400)
-    return figure.update_layout(margin_t=28, showlegend=False)
+    dress(figure, 430, f"rt_slowdown under {escape(unbounded['policy'])}")
+    return figure.update_layout(margin_t=TOOLBAR_PX + 24, showlegend=False)
 
 
 def reasons(traces: Sequence[Trace]) -> go.Figure:
@@ -153,8 +155,8 @@ def reasons(traces: Sequence[Trace]) -> go.Figure:
                                                       "fgcolor": "#ffffff", "size": 6}},
             hovertemplate=f"{trace.policy}: %{{x:,}} times %{{y}}<extra></extra>")
     figure.update_xaxes(title_text="times a request was left out of a step", rangemode="tozero")
-    figure.update_yaxes(autorange="reversed")
-    dress(figure, 150 + max(1, len(given)) * (22 + 20 * len(traces)))
+    figure.update_yaxes(autorange="reversed", title_text="reason")
+    dress(figure, 176 + max(1, len(given)) * (22 + 20 * len(traces)))
     return figure.update_layout(bargap=0.3, margin_l=150, margin_r=60)
 
 

@@ -7,30 +7,31 @@ request runs in exactly those steps whose records schedule it.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from html import escape
 
-from bros_ref.trace import BEHIND, DECODE, PENDING, PREFILL, RESTORING, WAITING, Trace
+from bros_ref.trace import BEHIND, RESTORING, Trace
 from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.kv_blocks import MAX_SCALE
 from bros_ref.viz.figures.style import (
+    ALARM_COLOUR,
+    CLASS_LABELS,
     FONT,
     INK,
-    LOST_COLOUR,
     MUTED,
-    PHASE_LOOKS,
+    PHASE_LABELS,
     REASON_LABELS,
-    Fill,
     on_paper,
+    phase_fill,
     svg_pattern,
 )
 
-MARK_COLOURS = {WAITING: "#7b8796", PREFILL: "#ffffff", DECODE: "", PENDING: "#a8701a", RESTORING: "#ffffff"}
-PHASE_FILLS = {phase: Fill(look.colour, look.pattern, MARK_COLOURS[phase]) for phase, look in PHASE_LOOKS.items()}
-PHASE_LABELS = {phase: look.label for phase, look in PHASE_LOOKS.items()}
+PHASE_FILLS = {f"{kind}-{phase}": phase_fill(kind, phase) for kind in CLASS_LABELS for phase in PHASE_LABELS}
 CLASS_MARKS = {"rt": "◆ RT", "be": "■ BE"}
 ROW_H, LABEL_W, CHART_W, HEAD_H = 18, 110, 470, 22  # pixels, in the page and in the still
-MIN_CELL_W, MAX_CELL_W, SAID_W, KEY_W = 5, 24, 250, 164
+MIN_CELL_W, MAX_CELL_W, SAID_W, KEY_W, KEY_SAMPLE_W = 5, 24, 250, 164, 26
+CHART_X, MIN_TICK_W = LABEL_W + 38, 40  # where the chart begins in the still; the least distance between ticks
+MARK_LABELS = {"due": "first token due", "in time": "first token in time", "late": "first token late"}
 
 
 def phase_steps(trace: Trace) -> dict[str, list[tuple[str, int, int]]]:
@@ -69,39 +70,58 @@ def shown_steps(num_steps: int, step_index: int) -> tuple[int, int, float]:
 def gantt_svg(trace: Trace, request_ids: Sequence[str], step_index: int) -> str:
     """The schedule around one step as an SVG element; at the right, what each request does in it, or why not."""
     first, end, cell = shown_steps(len(trace.steps), step_index)
-    spans, timings = phase_steps(trace), request_timings(trace)
-    chart_x, height = LABEL_W + 8, HEAD_H + len(request_ids) * ROW_H
-    parts = []
+    spans, height = phase_steps(trace), HEAD_H + len(request_ids) * ROW_H
+    parts, seen = [], set[str]()
     for place, request_id in enumerate(request_ids):
         y, record = HEAD_H + place * ROW_H, trace.requests[request_id]
         parts.append(f'<text x="0" y="{y + 13}">{escape(f"{CLASS_MARKS[record.request_class]} {request_id}")}</text>')
         for phase, start, stop in spans[request_id]:
-            start, stop = max(first, start), min(end, stop)
+            start, stop, kind = max(first, start), min(end, stop), f"{record.request_class}-{phase}"
             if start < stop:
-                parts.append(f'<rect x="{chart_x + (start - first) * cell:.1f}" y="{y + 3}" width="'
-                             f'{(stop - start) * cell:.1f}" height="{ROW_H - 6}" fill="url(#gantt-{phase})"><title>'
+                seen.add(kind)
+                parts.append(f'<rect x="{CHART_X + (start - first) * cell:.1f}" y="{y + 3}" width="'
+                             f'{(stop - start) * cell:.1f}" height="{ROW_H - 6}" fill="url(#gantt-{kind})"><title>'
                              f"{escape(request_id)}: {PHASE_LABELS[phase]}</title></rect>")
-        if record.ttft_slo_s is not None:
-            at = step_position(trace, record.arrival_s + record.ttft_slo_s)
-            token_times = timings[request_id].token_times_s
-            came = step_position(trace, token_times[0]) if token_times else None
-            parts += [_mark(chart_x + (at - first) * cell, y, "due")] if first <= at <= end else []
-            if came is not None and first <= came <= end:
-                in_time = token_times[0] <= record.arrival_s + record.ttft_slo_s
-                parts.append(_mark(chart_x + (came - first) * cell, y, "in time" if in_time else "late"))
         said = escape(what_it_does(trace, spans, step_index, request_id))
-        parts.append(f'<text x="{chart_x + CHART_W + 8}" y="{y + 13}">{said}</text>')
-    at_x = chart_x + (step_index - first) * cell
-    patterns = "".join(svg_pattern(f"gantt-{phase}", fill) for phase, fill in PHASE_FILLS.items())
-    title = f"schedule of {len(request_ids)} requests around step {step_index + 1}"
-    width = chart_x + CHART_W + SAID_W
+        parts.append(f'<text x="{CHART_X + CHART_W + 8}" y="{y + 13}">{said}</text>')
+    for kind, at, place in first_token_marks(trace, request_ids):
+        if first <= at <= end:
+            seen.add(kind)
+            parts.append(_mark(CHART_X + (at - first) * cell, HEAD_H + place * ROW_H, kind))
+    at_x = CHART_X + (step_index - first) * cell
+    patterns = "".join(svg_pattern(f"gantt-{kind}", fill) for kind, fill in PHASE_FILLS.items() if kind in seen)
+    title = f"{trace.policy}: schedule of {len(request_ids)} requests around step {step_index + 1}"
+    width = CHART_X + CHART_W + SAID_W
     svg = (f'<svg class="gantt" viewBox="0 0 {width} {height + 44}" style="max-width:{MAX_SCALE * width:.0f}px" '
-           f'role="img" aria-label="{title}" xmlns="http://www.w3.org/2000/svg"><defs>'
+           f'role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg"><defs>'
            f"{patterns}</defs><style>.gantt text{{font:12px {FONT};fill:{INK}}}.gantt .axis{{fill:{MUTED};"
-           f'font-size:11px}}</style><text class="axis" x="{at_x + cell / 2:.1f}" y="14" text-anchor="middle">step '
-           f'{step_index + 1}</text>{"".join(parts)}<rect x="{at_x:.1f}" y="{HEAD_H - 2}" width="{cell:.1f}" height="'
-           f'{height - HEAD_H + 1}" fill="none" stroke="{INK}" stroke-width="1.5"/>{_legend(height + 10)}</svg>')
+           f'font-size:11px}}</style><text x="0" y="14" font-weight="600">{escape(trace.policy)}</text>'
+           f'<text class="axis" x="{CHART_X - 6}" y="14" text-anchor="end">step</text>{_ticks(first, end, cell)}'
+           f'<text x="{CHART_X + CHART_W + 8}" y="14" font-weight="600">in step {step_index + 1}</text>'
+           f'{"".join(parts)}<rect x="{at_x:.1f}" y="{HEAD_H - 2}" width="{cell:.1f}" height="'
+           f'{height - HEAD_H + 1}" fill="none" stroke="{INK}" stroke-width="1.5"/>{_legend(height + 10, seen)}</svg>')
     return on_paper(svg)
+
+
+def first_token_marks(trace: Trace, request_ids: Sequence[str]) -> Iterator[tuple[str, float, int]]:
+    """(kind, position on the axis of iterations, row): when each first token was "due", and when it came, "in time" or
+    "late"; of requests that have a target."""
+    timings = request_timings(trace)
+    for row, request_id in enumerate(request_ids):
+        record, token_times = trace.requests[request_id], timings[request_id].token_times_s
+        if record.ttft_slo_s is None:
+            continue
+        due_s = record.arrival_s + record.ttft_slo_s
+        yield "due", step_position(trace, due_s), row
+        if token_times:
+            yield "in time" if token_times[0] <= due_s else "late", step_position(trace, token_times[0]), row
+
+
+def _ticks(first: int, end: int, cell: float) -> str:
+    """Step numbers, counted from 1, where there is room."""
+    every = next((every for every in (1, 2, 5, 10, 20, 50, 100) if every * cell >= MIN_TICK_W), 200)
+    return "".join(f'<text class="axis" x="{CHART_X + (step - first - 0.5) * cell:.1f}" y="14" text-anchor="middle">'
+                   f"{step}</text>" for step in range(-(-(first + 1) // every) * every, end + 1, every))
 
 
 def what_it_does(trace: Trace, spans: dict[str, list[tuple[str, int, int]]], step_index: int, request_id: str) -> str:
@@ -134,23 +154,28 @@ def stands_behind(trace: Trace, step_index: int, request_id: str) -> str | None:
 def _mark(x: float, y: float, kind: str) -> str:
     """When the first token was due, and when it came."""
     if kind == "due":
-        return f'<path d="M{x - 5:.1f} {y + 1}h10l-5 9z" fill="{LOST_COLOUR}" stroke="#fff"><title>due</title></path>'
+        return f'<path d="M{x - 5:.1f} {y + 1}h10l-5 9z" fill="{ALARM_COLOUR}" stroke="#fff"><title>due</title></path>'
     if kind == "late":
-        return (f'<path d="M{x - 4:.1f} {y + 5}l8 8m0 -8l-8 8" stroke="{LOST_COLOUR}" stroke-width="2.5"><title>first '
+        return (f'<path d="M{x - 4:.1f} {y + 5}l8 8m0 -8l-8 8" stroke="{ALARM_COLOUR}" stroke-width="2.5"><title>first '
                 "token late</title></path>")
     return (f'<circle cx="{x:.1f}" cy="{y + 9}" r="3.5" fill="#fff" stroke="{INK}"><title>first token in time</title>'
             "</circle>")
 
 
-def _legend(y: float) -> str:
-    """Two rows: phases, then marks."""
-    parts = []
-    for place, (phase, label) in enumerate(PHASE_LABELS.items()):
-        x = place * KEY_W
-        parts.append(f'<rect x="{x}" y="{y}" width="26" height="12" fill="url(#gantt-{phase})"/>'
-                     f'<text x="{x + 31}" y="{y + 10}">{label}</text>')
-    for place, (kind, label) in enumerate({"due": "first token due", "in time": "first token in time",
-                                           "late": "first token late"}.items()):
+def _legend(y: float, seen: Collection[str]) -> str:
+    """Two rows, of what is drawn: phases, each sample in the colours of the classes that have it; then marks."""
+    parts, place = [], 0
+    for phase, label in PHASE_LABELS.items():
+        kinds = [kind for kind in (f"{name}-{phase}" for name in CLASS_LABELS) if kind in seen]
+        for half, kind in enumerate(kinds):
+            wide = KEY_SAMPLE_W / len(kinds)
+            parts.append(f'<rect x="{place * KEY_W + half * wide:g}" y="{y}" width="{wide:g}" height="12" '
+                         f'fill="url(#gantt-{kind})"/>')
+        if kinds:
+            parts.append(f'<text x="{place * KEY_W + KEY_SAMPLE_W + 5}" y="{y + 10}">{label}</text>')
+            place += 1
+    marks = {kind: label for kind, label in MARK_LABELS.items() if kind in seen}
+    for place, (kind, label) in enumerate(marks.items()):
         x = place * KEY_W
         parts.append(f'{_mark(x + 8, y + 16, kind)}<text x="{x + 20}" y="{y + 29}">{label}</text>')
     return "".join(parts)

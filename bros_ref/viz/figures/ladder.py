@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from bros_ref.viz.figures.style import BE_COLOUR, FONT, INK, MUTED, RT_COLOUR, Fill, on_paper, svg_pattern
+from bros_ref.viz.figures.style import FONT, GRID, INK, MUTED, PLAIN_COLOUR, Fill, on_paper, svg_pattern
 
 NAME_W, PANEL_W, NUMBER_W, ROW_H, TOP = 360, 250, 70, 26, 44  # SVG units
 
@@ -29,9 +29,9 @@ class Panel:
 
 
 PANELS = (Panel("sectors_over_minimum", "sectors loaded / minimum", "logarithmic; 1: every byte of K and V once",
-                Fill(RT_COLOUR), logarithmic=True),
+                Fill(PLAIN_COLOUR), logarithmic=True),
           Panel("warp_instructions_per_kib", "warp instructions per KiB", "of K and V, executed",
-                Fill(BE_COLOUR, "/", "#8a5200")))
+                Fill(PLAIN_COLOUR, "/", GRID)))
 
 
 def ladder_svg(rows: Sequence[Mapping[str, Any]]) -> str:

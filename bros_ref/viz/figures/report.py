@@ -227,7 +227,7 @@ def _schedules(traces: Sequence[Trace]) -> str:
         num_rows = len(timeline.shown_requests(trace, MAX_ROWS))
         figures.append(page.chart(
             f"chart-schedule-{place}", timeline.schedule(trace, MAX_ROWS, end_s), f"Schedule under {trace.policy}",
-            "Look at the grey bars before the first token of each real-time row, and at who gives way to whom; "
+            "Look at the dotted bars before the first token of each real-time row, and at who gives way to whom; "
             f"{num_rows} of {len(trace.requests)} requests are shown."))
     return page.section("schedule", "Who ran when", "One row for each request, from its arrival to its last token. All "
                         "charts here have the same time axis.", *figures)

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from bros_ref.files import write_text
 from bros_ref.viz.figures import page
 from bros_ref.viz.figures.page import Cell
-from bros_ref.viz.figures.style import INK, POLICY_COLOURS, dress, policy_look
+from bros_ref.viz.figures.style import INK, PLAIN_COLOUR, dress, policy_look
 
 Row = dict[str, Any]
 METRICS = {"rt.normalized_latency_ms_per_token": "RT latency, ms/token", "rt.ttft_attainment": "TTFT attainment",
@@ -214,7 +214,7 @@ def _bounds_table(bounds: dict[str, Any]) -> str:
 def gap_histogram(gaps: Row) -> go.Figure:
     """Histogram of the share of its optimum that each iteration reached."""
     edges = [f"{tenth / 10:.0%} to {(tenth + 1) / 10:.0%}" for tenth in range(10)]
-    figure = go.Figure(go.Bar(x=edges, y=gaps["histogram"], marker={"color": POLICY_COLOURS[1]},
+    figure = go.Figure(go.Bar(x=edges, y=gaps["histogram"], marker={"color": PLAIN_COLOUR},
                               hovertemplate="%{x}: %{y:,} iterations<extra></extra>"))
     figure.update_xaxes(title_text="greedy / optimal BE tokens of an iteration")
     figure.update_yaxes(title_text="iterations")

@@ -1,11 +1,14 @@
 """One look for all figures: the name of each thing, its colour, and the pattern that tells it apart without colour.
 
-Colours are chosen to differ in lightness too, for readers who see fewer hues and for paper. Invariant: what a
-figure shows by colour it also shows by pattern, dash, marker or label.
+A colour means one thing: blue is real-time, orange is best-effort, purple is both, red is late or wrong. A pattern says
+what a request does, or what a slot holds. Where all requests are of one class, each request has its own colour instead.
+Colours differ in lightness too, for readers who see fewer hues and for paper. Invariant: what a figure shows by colour
+it also shows by pattern, dash, marker or label.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
@@ -24,8 +27,11 @@ from bros_ref.trace import (
 )
 
 INK, MUTED, GRID, PAPER = "#18212f", "#5a6675", "#e4e8ee", "#ffffff"
-RT_COLOUR, BE_COLOUR, SHARED_COLOUR, LOST_COLOUR, EMPTY_COLOUR = "#1f5fbf", "#f0a432", "#7b4bb3", "#c4302b", "#eef1f6"
-RESTORED_COLOUR, MOVED_COLOUR = "#bfe3d3", "#dccbf0"
+RT_COLOUR, BE_COLOUR, SHARED_COLOUR, EMPTY_COLOUR = "#1f5fbf", "#f0a432", "#7b4bb3", "#eef1f6"
+ALARM_COLOUR = "#c4302b"  # a deadline and what comes after it; what is wrong, or done twice
+PLAIN_COLOUR = "#41506a"  # where there is one kind of thing, and no class
+PALE_COLOURS = {"rt": "#dbe7f8", "be": "#fdebcd"}  # of a class: the ground of what holds still
+DARK_COLOURS = {"rt": "#143f86", "be": "#8a5200"}  # of a class: marks on its ground
 LOG_TICKS = [base * 10.0**power for power in range(-4, 5) for base in (1, 2, 5)]  # for logarithmic axes
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -62,6 +68,13 @@ def on_paper(svg: str) -> str:
     return head.replace('style="', f'style="background:{PAPER};', 1) + ">" + rest
 
 
+def round_values(low: float, high: float, most: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten in [low, high], at most about `most` of them: ticks of an axis."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(base * power for base in (1, 2, 5, 10) if base * power >= (high - low) / most)
+    return [round(i * step, 9) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
 def svg_pattern(name: str, fill: Fill) -> str:
     """A <pattern> for `fill="url(#name)"`."""
     marks = ""
@@ -74,13 +87,34 @@ def svg_pattern(name: str, fill: Fill) -> str:
 
 CLASS_LABELS = {"rt": "real-time", "be": "best-effort"}
 
-PHASE_LOOKS = {
-    WAITING: Look("waiting, holds no KV", "#d5dbe4", "."),
-    PREFILL: Look("prefill or recompute", "#143f86", "/"),
-    DECODE: Look("decode", "#6ea4ee"),
-    PENDING: Look("pending, keeps its KV", "#f7d9a3", "x"),
-    RESTORING: Look("runs and restores KV", LOST_COLOUR, "\\"),
-}
+CLASS_COLOURS = {"rt": RT_COLOUR, "be": BE_COLOUR}
+
+PHASE_LABELS = {WAITING: "waiting, holds no KV", PREFILL: "prefill or recompute", DECODE: "decode",
+                PENDING: "pending, keeps its KV", RESTORING: "runs and restores KV"}
+PHASE_MARKS = {WAITING: ".", PREFILL: "/", DECODE: "", PENDING: "-", RESTORING: "+"}
+
+
+def phase_fill(request_class: str, phase: str) -> Fill:
+    """How a request of a class ("rt" or "be") is drawn in a phase: the class is the colour, the phase the pattern.
+    Phases in which it does not run have a pale ground."""
+    if phase in (WAITING, PENDING):
+        return Fill(PALE_COLOURS[request_class], PHASE_MARKS[phase], DARK_COLOURS[request_class])
+    mark_colour = PAPER if request_class == "rt" else DARK_COLOURS["be"]
+    return Fill(CLASS_COLOURS[request_class], PHASE_MARKS[phase], mark_colour)
+
+
+# Grounds and marks of single requests; 8 and 7 have no common divisor, so 56 requests look different.
+REQUEST_GROUNDS = (("#cfe0f7", "#1f5fbf"), ("#fbdcae", "#8a5200"), ("#cdeccf", "#22702b"), ("#f3cfe4", "#9c2f78"),
+                   ("#e0d4f5", "#5b2d91"), ("#f6d0c8", "#a03a22"), ("#c9ecec", "#0f6b6b"), ("#ebe6b5", "#6b6212"))
+REQUEST_MARKS = ("", "/", ".", "\\", "-", "|", "+")
+NUM_REQUEST_FILLS = len(REQUEST_GROUNDS) * len(REQUEST_MARKS)
+
+
+def request_fill(place: int) -> Fill:
+    """How the request at `place` is drawn where all requests are of one class; fills repeat after 56."""
+    ground, mark_colour = REQUEST_GROUNDS[place % len(REQUEST_GROUNDS)]
+    return Fill(ground, REQUEST_MARKS[place % len(REQUEST_MARKS)], mark_colour)
+
 
 # In stacking order, from the bottom.
 BLOCK_LOOKS = {
@@ -98,8 +132,8 @@ REASON_LABELS = {
     BEHIND: "behind one of these",
 }
 
-# One for each policy of a comparison, by its place in it.
-POLICY_COLOURS = ("#5a6675", "#1f5fbf", "#d9822b", "#2c8c6b", "#9c3fa3", "#c4302b", "#8a6d1d", "#23a2b5", "#444c9c")
+# One for each policy of a comparison, by its place in it. None is the colour of a class.
+POLICY_COLOURS = ("#5a6675", "#0b7a75", "#a8326f", "#4c8c2b", "#7a4f2a", "#18212f", "#8a7d12", "#1b8fa1", "#c2589c")
 POLICY_DASHES = ("dot", "solid", "dash", "dashdot", "longdash", "longdashdot", "6px,3px", "2px,4px", "12px,3px")
 POLICY_MARKERS = ("circle", "diamond", "square", "triangle-up", "x", "star", "triangle-down", "pentagon", "cross")
 POLICY_PATTERNS = ("", "/", "x", "\\", ".", "-", "+", "|", "")
@@ -121,14 +155,27 @@ def policy_look(place: int) -> PolicyLook:
     return PolicyLook(POLICY_COLOURS[i], POLICY_DASHES[i], POLICY_MARKERS[i], POLICY_PATTERNS[i])
 
 
-def dress(figure: go.Figure, height_px: int) -> go.Figure:
-    """Gives a figure the common fonts, grid, margins and a legend above it. Returns the same figure."""
+TOOLBAR_PX = 26  # the strip above the legend: the title at its left, plotly's toolbar at its right
+
+
+def dress(figure: go.Figure, height_px: int, title: str = "") -> go.Figure:
+    """Gives a figure the common fonts, grid, margins, a title, and a legend below plotly's toolbar. Returns the same
+    figure.
+
+    Args:
+        title: names what the plot is of; the policy, where it shows one.
+    """
+    top = 1 - TOOLBAR_PX / height_px
     figure.update_layout(
         height=height_px, autosize=True, paper_bgcolor=PAPER, plot_bgcolor=PAPER, template="none",
-        font={"family": FONT, "size": 13, "color": INK}, margin={"l": 64, "r": 20, "t": 56, "b": 52},
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "top", "yref": "container",
+        font={"family": FONT, "size": 13, "color": INK}, margin={"l": 64, "r": 20, "t": TOOLBAR_PX + 50, "b": 52},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": top, "yanchor": "top", "yref": "container",
                 "font": {"size": 12.5}, "itemsizing": "trace"},
+        modebar={"remove": ["select2d", "lasso2d", "autoScale2d"], "color": MUTED, "activecolor": INK},
         hoverlabel={"font": {"family": FONT, "size": 12}}, barcornerradius=2)
+    if title:
+        figure.update_layout(title={"text": title, "x": 0, "xref": "paper", "xanchor": "left", "y": 1 - 6 / height_px,
+                                    "yref": "container", "yanchor": "top", "font": {"size": 14}})
     figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor="#b8c0cc", ticks="outside", tickcolor="#b8c0cc",
                         ticklen=4, title_standoff=10, automargin=True)
     figure.update_yaxes(gridcolor=GRID, zeroline=False, linecolor="#b8c0cc", title_standoff=10, automargin=True)

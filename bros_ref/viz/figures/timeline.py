@@ -1,4 +1,4 @@
-"""The schedule: one row for each request, time to the right, its phase shown by colour and pattern.
+"""The schedule: one row for each request, time to the right; its class is shown by colour, its phase by pattern.
 
 A pure function of a trace (`Trace.phases`). Real-time rows are on top, in order of arrival, then best-effort rows.
 """
@@ -10,9 +10,17 @@ from html import escape
 
 import plotly.graph_objects as go
 
-from bros_ref.trace import PENDING, PHASES, WAITING, Trace
+from bros_ref.trace import Trace
 from bros_ref.trace.metrics import request_timings
-from bros_ref.viz.figures.style import CLASS_LABELS, INK, LOST_COLOUR, PHASE_LOOKS, dress
+from bros_ref.viz.figures.style import (
+    ALARM_COLOUR,
+    CLASS_LABELS,
+    INK,
+    PHASE_LABELS,
+    TOOLBAR_PX,
+    dress,
+    phase_fill,
+)
 
 ROW_PX = 17
 
@@ -23,30 +31,42 @@ def schedule(trace: Trace, max_requests: int = 40, end_s: float | None = None) -
     Args:
         end_s: where the time axis ends, so that two policies can be compared by eye; None: where the last row ends.
     """
-    spans = trace.phases()
     rows = shown_requests(trace, max_requests)
+    kinds = [trace.requests[request_id].request_class for request_id in rows]
     figure = go.Figure()
-    for phase in PHASES:
-        bars = [(request_id, span) for request_id in rows for span in spans[request_id] if span.phase == phase]
-        look = PHASE_LOOKS[phase]
-        figure.add_bar(
-            y=[escape(request_id) for request_id, _ in bars], base=[span.start_s for _, span in bars],
-            x=[span.end_s - span.start_s for _, span in bars], orientation="h", name=look.label,
-            customdata=[(span.start_s, span.end_s, span.steps, span.tokens) for _, span in bars],
-            hovertemplate=f"%{{y}}: {look.label}<br>%{{customdata[0]:.3f}} to %{{customdata[1]:.3f}} s, "
-                          "%{customdata[2]} steps, %{customdata[3]} tokens<extra></extra>",
-            marker={"color": look.colour, "line": {"width": 0},
-                    "pattern": {"shape": look.pattern, "bgcolor": look.colour, "fgcolor": _contrast(phase), "size": 5,
-                                "solidity": 0.25}})
+    for request_class in CLASS_LABELS:
+        _add_phases(figure, trace, request_class, [row for row, kind in zip(rows, kinds, strict=True)
+                                                   if kind == request_class])
     _add_first_tokens(figure, trace, rows)
-    _mark_classes(figure, sum(trace.requests[request_id].request_class == "rt" for request_id in rows), len(rows))
+    _mark_classes(figure, kinds.count("rt"), len(rows))
     names = [escape(request_id) for request_id in rows]  # plotly reads tags in what it shows
     figure.update_yaxes(categoryorder="array", categoryarray=names, range=[len(rows) - 0.4, -0.6],
-                        showgrid=False, tickfont={"size": 11}, tickmode="array", tickvals=names)
+                        showgrid=False, tickfont={"size": 11}, tickmode="array", tickvals=names, title_text="request")
     figure.update_xaxes(title_text="seconds",
                         range=[trace.start_s, end_s if end_s is not None else shown_end_s(trace, max_requests)])
-    dress(figure, 150 + ROW_PX * max(4, len(rows)))
-    return figure.update_layout(barmode="overlay", bargap=0.22, barcornerradius=0, margin_t=64, margin_r=44)
+    dress(figure, 180 + ROW_PX * max(4, len(rows)), f"schedule under {escape(trace.policy)}")
+    return figure.update_layout(barmode="overlay", bargap=0.22, barcornerradius=0, margin_t=TOOLBAR_PX + 68,
+                                margin_r=44)
+
+
+def _add_phases(figure: go.Figure, trace: Trace, request_class: str, rows: Sequence[str]) -> None:
+    """Bars of one class, a trace for each phase that occurs."""
+    spans = trace.phases()
+    for phase, label in PHASE_LABELS.items():
+        bars = [(request_id, span) for request_id in rows for span in spans[request_id] if span.phase == phase]
+        if not bars:
+            continue
+        fill = phase_fill(request_class, phase)
+        figure.add_bar(
+            y=[escape(request_id) for request_id, _ in bars], base=[span.start_s for _, span in bars],
+            x=[span.end_s - span.start_s for _, span in bars], orientation="h",
+            name=f"{request_class.upper()} {phase}",
+            customdata=[(span.start_s, span.end_s, span.steps, span.tokens) for _, span in bars],
+            hovertemplate=f"%{{y}}: {label}<br>%{{customdata[0]:.3f}} to %{{customdata[1]:.3f}} s, "
+                          "%{customdata[2]} steps, %{customdata[3]} tokens<extra></extra>",
+            marker={"color": fill.colour, "line": {"width": 0},
+                    "pattern": {"shape": fill.mark, "bgcolor": fill.colour, "fgcolor": fill.mark_colour, "size": 5,
+                                "solidity": 0.25}})
 
 
 def shown_requests(trace: Trace, max_requests: int) -> list[str]:
@@ -86,12 +106,10 @@ def _add_first_tokens(figure: go.Figure, trace: Trace, rows: Sequence[str]) -> N
         if timing.ttft_s is not None and timing.record.ttft_slo_s is not None:
             marks[timing.ttft_s <= timing.record.ttft_slo_s].append((timing.token_times_s[0], request_id))
     for in_time, name, symbol, colour in ((True, "first token in time", "circle", "#ffffff"),
-                                          (False, "first token late", "x", LOST_COLOUR)):
+                                          (False, "first token late", "x", ALARM_COLOUR)):
+        if not marks[in_time]:
+            continue
         figure.add_scatter(x=[time_s for time_s, _ in marks[in_time]], y=[escape(row) for _, row in marks[in_time]],
                            mode="markers", name=name, hovertemplate=f"%{{y}}: {name}, %{{x:.3f}} s<extra></extra>",
                            marker={"symbol": symbol, "color": colour, "size": 8, "line": {"color": INK, "width": 1}})
 
-
-def _contrast(phase: str) -> str:
-    """Pattern lines that can be seen on the phase's fill."""
-    return {WAITING: "#7b8796", PENDING: "#a8701a"}.get(phase, "#ffffff")

@@ -58,7 +58,12 @@ function explore(root) {
       parts.push(`<rect x="${left - 2}" y="${y + s.row * cell - 2}" width="${wide + 4}" height="${cell + 4}" class="chosen"/>`);
     const end = (y, text) => `<text x="${left - 6}" y="${y}" class="row">${text}</text>`;
     parts.push(end(top - 5, 'token') + end(second - 20, 'holds token') + end(second - 5, 'slot'));
-    return parts.join('') + legend;
+    const seen = legend.filter(([kind]) => kinds.some((row) => row.includes(kind)));
+    seen.forEach(([kind, label], place) => {
+      const x = left + place % 3 * 220, y = 2 + Math.floor(place / 3) * 20;
+      parts.push(`<rect x="${x}" y="${y}" width="26" height="14" class="${kind}"/><text x="${x + 32}" y="${y + 12}">${label}</text>`);
+    });
+    return parts.join('');
   };
 
   // 4. The chosen row in a sentence: `mask_note`. Tokens come escaped, so this is markup.

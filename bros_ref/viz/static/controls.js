@@ -27,7 +27,27 @@ function controls(root, show) {
     start();
   });
   speed.addEventListener('change', () => { if (timer !== null) { clearInterval(timer); start(); } });
-  return { go, value: () => Number(slider.value) };
+  slider.style.maxWidth = 'calc(100% - 8px)'; // its margins
+  return { go, value: () => Number(slider.value), update, limit: (last) => { slider.max = last; } };
+}
+
+// Calls `lay` with the width that there is for a widget, now and whenever it changes; at most `most` pixels.
+function follow(root, most, lay) {
+  let width = 0;
+  const look = () => {
+    const now = Math.min(most, root.clientWidth || most);
+    if (now !== width) { width = now; lay(width); }
+  };
+  look();
+  new ResizeObserver(look).observe(root);
+}
+
+// Round numbers from 0 up to `top`, at most about `count` of them, for the ticks of an axis.
+function ticks(top, count) {
+  const rough = top / count, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough), found = [];
+  for (let i = 0; i * step <= top * 1.0001; i++) found.push(Number((i * step).toPrecision(6)));
+  return found;
 }
 
 // Every widget of a kind that has not been started; a page may hold many, and each carries this script.
@@ -68,11 +88,15 @@ function hatch(ctx, [colour, mark, stroke]) {
   return ctx.createPattern(tile, 'repeat');
 }
 
-// The samples of a legend, painted with the fills that the drawing uses.
+// The samples of a legend, painted with the fills that the drawing uses; "_" is a bar along the bottom.
 function paintKeys(root, looks) {
   for (const key of root.querySelectorAll('canvas[data-key]')) {
-    const look = looks[key.dataset.key], ctx = sized(key, 26, 12);
-    ctx.fillStyle = hatch(ctx, look); ctx.fillRect(0, 0, 26, 12);
+    const ctx = sized(key, 26, 12), kinds = key.dataset.key.split(' '), wide = 26 / kinds.length; // one part for each
+    kinds.forEach((kind, part) => {
+      const [colour, mark, stroke] = looks[kind], bar = mark === '_';
+      ctx.fillStyle = bar ? colour : hatch(ctx, [colour, mark, stroke]); ctx.fillRect(part * wide, 0, wide, 12);
+      if (bar) { ctx.fillStyle = stroke; ctx.fillRect(part * wide, 9, wide, 3); }
+    });
     ctx.strokeStyle = '#66717f'; ctx.lineWidth = 1; ctx.strokeRect(0.5, 0.5, 25, 11);
   }
 }

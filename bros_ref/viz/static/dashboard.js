@@ -1,13 +1,14 @@
 // Two runs at the same moment: a slider of times, two pools, and what each has achieved so far.
 each('dashboard', (root, data) => {
-  const status = root.querySelector('[role=status]'), { times_s: times, width, chart_height: high } = data;
+  const status = root.querySelector('[role=status]'), { times_s: times, chart_height: high } = data;
+  const select = root.querySelector('[data-request]'), names = [...select.options].slice(1).map((one) => one.text);
   const c = data.sides[0].pool.colours, last = times.length - 1;
 
   // 1. One side: its facts, its pool, who waits and why.
   const sides = data.sides.map((side, place) => {
     const box = root.querySelector(`[data-side="${place}"]`), waits = box.querySelector('[data-waits]');
     const fact = (kind) => box.querySelector(`[data-fact="${kind}"]`), detail = box.querySelector('[data-table]');
-    let chosen = -1, at = 0;
+    let chosen = -1, at = 0, map = null;
     side.moments = side.moments.map((moment) => Object.fromEntries(data.fields.map((field, k) => [field, moment[k]])));
     side.moments.forEach((moment, i) => { moment.left_out ??= side.moments[i - 1].left_out; }); // said where it changes
     const split = (requests) => [requests.filter((one) => side.is_rt[one]), requests.filter((one) => !side.is_rt[one])];
@@ -32,41 +33,61 @@ each('dashboard', (root, data) => {
       map.draw(moment, chosen);
       detail.textContent = chosen < 0 ? '' : map.said(chosen);
     };
-    const map = poolMap(box.querySelector('canvas[data-pool]'), side.pool, width, (request) => { chosen = request; show(at); });
-    return { show };
+    const choose = (name) => { chosen = side.pool.owners.indexOf(name); show(at); };
+    const lay = (width) => {
+      map = poolMap(box.querySelector('canvas[data-pool]'), side.pool, width, (request) => chooseName(side.pool.owners[request]));
+    };
+    return { show, choose, lay };
   });
 
-  // 2. The curves: A dashed, B solid; up to the moment in ink, beyond it pale. Each ends where its run ends.
+  // A request is chosen in both runs: in the list, by keyboard, or by a click on one of its slots.
+  const chooseName = (name) => {
+    select.value = name === undefined ? -1 : names.indexOf(name);
+    for (const side of sides) side.choose(name);
+    root.dataset.chosen = name ?? '';
+  };
+  select.addEventListener('change', () => chooseName(names[Number(select.value)]));
+
+  // 2. The curves: A dashed, B solid; up to the moment in their colour, beyond it pale. Each ends where its run ends.
   const charts = [...root.querySelectorAll('canvas[data-chart]')].map((canvas) => {
-    const kind = canvas.dataset.chart, ctx = sized(canvas, width, high), left = 44, low = high - 20;
+    const kind = canvas.dataset.chart, PAD = 12, left = 44, low = high - 32;
+    let ctx = null, width = 0;
     const top = Math.max(1, ...data.sides.flatMap((side) => side.moments.map((moment) => moment[kind])));
-    const x = (moment) => left + moment / last * (width - left - 6), y = (value) => low - value / top * (low - 22);
+    const x = (moment) => left + moment / last * (width - left - PAD), y = (value) => low - value / top * (low - 22);
+    const dash = (place) => ctx.setLineDash(place === 0 ? [6, 3] : []);
     const line = (side, place, from, to, colour) => {
       const over = times.findIndex((time) => time >= side.end_s), end = over < 0 ? to : Math.min(to, over);
-      ctx.strokeStyle = colour; ctx.lineWidth = 2; ctx.setLineDash(place === 0 ? [6, 3] : []); ctx.beginPath();
+      ctx.strokeStyle = colour; ctx.lineWidth = 2; dash(place); ctx.beginPath();
       for (let i = from; i <= end; i++) ctx.lineTo(x(i), y(side.moments[i][kind]));
       ctx.stroke();
+    };
+    const axes = () => {
+      ctx.setLineDash([]); ctx.fillStyle = c.ink; ctx.font = '11px system-ui, sans-serif';
+      ctx.textAlign = 'right';
+      for (const value of ticks(top, 4)) ctx.fillText(value.toLocaleString('en'), left - 4, y(value) + 4);
+      ctx.textAlign = 'center';
+      for (const value of ticks(times[last], 5)) ctx.fillText(String(value), x(value / times[last] * last), low + 14);
+      ctx.fillText('seconds since the first arrival', (left + width) / 2, high - 4);
     };
     const show = (moment) => {
       ctx.fillStyle = c.paper; ctx.fillRect(0, 0, width, high);
       ctx.setLineDash([]); ctx.strokeStyle = c.edge; ctx.lineWidth = 1;
-      ctx.strokeRect(left, 16, width - left - 6, low - 16);
+      ctx.strokeRect(left, 16, width - left - PAD, low - 16);
       ctx.strokeStyle = c.ink; ctx.beginPath(); ctx.moveTo(x(moment), 16); ctx.lineTo(x(moment), low); ctx.stroke();
       data.sides.forEach((side, place) => {
         line(side, place, moment, last, '#c3cad4');
-        line(side, place, 0, moment, place === 0 ? '#a8550a' : '#1f5fbf');
+        line(side, place, 0, moment, data.curves[place]);
       });
-      ctx.setLineDash([]); ctx.fillStyle = c.ink; ctx.font = '11px system-ui, sans-serif';
-      ctx.textAlign = 'right'; ctx.fillText(String(top), left - 4, 26); ctx.fillText('0', left - 4, low);
-      ctx.textAlign = 'left'; ctx.fillText('0 s', left, high - 6);
+      axes();
+      ctx.textAlign = 'left';
       data.names.forEach((name, place) => {
-        const at = left + 4 + place * 200;
-        ctx.strokeStyle = place === 0 ? '#a8550a' : '#1f5fbf'; ctx.lineWidth = 2; ctx.setLineDash(place === 0 ? [6, 3] : []);
+        const at = left + 4 + place * (width - left) / 2;
+        ctx.strokeStyle = data.curves[place]; ctx.lineWidth = 2; dash(place);
         ctx.beginPath(); ctx.moveTo(at, 8); ctx.lineTo(at + 26, 8); ctx.stroke(); ctx.fillText(name, at + 32, 12);
       });
-      ctx.textAlign = 'right'; ctx.fillText(`${times[last].toFixed(1)} s`, width - 6, high - 6);
     };
-    return { show };
+    const lay = (available) => { width = available; ctx = sized(canvas, width, high); };
+    return { show, lay };
   });
 
   const show = (moment) => {
@@ -75,6 +96,10 @@ each('dashboard', (root, data) => {
     root.dataset.step = moment;
   };
   const player = controls(root, show);
-  paintKeys(root, data.sides[0].pool.looks);
-  show(player.value());
+  for (const side of data.sides) paintKeys(root, side.pool.looks);
+  follow(root, 1400, (available) => {
+    const width = available < 700 ? available : Math.floor((available - 20) / 2);
+    for (const one of [...sides, ...charts]) one.lay(width);
+    show(player.value());
+  });
 });

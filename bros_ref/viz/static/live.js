@@ -10,6 +10,7 @@
   for (const [kind, label] of Object.entries(data.labels)) {
     const key = document.createElement('span'), sample = document.createElement('canvas');
     sample.dataset.key = kind; sample.setAttribute('aria-hidden', 'true');
+    key.hidden = true; // until it is drawn
     key.append(sample, ` ${label}`); find('[data-legend]').append(key);
   }
   paintKeys(root, data.looks);
@@ -32,7 +33,25 @@
   const paint = () => {
     if (!pool.steps.length) return;
     map.draw(pool.steps.length - 1, chosen);
+    for (const key of root.querySelectorAll('[data-legend] canvas')) if (map.seen.has(key.dataset.key)) key.parentElement.hidden = false;
     find('[data-table]').textContent = map.said(chosen);
+    list();
+  };
+  // A button for each request that holds blocks. Those that stay are kept, so a focus stays where it is.
+  const list = () => {
+    const held = new Map(), box = find('[data-requests]'), buttons = new Map([...box.children].map((one) => [one.dataset.name, one]));
+    for (const view of shown.filter(Boolean)) for (const owner of [view[0], view[3]])
+      if (owner >= 0) held.set(pool.owners[owner], (held.get(pool.owners[owner]) || 0) + 1);
+    for (const [name, button] of buttons) if (!held.has(name)) button.remove();
+    for (const [name, count] of held) {
+      const number = pool.owners.indexOf(name), button = buttons.get(name) || document.createElement('button');
+      button.type = 'button'; button.dataset.name = name;
+      button.textContent = `${name}: ${count} block${count === 1 ? '' : 's'}`;
+      button.setAttribute('aria-pressed', String(number === chosen));
+      button.onclick = () => { chosen = number === chosen ? -1 : number; paint(); };
+      if (!button.isConnected) box.append(button);
+    }
+    find('[data-nobody]').hidden = held.size > 0;
   };
   const ownersOf = (frame) => {
     const known = new Map(pool.owners.map((name, i) => [name, i]));
@@ -77,13 +96,18 @@
     }
     return row;
   }));
-  const chart = (canvas, series, top) => {
-    const width = Math.max(260, canvas.parentElement.clientWidth - 24), tall = 120, ctx = sized(canvas, width, tall);
-    const x = (i) => width - (points.length - i) * width / MAX_POINTS, y = (value) => tall - 6 - (tall - 22) * value / top;
+  const chart = (canvas, series, top, shown = String) => {
+    const width = Math.max(260, canvas.parentElement.clientWidth - 24), tall = 132, low = tall - 20, left = 44;
+    const ctx = sized(canvas, width, tall), wide = width - left - 14;
+    const x = (i) => left + wide - (points.length - i) * wide / MAX_POINTS, y = (value) => low - (low - 10) * value / top;
     ctx.clearRect(0, 0, width, tall);
-    ctx.fillStyle = colour('--muted'); ctx.font = '11px system-ui, sans-serif';
-    ctx.fillText(String(Math.round(top * 100) / 100), 2, 10);
-    ctx.strokeStyle = colour('--line'); ctx.beginPath(); ctx.moveTo(0, tall - 6); ctx.lineTo(width, tall - 6); ctx.stroke();
+    ctx.fillStyle = colour('--muted'); ctx.font = '11px system-ui, sans-serif'; ctx.strokeStyle = colour('--line'); ctx.textAlign = 'right';
+    for (const value of ticks(top, 4)) {
+      ctx.fillText(shown(value), left - 5, y(value) + 4);
+      ctx.beginPath(); ctx.moveTo(left, y(value)); ctx.lineTo(left + wide, y(value)); ctx.stroke();
+    }
+    ctx.textAlign = 'center';
+    for (const [share, said] of [[0, '2 min ago'], [0.5, '1 min'], [1, 'now']]) ctx.fillText(said, left + share * wide, tall - 5);
     series.forEach(([values, name, dash]) => {
       ctx.strokeStyle = colour(name); ctx.lineWidth = 2; ctx.setLineDash(dash); ctx.beginPath();
       let pen = false;
@@ -96,7 +120,7 @@
     });
   };
   const plot = () => {
-    chart(find('[data-chart=on_time]'), [[points.map((point) => point.share), '--rt', []]], 1);
+    chart(find('[data-chart=on_time]'), [[points.map((point) => point.share), '--rt', []]], 1, (share) => `${Math.round(100 * share)} %`);
     const rates = [0, 1].map((at) => points.map((point) => point.tokens[at]));
     chart(find('[data-chart=tokens]'), [[rates[0], '--rt', []], [rates[1], '--be', [6, 4]]], Math.max(1, ...rates[0], ...rates[1]));
   };

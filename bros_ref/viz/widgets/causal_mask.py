@@ -7,14 +7,14 @@ token lies in which slot, and who sees it, are what `model/attention.py` compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from bros_ref.config import cdiv
-from bros_ref.viz.figures.style import FONT, GRID, INK, LOST_COLOUR, MUTED, PAPER, RT_COLOUR, on_paper
+from bros_ref.viz.figures.style import ALARM_COLOUR, FONT, GRID, INK, MUTED, PAPER, PLAIN_COLOUR, on_paper
 from bros_ref.viz.widgets.html import notebook_output, script_json
 
 # What a row does with a slot. The first three are right; the others happen only under a mask by column.
@@ -136,7 +136,7 @@ def picture(setting: MaskSetting, row: int, labels: Sequence[str]) -> str:
     parts.append(f'<text x="{_LEFT - 6}" y="{_TOP - 5}" class="row">token</text><text x="{_LEFT - 6}" '
                  f'y="{second - 20}" class="row">holds token</text><text x="{_LEFT - 6}" y="{second - 5}" '
                  'class="row">slot</text>')
-    return "".join(parts) + _legend()
+    return "".join(parts) + _legend({kind for row_kinds in kinds for kind in row_kinds})
 
 
 class CausalMaskExplorer:
@@ -161,8 +161,9 @@ class CausalMaskExplorer:
 
     def data(self) -> dict[str, Any]:
         """The page's data."""
-        return {"labels": [escape(token) for token in self.tokens], "legend": _legend(), "top": _TOP, "left": _LEFT,
-                "cell": _CELL, "between": _BETWEEN, "gap": _GAP, "width": _WIDTH}
+        return {"labels": [escape(token) for token in self.tokens], "top": _TOP, "left": _LEFT, "cell": _CELL,
+                "between": _BETWEEN, "gap": _GAP, "width": _WIDTH,
+                "legend": [[kind, escape(label)] for kind, label in LABELS.items()]}
 
     def to_html(self) -> str:
         """A <div> with everything in it; works in a notebook, a static page and a file."""
@@ -198,9 +199,10 @@ def _cell(x: int, y: int, kind: str, row: int) -> str:
     return f'<rect x="{x}" y="{y}" width="20" height="20" class="{kind}" data-row="{row}"/>'
 
 
-def _legend() -> str:
+def _legend(seen: Collection[str]) -> str:
+    """Of the kinds that are drawn."""
     parts = []
-    for place, (kind, label) in enumerate(LABELS.items()):
+    for place, (kind, label) in enumerate((kind, label) for kind, label in LABELS.items() if kind in seen):
         x, y = _LEFT + place % 3 * 220, 2 + place // 3 * 20
         parts.append(f'<rect x="{x}" y="{y}" width="26" height="14" class="{kind}"/><text x="{x + 32}" '
                      f'y="{y + 12}">{escape(label)}</text>')
@@ -231,11 +233,11 @@ def _pattern(kind: str, fill: str, marks: str) -> str:
 
 _CROSS = "M2 2L8 8M8 2L2 8"
 _DEFS = (
-    "<defs>" + _pattern(SEEN, RT_COLOUR, "") + _pattern(LATER, PAPER, "")
+    "<defs>" + _pattern(SEEN, PLAIN_COLOUR, "") + _pattern(LATER, PAPER, "")
     + _pattern(OTHER, GRID, f'<circle cx="5" cy="5" r="1.3" fill="{MUTED}"/>')
-    + _pattern(MISSED, PAPER, f'<path d="M0 10L10 0" stroke="{LOST_COLOUR}" stroke-width="2"/>')
-    + _pattern(EARLY, RT_COLOUR, f'<path d="{_CROSS}" stroke="#fff" stroke-width="1.6"/>')
-    + _pattern(FOREIGN, GRID, f'<path d="{_CROSS}" stroke="{LOST_COLOUR}" stroke-width="2"/>')
+    + _pattern(MISSED, PAPER, f'<path d="M0 10L10 0" stroke="{ALARM_COLOUR}" stroke-width="2"/>')
+    + _pattern(EARLY, PLAIN_COLOUR, f'<path d="{_CROSS}" stroke="#fff" stroke-width="1.6"/>')
+    + _pattern(FOREIGN, GRID, f'<path d="{_CROSS}" stroke="{ALARM_COLOUR}" stroke-width="2"/>')
     + f"</defs><style>.causal-mask{{width:100%;max-width:{_WIDTH}px;height:auto}}"
       f".causal-mask text{{font:11px {FONT};fill:{INK}}}"
       f".causal-mask .at{{text-anchor:middle;font-size:10px}}.causal-mask .row{{text-anchor:end;white-space:pre}}"

@@ -9,6 +9,7 @@ known when it finished.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from html import escape
 from itertools import accumulate
@@ -18,12 +19,12 @@ from bros_ref.trace import BEHIND, PENDING, REASONS, WAITING, Trace
 from bros_ref.trace.metrics import request_timings
 from bros_ref.viz.figures.gantt import phase_steps
 from bros_ref.viz.figures.kv_blocks import MAX_SCALE, block_map
-from bros_ref.viz.figures.style import FONT, INK, MUTED, REASON_LABELS, on_paper
-from bros_ref.viz.widgets.html import controls_html, legend_html, notebook_output, widget_html
-from bros_ref.viz.widgets.player import POOL_LABELS, POOL_SCRIPTS, pool_data
+from bros_ref.viz.figures.style import FONT, INK, MUTED, REASON_LABELS, on_paper, policy_look
+from bros_ref.viz.widgets.html import controls_html, legend_html, notebook_output, request_select, widget_html
+from bros_ref.viz.widgets.player import POOL_SCRIPTS, pool_data, pool_labels
 
 MAX_MOMENTS = 240
-SIDE_W, CHART_H = 460, 120  # pixels
+SIDE_W, CHART_H = 340, 132  # pixels; two sides of this width and the gap between them, else one below the other
 CHARTS = {"on_time": "RT requests on time so far", "be_tokens": "BE tokens so far"}
 FIELDS = ("step", "ran", "left_out", "arrived", "finished", "on_time", "be_tokens")  # of a moment, in the page's data
 FACTS = {"ran": "running", "left": "left out", "rt": "RT on time, of finished, of arrived", "be": "BE tokens"}
@@ -114,7 +115,8 @@ class Dashboard:
 
     def data(self) -> dict[str, Any]:
         """The page's data."""
-        return {"times_s": [round(time_s, 3) for time_s in self.times_s], "names": self.names, "width": SIDE_W,
+        looks = [policy_look(place).colour for place in range(2)]
+        return {"times_s": [round(time_s, 3) for time_s in self.times_s], "names": self.names, "curves": looks,
                 "chart_height": CHART_H, "fields": FIELDS, "reasons": [REASON_LABELS[reason] for reason in REASONS],
                 "sides": [self._side_data(side) for side in self.sides]}
 
@@ -148,9 +150,12 @@ class Dashboard:
                          f'aria-label="{title} under both policies, over time"></canvas></div>'
                          for kind, title in CHARTS.items())
         sides = "".join(self._side_html(place, name) for place, name in enumerate(self.names))
-        grid = f"display:grid;grid-template-columns:{SIDE_W}px {SIDE_W}px;column-gap:20px;width:max-content"
-        body = (f'{controls_html(len(self.times_s) - 1, self.start, "moment", 30)}<div role="status"></div>'
-                f'<div style="{grid}">{charts}{sides}</div>{legend_html(POOL_LABELS)}')
+        column = f"minmax(min(100%,max({SIDE_W}px,calc(50% - 10px))),1fr)"  # at most two
+        grid = f"display:grid;grid-template-columns:repeat(auto-fit,{column});column-gap:20px"
+        names = list(dict.fromkeys(name for side in self.sides for name in side.trace.requests))
+        body = (f'{controls_html(len(self.times_s) - 1, self.start, "moment", 30)} {request_select(names)}'
+                f'<div role="status"></div><div style="{grid}">{charts}{sides}</div>'
+                f"{legend_html(pool_labels(*(side.trace for side in self.sides)))}")
         return widget_html("dashboard", repr(self), body, self.data(), (*POOL_SCRIPTS, "dashboard.js"))
 
     def _side_html(self, place: int, name: str) -> str:
@@ -167,7 +172,7 @@ class Dashboard:
         parts, y = [], 18
         for side, name in zip(self.sides, self.names, strict=True):
             now = side.at(time_s)
-            drawn = block_map(side.trace, max(0, now["step"]))
+            drawn = re.sub("<title>.*?</title>", "", block_map(side.trace, max(0, now["step"])))  # it is an image
             width, height = (float(size) for size in drawn.split('viewBox="0 0 ')[1].split('"')[0].split())
             text = (f"{name} at {time_s:.2f} s: {now['on_time']} RT on time of {now['finished']} finished of "
                     f"{now['arrived']} arrived; {now['be_tokens']} BE tokens")

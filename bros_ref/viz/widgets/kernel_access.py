@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bros_ref.config import cdiv
-from bros_ref.viz.figures.style import GRID, INK, LOST_COLOUR, MUTED, on_paper
+from bros_ref.viz.figures.style import ALARM_COLOUR, GRID, INK, MUTED, on_paper
 from bros_ref.viz.widgets.frames import Frame, Frames
 
 SECTOR_BYTES, BANKS, WORD_BYTES = 32, 32, 4
@@ -185,7 +185,8 @@ def _banks(request: WarpRequest) -> str:
     parts.append(f'<text x="4" y="24" fill="{MUTED}">banks 0 to 31</text>' + "<!--row-->" * rows)
     parts += [f'<rect x="{_LEFT + bank * width:.1f}" y="12" width="{width:.1f}" height="{26 * rows - 8}" fill="none" '
               f'stroke="{GRID}"/>' for bank in range(BANKS)]
-    parts.append(f'<text x="{_LEFT}" y="9" fill="{LOST_COLOUR if turns > 1 else MUTED}">{_count(turns, "turn")}</text>')
+    colour = ALARM_COLOUR if turns > 1 else MUTED
+    parts.append(f'<text x="{_LEFT}" y="9" fill="{colour}">{_count(turns, "turn")}</text>')
     return "".join(parts + pieces)
 
 

@@ -118,6 +118,7 @@ class PoolPanel:
         self.kv, self.make_request = kv, make_request
         self.living: list[Any] = []
         self.made = 0
+        self.owners: dict[str, str] = {}  # of every request that was seen in the pool: its class
         self.picture = ipywidgets.HTML()
         self.buttons = {}
         presses = {"new request": self.allocate, "one token each": self.append, "oldest leaves": self.free}
@@ -153,11 +154,16 @@ class PoolPanel:
 
     def _show(self, note: str) -> None:
         pool = self.kv.snapshot()
+        for view in pool:
+            for owner, request_class in ((view.rt_owner, "rt"), (view.be_owner, "be")):
+                if owner is not None:
+                    self.owners.setdefault(owner, request_class)
+        names = list(self.owners) if len(set(self.owners.values())) == 1 else []
         used = sum(view.state != "empty" for view in pool)
         tables = "".join(f"<li>{escape(name)}: {tokens} tokens, block table {table}</li>"
                          for name, (tokens, table) in sorted(holdings(pool).items()))
-        self.picture.value = _shown("pool", self.made, f"{note}; {used} of {len(pool)} blocks in use",
-                                    pool_svg(pool, self.kv.block_size) + (f"<ul>{tables}</ul>" if tables else ""))
+        picture = pool_svg(pool, self.kv.block_size, requests=names) + (f"<ul>{tables}</ul>" if tables else "")
+        self.picture.value = _shown("pool", self.made, f"{note}; {used} of {len(pool)} blocks in use", picture)
 
     def __repr__(self) -> str:
         return "a panel of a KV pool and three buttons"

@@ -12,15 +12,29 @@ from typing import Any, TypeVar
 
 from bros_ref.trace import BlockView, SlotCopies, StepRecord, Trace
 from bros_ref.viz.figures.kv_blocks import (
+    BE,
     COPY_KINDS,
     COPY_LABELS,
     FILLS,
+    ONE_LOOK_EACH,
+    RT,
     SAVED,
     SLOT_LABELS,
     block_map,
     busiest_step,
+    one_class,
+    pool_kinds,
 )
-from bros_ref.viz.figures.style import INK, LOST_COLOUR, MUTED, PAPER, Fill
+from bros_ref.viz.figures.style import (
+    ALARM_COLOUR,
+    INK,
+    MUTED,
+    NUM_REQUEST_FILLS,
+    PAPER,
+    RT_COLOUR,
+    Fill,
+    request_fill,
+)
 from bros_ref.viz.widgets.html import (
     Looks,
     controls_html,
@@ -31,9 +45,11 @@ from bros_ref.viz.widgets.html import (
     widget_html,
 )
 
-COLOURS = {"lost": LOST_COLOUR, "paper": PAPER, "ink": INK, "edge": MUTED}
+COLOURS = {"alarm": ALARM_COLOUR, "paper": PAPER, "ink": INK, "edge": MUTED,  # of the page
+           "rt": RT_COLOUR, "on_rt": PAPER, "on_pale": INK, "halo": "#ffffffe0", "cell": "#18212f60",
+           "cell_on_rt": "#ffffff90"}  # of a map
 COPY_VERBS = {"checkpoint": "saved to the host", "restore": "brought back", "relocate": "moved"}
-POOL_LOOKS: Looks = FILLS | {SAVED: Fill(PAPER, "_", LOST_COLOUR)}  # a bar along the bottom
+POOL_LOOKS: Looks = FILLS | {SAVED: Fill(PAPER, "_", INK)}  # a bar along the bottom
 POOL_LABELS = SLOT_LABELS | COPY_LABELS
 POOL_SCRIPTS = ("controls.js", "pool.js")
 OfStep = TypeVar("OfStep")
@@ -68,9 +84,24 @@ def pool_data(trace: Trace, moments: Sequence[int] | None = None) -> dict[str, A
         copies.append([])
         for run in runs:
             copies[-1] += [run.block_id, kinds.index(run.kind), run.first_slot, run.num_slots]
-    return {"block_size": trace.block_size, "num_blocks": trace.num_blocks, "colours": COLOURS,
-            "looks": packed_fills(POOL_LOOKS), "owners": list(trace.requests), "steps": pool_changes(trace, moments),
-            "copies": copies, "kinds": list(COPY_KINDS.values())}
+    looks = request_looks(trace)
+    return {"policy": trace.policy, "block_size": trace.block_size, "num_blocks": trace.num_blocks, "colours": COLOURS,
+            "looks": packed_fills({**POOL_LOOKS, **looks}), "num_looks": len(looks), "owners": list(trace.requests),
+            "steps": pool_changes(trace, moments), "copies": copies, "kinds": list(COPY_KINDS.values())}
+
+
+def request_looks(trace: Trace) -> Looks:
+    """A fill for each request, `request-<place>`, if all requests are of one class; they repeat. Else none."""
+    return {f"request-{place}": request_fill(place) for place in range(min(len(one_class(trace)), NUM_REQUEST_FILLS))}
+
+
+def pool_labels(*traces: Trace) -> dict[str, str]:
+    """Kind -> label of all that the maps of these traces show."""
+    kinds = set[str]().union(*map(pool_kinds, traces))
+    if all(one_class(trace) for trace in traces):
+        kinds -= {RT, BE}
+        return {"request-0": ONE_LOOK_EACH} | {kind: label for kind, label in POOL_LABELS.items() if kind in kinds}
+    return {kind: label for kind, label in POOL_LABELS.items() if kind in kinds}
 
 
 def _at(of_steps: Iterator[OfStep], moments: Iterable[int], before: OfStep) -> Iterator[OfStep]:
@@ -82,10 +113,10 @@ def _at(of_steps: Iterator[OfStep], moments: Iterable[int], before: OfStep) -> I
         yield current
 
 
-def pool_html() -> str:
-    """Where static/pool.js draws, and what the fills mean."""
+def pool_html(*traces: Trace) -> str:
+    """Where static/pool.js draws, and what the fills that occur in these traces mean."""
     return (f'<canvas data-pool role="img" aria-label="KV blocks at this step" style="display:block">'
-            f'</canvas>{legend_html(POOL_LABELS)}')
+            f'</canvas>{legend_html(pool_labels(*traces))}')
 
 
 def step_note(trace: Trace, step: StepRecord) -> str:
@@ -121,8 +152,9 @@ class BlockMapPlayer:
 
     def to_html(self) -> str:
         """A <div> with everything in it; works in a notebook, a static page and a file."""
-        body = (f'{controls_html(len(self.trace.steps) - 1, self.start)}<div role="status"></div>{pool_html()}'
-                f'<div>{request_select(list(self.trace.requests))} <span role="status"></span></div>')
+        choice = f'<div>{request_select(list(self.trace.requests))} <span role="status"></span></div>'
+        body = (f'{controls_html(len(self.trace.steps) - 1, self.start)}<div role="status"></div>'
+                f"{pool_html(self.trace)}{choice}")
         return widget_html("player", repr(self), body, self.data(), (*POOL_SCRIPTS, "player.js"))
 
     def still(self) -> str:

@@ -16,10 +16,19 @@ from itertools import islice
 from typing import Any
 
 from bros_ref.trace import StepRecord, Trace
-from bros_ref.viz.figures.style import CLASS_LABELS, FONT, INK, LOST_COLOUR, REASON_LABELS, RT_COLOUR, on_paper
+from bros_ref.viz.figures.style import (
+    ALARM_COLOUR,
+    CLASS_LABELS,
+    FONT,
+    INK,
+    REASON_LABELS,
+    RT_COLOUR,
+    on_paper,
+    round_values,
+)
 from bros_ref.viz.widgets.html import OWN_KEYS, controls_html, notebook_output, widget_html
 
-WIDTH, LEFT, RIGHT, TOP, PLOT_H, BELOW = 760, 58, 14, 10, 210, 20  # of the chart, px
+WIDTH, LEFT, RIGHT, TOP, PLOT_H, BELOW = 760, 66, 14, 10, 210, 36  # of the chart, px
 ROW_H, BAR_X, BAR_W, MAX_ROWS = 20, 150, 200, 14  # of the standings in the still, px
 CAPTION = "in order of priority; a bar is slack, from the red mark: filled, it ran; hollow, it sat out"
 HOLLOW = ' fill="#fff"'
@@ -129,13 +138,19 @@ class PriorityRace:
         """The chart's parts as SVG; below the dashed line not even an average iteration is left."""
         bottom, right, zero = TOP + PLOT_H, WIDTH - RIGHT, self._y(0)
         parts = [f'<rect x="{LEFT}" y="{zero:.1f}" width="{right - LEFT}" height="{bottom - zero:.1f}" fill="#fbe3e2"/>'
-                 f'<path d="M{LEFT} {zero:.1f}H{right}" stroke="{LOST_COLOUR}" stroke-dasharray="5 3"/>']
+                 f'<path d="M{LEFT} {zero:.1f}H{right}" stroke="{ALARM_COLOUR}" stroke-dasharray="5 3"/>']
         parts += [self._line(request_id) for request_id in self.runners]
         labels = {round(self._y(slack_s), 1): f"{slack_s:.2f} s" for slack_s in (self._low_s, self._high_s, 0.0)}
         parts += [f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{label}</text>' for y, label in labels.items()]
-        parts += [f'<text x="{x}" y="{bottom + 15}" text-anchor="{anchor}">{label}</text>' for x, anchor, label in (
-            (LEFT, "start", f"{self._from_s:.1f} s"), (right, "end", f"{self._to_s:.1f} s"),
-            ((LEFT + right) / 2, "middle", "slack over time; filled dot: it ran, white dot: it sat out"))]
+        parts += [f'<path d="M{self._x(time_s):.1f} {bottom}v4" stroke="{INK}"/><text x="{self._x(time_s):.1f}" '
+                  f'y="{bottom + 15}" text-anchor="middle">{time_s:g}</text>'
+                  for time_s in round_values(self._from_s, self._to_s, 8)]
+        parts += [f'<text x="{(LEFT + right) / 2}" y="{bottom + 31}" text-anchor="middle">seconds; filled dot: it ran, '
+                  "white dot: it sat out</text>",
+                  f'<text x="12" y="{TOP + PLOT_H / 2}" text-anchor="middle" transform="rotate(-90 12 '
+                  f'{TOP + PLOT_H / 2})">slack</text>',
+                  f'<text x="{right}" y="{TOP + 8}" text-anchor="end" font-weight="600">'
+                  f"{escape(self.trace.policy)}</text>"]
         at = self._x(self.trace.steps[step_index].start_s)
         return "".join(parts) + (f'<path data-cursor="" d="M0 {TOP}V{bottom}" transform="translate({at:.1f} 0)" '
                                  f'stroke="{INK}" stroke-width="1.5"/>')
@@ -180,7 +195,7 @@ class PriorityRace:
             end = BAR_X + self._share(row.slack_s) * BAR_W
             fill = f'fill="{RT_COLOUR}"' if row.reason is None else f'fill="#fff" stroke="{RT_COLOUR}"'
             text += (f'<rect x="{min(zero, end):.1f}" y="{y + 4}" width="{abs(end - zero):.1f}" height="12" {fill}/>'
-                     f'<path d="M{zero:.1f} {y}v{ROW_H}" stroke="{LOST_COLOUR}"/>'
+                     f'<path d="M{zero:.1f} {y}v{ROW_H}" stroke="{ALARM_COLOUR}"/>'
                      f'<text x="{BAR_X - 8}" y="{middle}" text-anchor="end">{1e3 * row.slack_s:.0f} ms</text>')
         return text + f'<text x="{BAR_X + BAR_W + 14}" y="{middle}">{escape(row.said)}</text>'
 
@@ -198,7 +213,7 @@ class PriorityRace:
                 "x": [round(self._x(step.start_s), 1) for step in self.trace.steps],
                 "low_ms": 1e3 * self._low_s, "high_ms": 1e3 * self._high_s,
                 "notes": [race_note(step) for step in self.trace.steps],
-                "colours": {"rt": RT_COLOUR, "late": LOST_COLOUR}}
+                "colours": {"rt": RT_COLOUR, "late": ALARM_COLOUR}}
 
     def to_html(self) -> str:
         """A <div> with everything in it; works in a notebook, a static page and a file."""

@@ -6,16 +6,16 @@ column is a token, and each line in it is a layer. Invariant: the counts in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from bros_ref.viz.figures.style import FONT, INK, LOST_COLOUR, MUTED, RT_COLOUR, on_paper
+from bros_ref.viz.figures.style import ALARM_COLOUR, FONT, INK, MUTED, PLAIN_COLOUR, on_paper
 from bros_ref.viz.widgets.frames import Frame, Frames
 
 NEW, AGAIN, REUSED = "new", "again", "reused"
 # Strokes and no fill patterns: a pattern that is defined in a still which is hidden is not painted.
-_LOOKS = {NEW: ("computed", RT_COLOUR, 1.0, ""), AGAIN: ("computed again", LOST_COLOUR, 1.0, "5 4"),
+_LOOKS = {NEW: ("computed", PLAIN_COLOUR, 1.0, ""), AGAIN: ("computed again", ALARM_COLOUR, 1.0, "5 4"),
           REUSED: ("reused", MUTED, 0.4, "2 4")}
 _LEFT, _WIDTH, _TOP, _TALL, _LABELS, _TITLE = 8, 760, 24, 120, 58, 20
 
@@ -70,7 +70,8 @@ def recomputed(variants: Mapping[str, Sequence[ForwardPass]], tokens: Sequence[s
 def still(variants: Mapping[str, Sequence[ForwardPass]], tokens: Sequence[str], layers: int, at: int) -> str:
     """Pass `at` of every variant as an SVG element."""
     height = _TOP + len(variants) * (_TITLE + _TALL + _LABELS)
-    parts = [*_legend()]
+    seen = {kind for passes in variants.values() for kind in kinds(passes, at)}
+    parts = [*_legend(seen)]
     for place, (name, passes) in enumerate(variants.items()):
         top = _TOP + place * (_TITLE + _TALL + _LABELS) + _TITLE
         title = f"{name}: {pairs_so_far(passes, at, layers):,} K/V pairs computed so far"
@@ -112,8 +113,9 @@ def _panel(found: Sequence[str], labels: Sequence[str], layers: int, top: int) -
            f'stroke="{MUTED}"/>')
 
 
-def _legend() -> Iterator[str]:
-    for place, (label, colour, share, dashes) in enumerate(_LOOKS.values()):
+def _legend(seen: Collection[str]) -> Iterator[str]:
+    """Of the kinds that are drawn."""
+    for place, (label, colour, share, dashes) in enumerate(look for kind, look in _LOOKS.items() if kind in seen):
         x = _LEFT + place * 150
         yield (f'<path d="M{x} 6h34M{x} 11h34M{x} 16h34" fill="none" stroke="{colour}" '
                f'stroke-width="{4 * share:.1f}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")

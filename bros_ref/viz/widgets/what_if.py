@@ -15,7 +15,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from bros_ref.viz.figures.style import FONT, GRID, INK, MUTED, PAPER, policy_look
+from bros_ref.viz.figures.style import FONT, GRID, INK, MUTED, PAPER, policy_look, round_values
 from bros_ref.viz.widgets.html import OWN_KEYS, notebook_output, widget_html
 
 Question = dict[str, Any]
@@ -30,7 +30,8 @@ MARKERS = {  # outlines around (0, 0), by the names that `style.POLICY_MARKERS` 
 
 @dataclass(frozen=True)
 class Choice:
-    """One control: numbers get a slider over `values`, words a list. `unit` stands behind the value.
+    """One control: numbers get a slider over `values`, words a list. `unit` stands behind a value; None is shown as
+    "none".
 
     Raises:
         ValueError: no values.
@@ -48,6 +49,8 @@ class Choice:
     def shown(self, index: int) -> str:
         """A value as it is written on the page."""
         value = self.values[index]
+        if value is None:
+            return "none"
         text = value if isinstance(value, str) else f"{value:,g}" if value < 1e6 else f"{value:,}"
         return f"{text} {self.unit}".rstrip()
 
@@ -106,11 +109,10 @@ def _axes(most: float) -> str:
         y = TOP + PLANE_H * (1 - share)
         parts.append(f'<path d="M{LEFT} {y:g}h{PLANE_W}" stroke="{GRID}"/>'
                      f'<text x="{LEFT - 6}" y="{y + 4:g}" text-anchor="end" class="quiet">{share:.0%}</text>')
-    step = next(width for width in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 1e9) if most / width < 6)
-    for i in range(int(most / step) + 1):
-        x = LEFT + PLANE_W * i * step / most
+    for value in round_values(0.0, most, 6):
+        x = LEFT + PLANE_W * value / most
         parts.append(f'<path d="M{x:.1f} {TOP}v{PLANE_H}" stroke="{GRID}"/><text x="{x:.1f}" y="{TOP + PLANE_H + 16}" '
-                     f'text-anchor="middle" class="quiet">{i * step:g}</text>')
+                     f'text-anchor="middle" class="quiet">{value:g}</text>')
     centre, middle = LEFT + PLANE_W / 2, TOP + PLANE_H / 2
     return "".join(parts) + (
         f'<text x="{centre}" y="{TOP + PLANE_H + 38}" text-anchor="middle">best-effort output, tokens/s</text>'
