@@ -1,7 +1,8 @@
 """Executes notebooks and leaves what is to be committed: outputs and counts, no widget state, no versions.
 
-A cell tagged `hide-input` or `hide-output` is folded: by its tag on a page of the site, in JupyterLab by the metadata
-that is written here. Running a cell in JupyterLab unfolds its output.
+A cell's metadata follows from its tags. A cell tagged `hide-input` or `hide-output` is folded: by its tag on a page of
+the site, in JupyterLab by the metadata that is written here (running a cell unfolds its output). A cell tagged
+`exercise` and the check below it are what nbgrader collects and grades.
 
     python tools/run_notebooks.py [notebooks/03_*.ipynb ...]      # in place
     python tools/run_notebooks.py --out FOLDER [NOTEBOOK ...]     # into another folder; the notebooks stay as they are
@@ -10,12 +11,15 @@ that is written here. Running a cell in JupyterLab unfolds its output.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
 FOLDED = {"hide-input": "source_hidden", "hide-output": "outputs_hidden"}  # tag -> JupyterLab's metadata
+PART_POINTS = 3  # for a part of the system; other exercises count 1
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 
 
@@ -34,14 +38,39 @@ def run(path: Path, out: Path | None = None) -> None:
                 output.data.pop("application/vnd.jupyter.widget-view+json", None)
             if output.output_type == "error":  # the last line says it; the rest names folders of this machine
                 output.traceback = [f"{output.ename}: {output.evalue}"]
-        cell.metadata = folded(cell.metadata.get("tags", []))
+    for cell, metadata in zip(notebook.cells, described(notebook.cells), strict=True):
+        cell.metadata = metadata
     nbformat.write(notebook, path if out is None else out / path.name)
 
 
-def folded(tags: list[str]) -> dict[str, object]:
-    """A cell's whole metadata: its tags, and what folds it in JupyterLab."""
+def described(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each cell's whole metadata: its tags, what folds it in JupyterLab, and what nbgrader reads (schema version 3).
+
+    Raises:
+        ValueError: an exercise is not followed by its check, a cell tagged `raises-exception`.
+    """
+    tags = [list(cell["metadata"].get("tags", ())) for cell in cells] + [[], []]
+    described = [folded(one) for one in tags[:-2]]
+    for i, cell in enumerate(cells):
+        if "exercise" in tags[i]:
+            if "raises-exception" not in tags[i + 1]:
+                raise ValueError(f"the cell below an exercise is its check, tagged raises-exception: {cell['source']}")
+            points = PART_POINTS if "answer" in tags[i + 2] else 1
+            described[i]["nbgrader"] = _nbgrader(cell["id"], solution=True)
+            described[i + 1]["nbgrader"] = _nbgrader(cells[i + 1]["id"], points=points)
+    return described
+
+
+def folded(tags: Sequence[str]) -> dict[str, Any]:
+    """A cell's tags, and what folds it in JupyterLab."""
     hidden = {FOLDED[tag]: True for tag in tags if tag in FOLDED}
     return ({"tags": list(tags)} if tags else {}) | ({"jupyter": hidden} if hidden else {})
+
+
+def _nbgrader(cell_id: str, *, solution: bool = False, points: int = 0) -> dict[str, Any]:
+    graded: dict[str, Any] = {"points": points} if points else {}
+    return {"schema_version": 3, "grade_id": cell_id, "solution": solution, "grade": bool(points),
+            "locked": not solution, "task": False, **graded}
 
 
 def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:

@@ -34,6 +34,11 @@ OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets
   .map(cell => ({tags: cell.model.getMetadata('tags') || [], count: cell.model.executionCount,
                  outputs: cell.model.outputs.toJSON()}))"""
 
+SHUT_DOWN = """async () => {
+  await window.jupyterapp.shell.currentWidget.sessionContext.shutdown();
+}"""
+GONE = "the kernel is busy or gone. If the kernel is gone, run the cell again."
+
 
 def why_not() -> str | None:
     """Why no browser test can run here; None if they can."""

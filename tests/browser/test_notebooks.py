@@ -79,18 +79,40 @@ def test_a_notebook_runs_in_the_lab(page, name):
     assert page.errors == []
 
 
-@pytest.mark.parametrize("name", ["02_why_keep_keys_and_values.ipynb", "05_continuous_batching.ipynb"])
+VISIBLE = """() => {
+  const all = (what) => [...document.querySelectorAll(`.jp-OutputArea-output ${what}`)];
+  const shown = (one) => one.checkVisibility() && one.clientWidth > 0 && one.clientHeight > 0;
+  const controls = all(':is(button, input, select, canvas):not(.modebar-btn)'); // a chart's own buttons work
+  const stills = all('img[src^="data:image/svg"]');
+  return {
+    text: all('').map((output) => output.innerText).join(' '),
+    controls: controls.filter(shown).map((one) => one.outerHTML),
+    pictures: stills.map((image) => [shown(image), image.naturalWidth, image.clientWidth, image.clientHeight]),
+  };
+}"""
+
+
+@pytest.mark.parametrize("name", ["03_paging_the_cache.ipynb", "06_two_kinds_of_request.ipynb"])
 def test_a_notebook_that_is_not_trusted_shows_pictures(page, name):
-    """As it is after a clone, before anything has run: no script runs, and each widget is its still and a line."""
+    """As it is after a clone, before anything has run: no script runs, and each drawing and widget is a picture."""
     page.set_default_timeout(60_000)
     page.goto(f"/doc/tree/notebooks/{name}")
-    line = page.get_by_text("Run this cell to bring it to life.")
-    line.first.wait_for()
+    page.get_by_text("Run this cell to bring it to life").first.wait_for()
+    page.wait_for_function("() => [...document.querySelectorAll('.jp-OutputArea img')]"
+                           ".every((image) => image.complete)")
     cells = "window.jupyterapp.shell.currentWidget.content.widgets"
     assert not page.evaluate(f"() => {cells}.every((cell) => cell.model.trusted)")
-    stills = page.locator(".jp-OutputArea-output img[src^='data:image/svg']")
-    assert stills.count() == line.count() == 1
-    assert stills.evaluate("(image) => image.decode().then(() => image.clientWidth > 300 && image.clientHeight > 50)")
+    saved = [output.get("data", {}) for cell in page.evaluate(OUTPUTS) for output in cell["outputs"]]
+    seen = page.evaluate(VISIBLE)
+    assert len(seen["text"]) > 1_000
+    assert len(seen["pictures"]) == sum("data:image/svg" in str(data.get("text/html", "")) for data in saved) >= 2
+    for shown, natural, width, height in seen["pictures"]:
+        assert shown
+        assert natural > 0, "the image could be decoded"
+        assert width > 300
+        assert height > 50
+    assert "IPython.core.display" not in seen["text"]
+    assert seen["controls"] == []
 
 
 def test_scripts_take_the_still_away(page):

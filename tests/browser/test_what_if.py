@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import nbformat
 import pytest
-from browser.jupyter import OUTPUTS, RUN_ALL, jupyter_lab, why_not
+from browser.jupyter import GONE, OUTPUTS, RUN_ALL, SHUT_DOWN, jupyter_lab, why_not
 from browser.pages import opened, violations, wait_for
 
 from bros_ref.viz.widgets.what_if import WhatIf, sentence
@@ -71,7 +71,7 @@ def test_a_kernel_that_does_not_answer_is_named(chromium, tmp_path, made):
     page.clock.run_for(5_000)
     assert root.get_by_role("status").inner_text() == "asking the simulator ..."
     page.clock.run_for(6_000)
-    assert "the kernel is busy or gone" in root.get_by_role("status").inner_text()
+    assert GONE in root.get_by_role("status").inner_text()
     root.get_by_label("policy").select_option("vllm-fcfs")  # answered beforehand
     page.clock.run_for(11_000)
     assert root.get_by_role("status").inner_text() == sentence(made.answers["0 1 0"])
@@ -108,4 +108,7 @@ def test_in_the_lab_the_kernel_answers(chromium, tmp_path):
         wait_for(root, "at", "2 1 1")
         assert root.locator("svg path title").count() == 4
         assert violations(page, "[data-bros-what-if]") == []
+        page.evaluate(SHUT_DOWN)
+        rate.press("ArrowLeft")
+        page.get_by_text(GONE).wait_for()
         page.close()

@@ -31,8 +31,37 @@ def test_tags_become_the_metadata_that_folds(runner):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_saved_as_its_tags_say(runner, path):
-    for cell in json.loads(path.read_text())["cells"]:
-        assert cell["metadata"] == runner.folded(cell["metadata"].get("tags", [])), "run it: make notebooks"
+    cells = json.loads(path.read_text())["cells"]
+    assert [cell["metadata"] for cell in cells] == runner.described(cells), "run it: make notebooks"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_grader_finds_every_exercise_and_its_check(path):
+    """The rules of nbgrader's schema 3, which it checks itself before it releases or grades."""
+    cells = json.loads(path.read_text())["cells"]
+    found = [(i, cell["metadata"]["nbgrader"]) for i, cell in enumerate(cells) if "nbgrader" in cell["metadata"]]
+    ids = [rules["grade_id"] for _, rules in found]
+    assert len(set(ids)) == len(ids)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", grade_id) for grade_id in ids)
+    for (stub, written), (check, graded) in zip(found[::2], found[1::2], strict=True):
+        assert check == stub + 1
+        assert written | {"grade_id": ""} == {"schema_version": 3, "grade_id": "", "solution": True, "grade": False,
+                                              "locked": False, "task": False}
+        assert graded | {"grade_id": "", "points": 0} == {"schema_version": 3, "grade_id": "", "solution": False,
+                                                          "grade": True, "locked": True, "task": False, "points": 0}
+        assert graded["points"] in (1, 3)
+        assert cells[check]["cell_type"] == cells[stub]["cell_type"] == "code"
+        assert any(output["output_type"] == "error" for output in cells[check]["outputs"]), "no answer: no points"
+    stubs = [i for i, cell in enumerate(cells) if "exercise" in cell["metadata"].get("tags", ())]
+    assert [i for i, _ in found[::2]] == stubs != []
+
+
+def test_an_exercise_without_its_check_is_refused(runner):
+    stub = {"id": "a", "source": "x = ...", "metadata": {"tags": ["exercise"]}}
+    other = {"id": "b", "source": "check(x)", "metadata": {}}
+    for cells in ([stub], [stub, other]):
+        with pytest.raises(ValueError, match="its check"):
+            runner.described(cells)
 
 
 ANSWERED = [path for path in NOTEBOOKS if path.name[:2] in ("00", "01", "02", "03", "04", "05", "06", "08", "09")]

@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from untrusted import seen_untrusted
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -73,19 +74,27 @@ def test_what_the_text_names_exists(path):
                        for file in found), f"{name} has no {part}"
 
 
-def test_a_saved_widget_has_a_picture_that_needs_no_script():
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_saved_drawing_or_widget_needs_no_script(path):
     """JupyterLab shows an output of a notebook that it does not trust without scripts and without SVG elements."""
-    seen = 0
-    for path in NOTEBOOKS:
-        for cell in json.loads(path.read_text())["cells"]:
-            for output in cell.get("outputs", ()):
-                page = "".join(output.get("data", {}).get("text/html", ()))
-                if '<script type="application/json">' in page:
-                    images = re.findall(r'<img alt="[^"]+"[^>]*src="data:image/svg\+xml;base64,([^"]+)"', page)
-                    assert len(images) == 1, (path.name, "".join(cell["source"]))
-                    assert ElementTree.fromstring(base64.b64decode(images[0])).tag.endswith("svg")
-                    seen += 1
-    assert seen >= 10
+    for cell in json.loads(path.read_text())["cells"]:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            assert "IPython.core.display" not in "".join(data.get("text/plain", ())), "make it a Picture"
+            page = "".join(data.get("text/html", ()))
+            if "image/svg+xml" in data or "<script" in page:
+                seen = seen_untrusted(page)
+                assert len(seen.images) == 1, "".join(cell["source"])
+                assert seen.controls == []
+                image = base64.b64decode(seen.images[0].partition(",")[2])
+                assert ElementTree.fromstring(image).tag.endswith("svg")
+
+
+def test_the_notebooks_have_drawings_and_widgets():
+    saved = [output.get("data", {}) for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]
+             for output in cell.get("outputs", ())]
+    assert sum("image/svg+xml" in data for data in saved) >= 20
+    assert sum("<script" in "".join(data.get("text/html", ())) for data in saved) >= 10
 
 
 def test_a_saved_drawing_stands_on_paper_of_its_own():

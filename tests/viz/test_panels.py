@@ -11,6 +11,7 @@ from bros_ref.config import KVCacheConfig
 from bros_ref.kv_cache.manager import KVCacheManager
 from bros_ref.trace import BlockView
 from bros_ref.viz.widgets.ask_panel import AskPanel
+from bros_ref.viz.widgets.html import panel_output
 from bros_ref.viz.widgets.panels import InjectPanel, PoolPanel, holdings
 
 
@@ -36,7 +37,8 @@ def test_where_no_kernel_runs_the_picture_is_shown():
     made = panel()
     bundle = made._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    assert bundle["text/html"] == made.picture.value
+    assert bundle["text/html"] == panel_output("", made.picture.value)["text/html"]
+    assert "<button" not in bundle["text/html"]
     assert bundle["text/plain"] == repr(made)
 
 
@@ -57,9 +59,14 @@ def test_an_engine_without_a_trace_is_refused():
         InjectPanel(engine, lambda n: [])
 
 
-def test_the_pool_panel_allocates_appends_and_frees():
+def pool_panel():
     kv = KVCacheManager(KVCacheConfig(num_blocks=3, block_size=4))
-    made = PoolPanel(kv, lambda n: (make_request(f"r{n}", False, range(7), 5), 7))
+    return PoolPanel(kv, lambda n: (make_request(f"r{n}", False, range(7), 5), 7))
+
+
+def test_the_pool_panel_allocates_appends_and_frees():
+    made = pool_panel()
+    kv = made.kv
     made.buttons["new request"].click()
     assert "r0 came with 7 tokens; 2 of 3 blocks in use" in made.picture.value
     assert f"r0: 7 tokens, block table {kv.block_table('r0')}" in made.picture.value
@@ -182,8 +189,15 @@ def test_a_text_is_shown_as_text_and_an_ask_panel_needs_a_trace():
     made.step_button.click()
     assert "&lt;b&gt;bold" in made.picture.value
     bundle = made._repr_mimebundle_()
-    assert bundle["text/html"] == made.picture.value
+    assert bundle["text/html"] == panel_output("", made.picture.value)["text/html"]
     assert bundle["text/plain"] == repr(made) == "a panel of 2 requests: ask now, one step, play"
     made.engine.trace = None
     with pytest.raises(ValueError, match="has none"):
         AskPanel(made.engine, lambda n, text: None)
+
+
+@pytest.mark.parametrize("made", [panel, pool_panel, ask_panel], ids=["inject", "pool", "ask"])
+def test_every_panel_has_a_line_for_a_kernel_that_is_gone(made):
+    [watch] = [child for child in made().widget.children if "asked" in child.trait_names()]
+    watch.asked = 3  # a click in the browser
+    assert watch.answered == 3

@@ -1,7 +1,5 @@
 // The controls of a what-if. A key is the places of the chosen values, "1 0 2"; what the page knows it shows at once.
 // `ask` sends a key to a kernel, which answers with `show`; null: there is none, and only what is known can be shown.
-// A kernel that is gone does not say so: a question without an answer for this long gets a hint.
-const PATIENCE_MS = 10_000, SILENT = 'No answer yet: the kernel is busy or gone. If it is gone, run the cell again.';
 function whatIf(root, data, ask) {
   root.dataset.ready = 'yes';
   const inputs = [...root.querySelectorAll('[data-choice]')], known = data.known;

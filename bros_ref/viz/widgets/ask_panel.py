@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from bros_ref.viz.figures.gantt import CLASS_MARKS, phase_steps, what_it_does
 from bros_ref.viz.figures.kv_blocks import block_map
 from bros_ref.viz.figures.style import INK, PAPER
+from bros_ref.viz.widgets.html import panel_output
+from bros_ref.viz.widgets.kernel_watch import kernel_watch
 from bros_ref.viz.widgets.panels import SteppedEngine
 from bros_ref.viz.widgets.player import step_note
 
@@ -55,7 +57,7 @@ class AskPanel:
         self.play_button.on_click(lambda _: self.play_or_pause())
         self.picture = ipywidgets.HTML()
         buttons = ipywidgets.HBox([self.box, self.ask_button, self.step_button, self.play_button])
-        self.widget = ipywidgets.VBox([buttons, self.picture])
+        self.widget = ipywidgets.VBox([buttons, kernel_watch(), self.picture])
         self._show()
 
     def ask_now(self) -> None:
@@ -130,4 +132,4 @@ class AskPanel:
         return f"a panel of {len(self.trace.requests)} requests: ask now, one step, play"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return {**self.widget._repr_mimebundle_(**kwargs), "text/plain": repr(self), "text/html": self.picture.value}
+        return {**self.widget._repr_mimebundle_(**kwargs), **panel_output(repr(self), self.picture.value)}

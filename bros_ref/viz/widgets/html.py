@@ -9,9 +9,10 @@ never needs the step that is shown: it can compute the same pool as `trace.pool_
 from __future__ import annotations
 
 import json
+import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from html import escape
+from html import escape, unescape
 from importlib.resources import files
 from typing import Any
 
@@ -73,19 +74,83 @@ def widget_html(kind: str, label: str, body: str, data: Mapping[str, Any], scrip
             f'<script type="application/json">{script_json(data)}</script><script>{{{script}}}</script></div>')
 
 
+# Without scripts an image stays and a page stays hidden; these two change that, for every output on the page.
+INLINE = """<script>for (const image of document.querySelectorAll('img[data-bros-still]')) {
+  const bytes = Uint8Array.from(atob(image.src.split(',')[1]), (one) => one.charCodeAt(0));
+  image.outerHTML = new TextDecoder().decode(bytes);
+}</script>"""
+WAKE = """<script>for (const page of document.querySelectorAll('[data-bros-asleep]')) {
+  page.previousElementSibling.remove();
+  page.removeAttribute('data-bros-asleep');
+  page.style.display = '';
+}</script>"""
+RUN_IT = "Run this cell to bring it to life"
+VIEW_BOX = re.compile(r'viewBox="0 0 ([\d.]+) [\d.]+"')
+LABEL = re.compile(r'aria-label="([^"]*)"|<title>([^<]*)</title>')
+
+
+def label_of(svg: str) -> str:
+    """What an <svg> element is called for screen readers: its aria-label, else its first title."""
+    label = LABEL.search(svg)
+    return unescape(label[1] or label[2] or "") if label else ""
+
+
+def still_image(svg: str) -> str:
+    """An <svg> element as an <img> with the same label, as wide as its view box."""
+    box, image = VIEW_BOX.search(svg), b64encode(svg.encode(errors="replace")).decode()
+    width = f'width="{float(box[1]):.0f}" ' if box else ""
+    return (f'<img data-bros-still alt="{escape(label_of(svg))}" {width}style="background:#fff;max-width:100%;'
+            f'height:auto" src="data:image/svg+xml;base64,{image}">')
+
+
+def with_images(page: str) -> str:
+    """HTML whose <svg> elements are images until a script runs. JupyterLab removes the elements, but not the text in
+    them, from the outputs of a notebook that it does not trust; the drawings themselves have tooltips."""
+    return re.sub(r"<svg\b.*?</svg>", lambda svg: still_image(svg[0]), page, flags=re.DOTALL) + INLINE
+
+
+class Picture:
+    """An <svg> element as the output of a cell. `IPython.display.SVG` is a line of text where the notebook is not
+    trusted.
+
+    Raises:
+        ValueError: it is no <svg> element.
+    """
+
+    def __init__(self, svg: str) -> None:
+        if not svg.lstrip().startswith("<svg"):
+            raise ValueError(f"a picture is an <svg> element, got {svg[:40]!r}")
+        self.svg = svg
+
+    def __repr__(self) -> str:
+        return label_of(self.svg) or "a picture"
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": repr(self), "text/html": with_images(self.svg), "image/svg+xml": self.svg}
+
+
 def notebook_output(text: str, page: str, still: str) -> dict[str, str]:
     """What a notebook saves of a widget, by MIME type.
 
     JupyterLab shows the outputs of a notebook that it does not trust without scripts and without SVG elements. So the
-    page comes with its still as an image, and with what to do. A script takes both away where scripts run.
+    page comes asleep: hidden, behind its still as an image and a sentence that says what to do. Where scripts run, the
+    first one of the page takes both away and shows it, before the others measure what they draw in.
 
     Args:
         text: one line for a terminal.
         page: the widget's own HTML.
         still: the widget's picture, an <svg> element.
     """
-    image = b64encode(still.encode()).decode()
-    shown = (f'<div><img alt="{escape(text)}" style="background:#fff;max-width:100%" '
-             f'src="data:image/svg+xml;base64,{image}"><p>Run this cell to bring it to life.</p></div>')
-    gone = "<script>document.currentScript.previousElementSibling.remove();</script>"
-    return {"text/plain": text, "text/html": shown + gone + page, "image/svg+xml": still}
+    shown = f"<div>{still_image(still)}<p>{RUN_IT}.</p></div>"
+    asleep = f'<div data-bros-asleep style="display:none">{WAKE}{page}</div>'
+    return {"text/plain": text, "text/html": shown + asleep, "image/svg+xml": still}
+
+
+def panel_output(text: str, page: str) -> dict[str, str]:
+    """What a notebook saves of a panel whose buttons a kernel serves: its present state, by MIME type.
+
+    Args:
+        text: one line for a terminal.
+        page: the state as HTML, without the buttons.
+    """
+    return {"text/plain": text, "text/html": with_images(page) + f"<p>{RUN_IT}: its buttons need a running kernel.</p>"}

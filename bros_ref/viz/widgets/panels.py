@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from bros_ref.trace import BlockView, Trace
 from bros_ref.viz.figures.kv_blocks import block_map, pool_svg
 from bros_ref.viz.figures.style import INK, PAPER
+from bros_ref.viz.widgets.html import panel_output
+from bros_ref.viz.widgets.kernel_watch import kernel_watch
 from bros_ref.viz.widgets.player import step_note
 
 
@@ -53,7 +55,7 @@ class InjectPanel:
         self.inject_button.on_click(lambda _: self.inject())
         self.run_button.on_click(lambda _: self.run())
         buttons = ipywidgets.HBox([self.inject_button, self.run_button])
-        self.widget = ipywidgets.VBox([buttons, self.picture])
+        self.widget = ipywidgets.VBox([buttons, kernel_watch(), self.picture])
         self.run()
 
     def inject(self) -> None:
@@ -77,7 +79,7 @@ class InjectPanel:
         return f"a panel of {self.trace.num_blocks} blocks and two buttons"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return _bundle(self.widget, repr(self), self.picture.value, **kwargs)
+        return {**self.widget._repr_mimebundle_(**kwargs), **panel_output(repr(self), self.picture.value)}
 
 
 class PoolManager(Protocol):
@@ -125,7 +127,8 @@ class PoolPanel:
         for label, press in presses.items():
             self.buttons[label] = ipywidgets.Button(description=label, layout={"width": "auto"})
             self.buttons[label].on_click(lambda _, press=press: self._show(press()))
-        self.widget = ipywidgets.VBox([ipywidgets.HBox(list(self.buttons.values())), self.picture])
+        buttons = ipywidgets.HBox(list(self.buttons.values()))
+        self.widget = ipywidgets.VBox([buttons, kernel_watch(), self.picture])
         self._show("press a button")
 
     def allocate(self) -> str:
@@ -169,14 +172,9 @@ class PoolPanel:
         return "a panel of a KV pool and three buttons"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return _bundle(self.widget, repr(self), self.picture.value, **kwargs)
+        return {**self.widget._repr_mimebundle_(**kwargs), **panel_output(repr(self), self.picture.value)}
 
 
 def _shown(what: str, count: int, note: str, picture: str) -> str:
     return (f'<div data-bros-{what} data-count="{count}" style="background:{PAPER};color:{INK};padding:4px 8px">'
             f'<div role="status" aria-live="polite">{escape(note)}</div>{picture}</div>')
-
-
-def _bundle(widget: Any, text: str, picture: str, **kwargs: Any) -> dict[str, Any]:
-    """The live widget; where no kernel runs, the current picture."""
-    return {**widget._repr_mimebundle_(**kwargs), "text/plain": text, "text/html": picture}

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from bros_ref.viz.figures.style import FONT, GRID, INK, MUTED, PAPER, policy_look, round_values
 from bros_ref.viz.widgets.html import OWN_KEYS, notebook_output, widget_html
+from bros_ref.viz.widgets.kernel_watch import kernel_script
 
 Question = dict[str, Any]
 Answer = Mapping[str, Any]
@@ -209,7 +209,7 @@ class WhatIf:
                 f'<div role="status" aria-live="polite" style="min-height:4.5em">{escape(known[self.start][1])}</div>'
                 f"<div data-picture>{known[self.start][0]}</div>")
         return widget_html("what-if", "what if: the setting and what comes of it", body, {"known": known},
-                           ["what_if.js"])
+                           ("silence.js", "what_if.js"))
 
     def still(self) -> str:
         """The picture that the page opens on."""
@@ -220,10 +220,8 @@ class WhatIf:
         import anywidget
         import traitlets
 
-        script = files("bros_ref.viz").joinpath("static/what_if.js").read_text(encoding="utf-8")
-
         class Live(anywidget.AnyWidget):  # here, so that the package does without anywidget
-            _esm = script + "\nexport default { render: live };"
+            _esm = kernel_script("what_if.js") + "\nexport default { render: live };"
             page = traitlets.Unicode(self.to_html()).tag(sync=True)
             question = traitlets.Unicode().tag(sync=True)
             reply: Any = traitlets.List().tag(sync=True)
