@@ -25,7 +25,7 @@ serve: $(VENV)/.installed-server
 test: lint
 	$(TEST) $(NBVAL) tests notebooks $(PYTEST_ARGS)
 
-# BROS inside real vLLM on the CPU, in an environment of its own: 2 GB, minutes to install. `make test` skips these tests.
+# BROS inside real vLLM on the CPU, in an environment of its own: 3 GB, minutes to install. `make test` skips these tests.
 VLLM_VENV := .venv-vllm
 test-vllm: $(VLLM_VENV)/.installed
 	PYTHONPATH=. VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python -m pytest -p no:cacheprovider tests/integrations $(PYTEST_ARGS)

@@ -60,22 +60,40 @@ class Complete:
     def _is_blocked_waiting_status(status): ...
 
 
+class Connector:
+    """Has everything of vLLM's base class of KV connectors that ours relies on."""
+
+    def register_kv_caches(self, kv_caches): ...
+    def handle_preemptions(self, kv_connector_metadata): ...
+    def start_load_kv(self, forward_context, **kwargs): ...
+    def get_num_new_matched_tokens(self, request, num_computed_tokens): ...
+    def update_state_after_alloc(self, request, blocks, num_external_tokens): ...
+    def build_connector_meta(self, scheduler_output): ...
+    def request_finished(self, request, block_ids): ...
+    def reset_cache(self): ...
+
+
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0+cpu"])
 def test_supported_releases(version):
-    integration.check_interface(version, Complete)
+    integration.check_interface(version, Complete, Connector)
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "0.3.2", "0.320.0", "1.0", "dev"])
 def test_other_releases_are_refused_by_version(version):
     with pytest.raises(ImportError, match=rf"vLLM 0.32 and 0.33.*found {version}"):
-        integration.check_interface(version, Complete)
+        integration.check_interface(version, Complete, Connector)
 
 
-@pytest.mark.parametrize("name", [name for name in vars(Complete) if not name.startswith("__")])
+@pytest.mark.parametrize("name", [name for cls in (Complete, Connector) for name in vars(cls) if name[:2] != "__"])
 def test_a_modified_build_is_refused_by_what_it_lacks(name):
-    changed = type("Changed", (), {key: value for key, value in vars(Complete).items() if key != name})
-    with pytest.raises(ImportError, match=name):
-        integration.check_interface("0.33.0", changed)
+    for other in ({}, {name: lambda self: None}):  # without the method, and with one that takes other arguments
+        scheduler, connector = (type("Changed", (), {
+            key: other.get(key, value) for key, value in vars(cls).items() if key != name or key in other})
+            for cls in (Complete, Connector))
+        if name == "reset_cache" and other:
+            continue  # it has no arguments
+        with pytest.raises(ImportError, match=name):
+            integration.check_interface("0.33.0", scheduler, connector)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

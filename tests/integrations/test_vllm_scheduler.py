@@ -11,12 +11,17 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here; `make test-vllm` installs and uses it")
 
+import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from bros_ref.integrations.vllm import BROSScheduler
 from bros_ref.integrations.vllm.bench import run
+from bros_ref.integrations.vllm.connector import CopyMetadata, HostKVConnector
+from bros_ref.integrations.vllm.host_store import Copies
 from bros_ref.integrations.vllm.stepping import Pool, Stepper, next_token
 
 SLO = {"ttft_slo_s": 0.6, "tpot_slo_s": 0.4}
@@ -233,6 +238,59 @@ def test_what_is_not_supported_is_refused_by_name():
         Stepper(BROSScheduler, TIGHT, policy="priority")
     with pytest.raises(ValueError, match=r"keys among.*rt_slowdown"):
         Stepper(BROSScheduler, TIGHT, settings={"slow": 1})
+    scheduler = Stepper(BROSScheduler, replace(TIGHT, num_host_blocks=1)).scheduler
+    scheduler.dcp_world_size = 2
+    with pytest.raises(ValueError, match="HostKVConnector with context parallelism"):
+        scheduler._refuse_unsupported()
+    scheduler.connector = MagicMock()
+    with pytest.raises(ValueError, match="KV connectors other than HostKVConnector"):
+        scheduler._refuse_unsupported()
+
+
+@pytest.mark.parametrize(("kv_role", "options", "message"), [
+    ("kv_producer", {"num_host_blocks": 1}, '"kv_role": "kv_both"'), ("kv_both", {}, "got None"),
+    ("kv_both", {"num_host_blocks": 0}, "got 0"), ("kv_both", {"num_host_blocks": "9"}, "got '9'"),
+    ("kv_both", {"num_host_blocks": True}, "got True")])
+def test_settings_of_the_connector_that_make_no_sense_are_refused(kv_role, options, message):
+    config = MagicMock(kv_transfer_config=KVTransferConfig(
+        kv_connector="HostKVConnector", kv_role=kv_role, kv_connector_extra_config=options))
+    with pytest.raises(ValueError, match=message):
+        HostKVConnector(config, KVConnectorRole.SCHEDULER, MagicMock())
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((6, 4, 5), True), ((12, 2, 5), True), ((2, 6, 10), False)])
+def test_the_connector_knows_where_the_blocks_are(shape, fits):
+    """Kernels may use smaller blocks than the scheduler; a layout that does not begin with the block is refused."""
+    connector = Stepper(BROSScheduler, Pool(num_blocks=5, num_host_blocks=2)).runner.connector  # and vLLM's null block
+    cache = torch.arange(120.0).view(shape)
+    if not fits:
+        with pytest.raises(ValueError, match=r"first dimension is the block; layer has the shape \[2, 6, 10\]"):
+            connector.register_kv_caches({"layer": cache})
+        return
+    connector.register_kv_caches({"layer": cache})
+    copies = Copies(saves=[(3, 1), (5, 0)], loads=[(0, 1)])
+    connector.handle_preemptions(CopyMetadata(copies))
+    connector.bind_connector_metadata(CopyMetadata(copies))
+    connector.start_load_kv(None)
+    blocks = cache.view(6, 20)
+    assert blocks[0].tolist() == blocks[3].tolist() == list(range(60, 80))
+
+
+def test_resetting_the_prefix_cache_and_the_connector_forgets_what_is_on_the_host():
+    pool = replace(TIGHT, num_host_blocks=30)
+    stepper = Stepper(BROSScheduler, pool, settings=KNOWN)
+    for name in ("be-0", "be-1"):
+        stepper.add(name, prompt_of(name, 180), 60)
+    step_until(stepper, lambda: stepper.num_free_blocks == 0)
+    stepper.add("rt", prompt_of("rt", 33), 4, **SLO)
+    store = stepper.scheduler.connector.store
+    step_until(stepper, lambda: store.num_used_blocks > 0)
+    assert stepper.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    assert store.num_used_blocks == 0
+    finish(stepper)
+    assert all(served.token_ids == alone(prompt_of(name, 33 if name == "rt" else 180), 4 if name == "rt" else 60)
+               for name, served in stepper.served.items())
+    assert_nothing_is_left(stepper, pool)
 
 
 @pytest.mark.parametrize("num_host_blocks", [0, 7, 100])
@@ -265,13 +323,15 @@ def test_asynchronous_scheduling(seed, num_host_blocks):
 def test_the_hybrid_workload_on_the_modelled_clock(budget):
     """The figures of docs/vllm.md: everything here is decided by counts and a modelled clock."""
     bros, priority = run(["bros", "vllm-priority"], [budget], range(7), prefix_caching=True)
-    [recomputing] = run(["bros"], [budget], range(7), prefix_caching=False)
-    for row in (bros, recomputing):
+    recomputing, restoring = run(["bros", "bros-host"], [budget], range(7), prefix_caching=False)
+    for row in (bros, recomputing, restoring):
         assert row["ttft_p50_s"] <= 0.35
         assert row["ttft_p99_s"] <= 0.57
         assert row["num_on_time"] >= 83
     assert bros["be_tokens_per_s"] >= 43
     assert recomputing["be_tokens_per_s"] >= 42.5
+    assert restoring["be_tokens_per_s"] >= 43
+    assert recomputing["recomputed_tokens"] > restoring["recomputed_tokens"] == 0
     assert bros["num_on_time"] > 2 * priority["num_on_time"]
 
 

@@ -26,8 +26,8 @@ from bros_ref.integrations.vllm.scheduler import BROSScheduler
 from bros_ref.integrations.vllm.stepping import VOCAB_SIZE, Pool, Served, Stepper
 
 SYSTEMS: dict[str, tuple[type[Any], str, int]] = {  # scheduler class, vLLM's policy, and host blocks
-    "vllm-fcfs": (Scheduler, "fcfs", 0), "vllm-priority": (Scheduler, "priority", 0), "bros": (BROSScheduler, "fcfs", 0),
-    "bros-host": (BROSScheduler, "fcfs", 200)}
+    "vllm-fcfs": (Scheduler, "fcfs", 0), "vllm-priority": (Scheduler, "priority", 0),
+    "bros": (BROSScheduler, "fcfs", 0), "bros-host": (BROSScheduler, "fcfs", 200)}
 REFERENCES = {"rt-only": ("bros", True), "be-only": ("vllm-fcfs", False)}  # the system; whether it gets RT, or BE
 
 

@@ -57,7 +57,7 @@ class ChecksumRunner:
     """Executes a `SchedulerOutput`; see the module's docstring. `connector`: the worker's side of a KV connector."""
 
     def __init__(self, pool: Pool, connector: HostKVConnector | None = None) -> None:
-        self._block_size, self._connector = pool.block_size, connector
+        self._block_size, self.connector = pool.block_size, connector
         self._slots = np.full((pool.num_blocks + 1) * pool.block_size, -1, dtype=np.int64)
         if connector is not None:
             connector.register_kv_caches({"layer": torch.from_numpy(self._slots).view(-1, pool.block_size)})
@@ -66,11 +66,11 @@ class ChecksumRunner:
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Writes the scheduled tokens to their slots, then samples for requests whose known tokens are all computed."""
-        if self._connector is not None:  # in the order of vLLM's model runner
-            self._connector.handle_preemptions(step.kv_connector_metadata)
-            self._connector.bind_connector_metadata(step.kv_connector_metadata)
+        if self.connector is not None:  # in the order of vLLM's model runner
+            self.connector.handle_preemptions(step.kv_connector_metadata)
+            self.connector.bind_connector_metadata(step.kv_connector_metadata)
             if step.has_sync_kv_loads:
-                self._connector.start_load_kv(None)
+                self.connector.start_load_kv(None)
         starts = {}
         for new in step.scheduled_new_reqs:
             self._tokens[new.req_id] = list(new.prefill_token_ids or new.prompt_token_ids)

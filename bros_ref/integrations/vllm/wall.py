@@ -2,10 +2,10 @@
 
     python -m bros_ref.integrations.vllm.wall --rounds 5 --file runs.jsonl
 
-A round has 8 BE requests of 512 + 128 tokens at t = 0 and 6 RT requests of 64 + 32 over 10 s, as in
-`bros-ref bench hybrid --clock wall`; 8 sequences at most, 3,200 KV tokens. Each system runs once in each round, in
-alternating order, in an engine of its own that has served two requests before. Each run is appended to the file, and
-the table is over all runs in the file, so that a comparison can be made in several sittings.
+The workload has the form of that of `bench.py` at half the width, so that a round takes two minutes: 4 BE requests of
+512 + 128 tokens at t = 0 and 4 RT requests of 64 + 32 over 6.7 s, 4 sequences at most, 1,600 KV tokens. Each system
+runs once in each round, in alternating order, in an engine of its own that has served two requests before. Each run is
+appended to the file, and those that are in the file already are skipped, so an interrupted comparison can go on later.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -29,13 +30,13 @@ import numpy as np
 import typer
 from vllm import LLM, SamplingParams
 
-from bros_ref.evaluation.bench.hybrid import HYBRID_SLO, NUM_BE, NUM_RT, hybrid_items
+from bros_ref.evaluation.bench.hybrid import HYBRID_SLO, hybrid_items
 from bros_ref.integrations.vllm.bench import measure
 from bros_ref.integrations.vllm.smollm2 import write_smollm2
 from bros_ref.integrations.vllm.stepping import Served
 from bros_ref.workload.generate import WorkloadItem
 
-BLOCK_SIZE, KV_TOKENS = 32, 3_200
+NUM_BE, NUM_RT, MAX_NUM_SEQS, BLOCK_SIZE, KV_TOKENS = 4, 4, 4, 32, 1_600
 BROS: dict[str, Any] = {
     "scheduler_cls": "bros_ref.integrations.vllm.BROSScheduler",
     "additional_config": {"bros": {"ttft_slo_s": HYBRID_SLO.ttft_s, "tpot_slo_s": HYBRID_SLO.tpot_s}}}
@@ -50,7 +51,7 @@ WARM_UP = [replace(item, arrival_s=0.0, output_tokens=16) for item in hybrid_ite
 
 def serve(folder: str, system: str, budget: int, items: Sequence[WorkloadItem], seed: int) -> dict[str, Served]:
     """One run to the end; ids start with "rt" or "be". Times are in seconds since the start."""
-    llm = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=1024, max_num_seqs=8,
+    llm = LLM(folder, skip_tokenizer_init=True, dtype="float32", max_model_len=1024, max_num_seqs=MAX_NUM_SEQS,
               block_size=BLOCK_SIZE, num_gpu_blocks_override=KV_TOKENS // BLOCK_SIZE + 1, enforce_eager=True,
               max_num_batched_tokens=budget, disable_log_stats=True, **SYSTEMS[system])
     try:
@@ -102,22 +103,23 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(rounds: Annotated[int, typer.Option(min=0, help="Rounds to run now; 0 only prints the table.")] = 5,
-         first_round: Annotated[int, typer.Option(min=0, help="Seed of the first round.")] = 0,
+def main(rounds: Annotated[int, typer.Option(min=1, help="Rounds, with RT arrivals of their own.")] = 5,
          budgets: Annotated[str, typer.Option(help="Token budgets per step, separated by commas.")] = "256,2048",
-         file: Annotated[Path, typer.Option(help="Runs are appended there.")] = Path("vllm-wall.jsonl")) -> None:
+         systems: Annotated[str, typer.Option(help="Systems, separated by commas.")] = ",".join(SYSTEMS),
+         file: Annotated[Path, typer.Option(help="One run per line, as JSON.")] = Path("vllm-wall.jsonl")) -> None:
     """vLLM's schedulers and BROS in vLLM on the hybrid workload, wall clock."""
+    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         write_smollm2(Path(folder))
-        for number in range(first_round, first_round + rounds):
-            items = hybrid_items(number, HYBRID_SLO, NUM_BE["wall"], NUM_RT["wall"])
-            for budget in map(int, budgets.split(",")):
-                for system in SYSTEMS if number % 2 == 0 else reversed(SYSTEMS):
-                    served = serve(folder, system, budget, items, number)
-                    run = {"system": system, "token_budget": budget, "round": number} | measure(served)
-                    with file.open("a") as runs:
-                        runs.write(json.dumps(run) + "\n")
-    print(table([json.loads(line) for line in file.read_text().splitlines()]))
+        for number, budget in product(range(rounds), map(int, budgets.split(","))):
+            items = hybrid_items(number, HYBRID_SLO, NUM_BE, NUM_RT)
+            for system in systems.split(",")[::1 if number % 2 == 0 else -1]:
+                key = {"system": system, "token_budget": budget, "round": number}
+                if not any(key.items() <= run.items() for run in runs):
+                    runs.append(key | measure(serve(folder, system, budget, items, number)))
+                    with file.open("a") as lines:
+                        lines.write(json.dumps(runs[-1]) + "\n")
+    print(table(runs))
 
 
 if __name__ == "__main__":
