@@ -220,6 +220,7 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
     for arch in targets:
         row = compiled(rung, heads, arch)
         loop, run = row.loop, executed(rung, heads, arch) if on_ladder else None
+        per_kib = loop.per_kib if loop else None
         ptx_error = error_of(rung, heads, np.random.default_rng(seed), PtxDevice(arch))
         rows.append(KernelRow(
             name=rung.idea, step=rung.name, dtype=dtype, head_dim=head_dim, arch=f"sm_{arch}",
@@ -230,15 +231,15 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
             reversed_sectors_over_minimum=counted.reversed_sectors_over_minimum if counted else None,
             warp_instructions_per_kib=run.per_kib if run else None,
             with_moves_per_kib=run.with_moves_per_kib if run else None,
-            main_loop_instructions_per_kib=loop.per_kib if loop else None,
+            main_loop_instructions_per_kib=per_kib,
             direction_overhead=run.direction_overhead if run else None,
             worst_bank_conflict=counted.worst_bank_conflict if counted else None,
             mma_instructions=loop.multiplications if loop else None,
             mma_feeding_share=run.feeding_share if run else None,
             mma_per_shared_kib=run.mma_per_shared_kib if run else None,
             main_loop_feeding_share=loop.feeding_share if loop else None,
-            issue_cap_estimate={gpu: issue_cap(loop.per_kib, gpu) for gpu in GPUS}
-            if loop and not rung.is_prefill else None))
+            issue_cap_estimate={gpu: issue_cap(per_kib, gpu) for gpu in GPUS}
+            if per_kib is not None and not rung.is_prefill else None))
     advance(1)
     return rows
 

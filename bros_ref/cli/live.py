@@ -250,7 +250,7 @@ def bench_engine_command(cases: Annotated[str | None, typer.Option(help="Comma-s
                          model: ModelOption = "smollm2", rounds: CountOption = 3,
                          peers: Annotated[bool, typer.Option("--peers", help=(
                              "Also vLLM and llama.cpp (xllamacpp), where installed."))] = False,
-                         vllm_python: Annotated[Path | None, typer.Option(help=(
+                         vllm_python: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help=(
                              "A Python that has vLLM. Default: that of `make test-vllm`, else this one."))] = None,
                          threads: ThreadsOption = 0, seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """The engine against transformers.generate and other engines, alternated, and against the machine."""

@@ -30,13 +30,13 @@ class LinearFn(Protocol):
     def __call__(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor: ...
 
 
-ROWS = (1, 2, 4, 8, 16, 64, 512)  # a product of n rows is computed as timed for the first of these that is at least n
+ROWS = (1, 2, 4, 8, 16, 32, 64, 512)  # n rows are computed as timed for the first of these that is at least n
 SMALLEST_WEIGHT = 1 << 18  # elements; below it the call costs more than the product
 COLD_BYTES = 64 << 20  # candidates rotate through this much of weights, more than caches hold, as a forward pass does
 LARGEST_TRIAL = 1 << 31  # multiplications; larger products take the choice of fewer rows
-ROUNDS = 4
+ROUNDS = 8
 LEAD = 0.95  # a way must take at most this share of the time of the plainer ways before it
-PACKED_LEAD = 0.85  # the same for "packed", which holds a second copy of the weight
+PACKED_LEAD = 0.85  # the same for "packed", which holds a second copy of the weight, unless fewer rows use it already
 PACKED_SHARE = 0.25  # of the available memory that those copies may take
 ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
@@ -171,9 +171,11 @@ class Trials:
                     for w in operands[way]:
                         WAYS[way](x, w)
                     best_s[way] = min(best_s[way], time.perf_counter() - start_s)
+        prefix = "x".join(map(str, cold[0].shape)) + "x"
+        is_held = any(known == "packed" for key, known in self._known.items() if key.startswith(prefix))
         winner = ways[0]
         for way in ways[1:]:
-            if best_s[way] < (PACKED_LEAD if way == "packed" else LEAD) * best_s[winner]:
+            if best_s[way] < (PACKED_LEAD if way == "packed" and not is_held else LEAD) * best_s[winner]:
                 winner = way
         return winner
 

@@ -101,8 +101,9 @@ class MainLoop:
     feeding: int
 
     @property
-    def per_kib(self) -> float:
-        return self.instructions / self.kib
+    def per_kib(self) -> float | None:
+        """Instructions per KiB; None if the loads are in a loop of their own, which this way does not enter."""
+        return self.instructions / self.kib if self.kib else None
 
     @property
     def feeding_share(self) -> float:

@@ -69,14 +69,15 @@ def test_a_peer_in_a_process_of_its_own_gets_the_work_and_ends_with_the_context(
 
 def test_what_cannot_run_is_named_with_the_reason(toy, fake_vllm, monkeypatch, tmp_path):
     (fake_vllm / "__init__.py").write_text("import a_library_that_is_missing")
-    monkeypatch.setattr(engine_peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine_peers, "_has", lambda python, package: package == "vllm")
     with start_peers(toy, ["vllm", "llama.cpp"], Path(sys.executable)) as (peers, absent):
         assert peers == []
         assert absent == {"vllm": "failed: ModuleNotFoundError: No module named 'a_library_that_is_missing'",
                           "llama.cpp": "not installed"}
+    monkeypatch.undo()
     with start_peers(toy, ["vllm"], tmp_path / "no-python") as (peers, absent):
         assert absent == {"vllm": "not installed"}
-    monkeypatch.setattr(engine_peers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(engine_peers, "_has", lambda python, package: True)
     other = load_model("random:qwen2", "cpu")
     with start_peers(other, ["transformers", "vllm", "llama.cpp"], Path(sys.executable)) as (peers, absent):
         assert list(absent) == ["transformers", "vllm", "llama.cpp"]

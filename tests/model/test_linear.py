@@ -86,6 +86,9 @@ def test_the_fastest_way_wins_and_a_plainer_one_where_it_is_close(timed_weights,
     assert trials.fastest(timed_weights[:3], 2) == "halves"  # onednn and packed lead it by too little
     cost_s["packed"] = 0.3
     assert trials.fastest(timed_weights[:3], 4) == "packed"
+    cost_s["packed"] = 0.45  # by little, but the copies that four rows use are there
+    assert trials.fastest(timed_weights[:3], 16) == "packed"
+    assert trials.fastest([torch.zeros(16, 4)], 16) == "halves"
     assert Trials(weight_bytes=1 << 60).fastest(timed_weights[:3], 4) == "halves"  # no room for packed copies
     cost_s |= {"halves": 0.96, "onednn": 0.96, "packed": 0.96}
     assert trials.fastest(timed_weights[:3], 8) == "plain"

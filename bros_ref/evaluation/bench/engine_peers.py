@@ -11,7 +11,6 @@ that is not installed, or cannot run this model, is named with the reason, never
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -217,7 +216,7 @@ def _vllm(loaded: LoadedModel, folder: Path, python: Path | None) -> Worker:
 
 
 def _llama_cpp(loaded: LoadedModel, folder: Path) -> Worker:
-    if importlib.util.find_spec("xllamacpp") is None:
+    if not _has(Path(sys.executable), "xllamacpp"):
         raise Unavailable("not installed")
     source = None if loaded.name.startswith(RANDOM_PREFIX) else locate(loaded.name)
     if source is None or source.suffix != ".gguf":
