@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bros_ref.trace import PHASES, BlockView
 from bros_ref.trace.metrics import summarise
 from bros_ref.viz.figures import charts, kv_blocks, timeline
-from bros_ref.viz.figures.gantt import MARK_LABELS, gantt_svg
+from bros_ref.viz.figures.gantt import MARK_LABELS, gantt_svg, phase_steps
 from bros_ref.viz.figures.kv_blocks import block_map, pool_kinds, pool_svg, slot_kinds
 from bros_ref.viz.figures.style import (
     ALARM_COLOUR,
@@ -211,8 +211,8 @@ def test_the_legend_of_a_schedule_shows_what_is_drawn(trace) -> None:
         assert len(marks) >= 2 * len(told)
         assert bool(marks) == bool(told)
     legend = player.to_html().split("<script")[0]
-    occur = {(trace.requests[name].request_class, span.phase) for name in player.request_ids
-             for span in trace.phases()[name]}
+    occur = {(trace.requests[name].request_class, phase) for name in player.request_ids
+             for phase, _, _ in phase_steps(trace)[name]}
     told = [tuple(kind.split("-")) for key in re.findall('data-key="(.*?)"', legend) for kind in key.split()]
     assert {kind for kind in told if kind[-1] in PHASE_LABELS} == occur
 

@@ -158,8 +158,10 @@ def pool_kinds(trace: Trace) -> set[str]:
     """All that a map of any step of the trace shows: what slots hold, and what steps did to them."""
     kinds = {FREE} | {COPY_KINDS[kind] for step in trace.steps for kind, count in step.copied.items() if count}
     for changes in trace.pool_changes():
+        if kinds.issuperset(SLOT_LABELS):
+            break
         for view in changes.values():
-            kinds.update(kind for kind, _ in groupby(slot_kinds(view, trace.block_size)))
+            kinds.update(slot_kinds(view, trace.block_size))
     return kinds
 
 
