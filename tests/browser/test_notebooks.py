@@ -10,11 +10,22 @@ import pytest
 from browser.jupyter import CHROMIUM, FLAGS, OUTPUTS, ROOT, RUN_ALL, jupyter_lab, why_not
 from browser.pages import violations, wait_for
 
-# Those in which a kernel answers what one does on the page. The players of the others need no kernel, and test_site.py
-# opens all pages. BROS_REF_ALL_NOTEBOOKS=1 runs every notebook here.
 KERNEL_WIDGETS = re.compile(r"\w+Panel\(|WhatIf\(|Explorer\(")
-NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")
-                   if os.environ.get("BROS_REF_ALL_NOTEBOOKS") or KERNEL_WIDGETS.search(path.read_text()))
+
+
+def to_run():
+    """Those in which a kernel answers what one does on the page, the last one of each kind of widget. The players of
+    the others need no kernel, and test_site.py opens all pages. BROS_REF_ALL_NOTEBOOKS=1 runs every notebook."""
+    chosen, seen = [], set()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"), reverse=True):
+        kinds = set(KERNEL_WIDGETS.findall(path.read_text()))
+        if os.environ.get("BROS_REF_ALL_NOTEBOOKS") or kinds - seen:
+            chosen.append(path.name)
+        seen |= kinds
+    return sorted(chosen)
+
+
+NOTEBOOKS = to_run()
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
 WIDGETS = ".jp-OutputArea-output:has(button, input, select, canvas)"  # outputs that one can operate

@@ -136,11 +136,11 @@ def test_slots_are_cells_up_to_32_a_block(size: int) -> None:
                 if "cells" in one.get("id")}
     assert len(patterns) == (2 if size <= 32 else 0)
     for block in root.findall(f"{SVG}g")[1].findall(f"{SVG}g"):
-        wide = float(block.findall(f"{SVG}rect")[-1].get("width"))
-        fills = [(one.get("fill", "")[5:-1], float(one.get("width"))) for one in block.findall(f"{SVG}rect")]
-        slots = sum(width / patterns[fill] for fill, width in fills if fill in patterns)
-        assert slots == pytest.approx(size if size <= 32 else 0, abs=0.05)
-        assert all(width * size == pytest.approx(wide, abs=0.1) for width in patterns.values())
+        rects = [(one.get("fill", "")[5:-1], float(one.get("width"))) for one in block.findall(f"{SVG}rect")]
+        wide = sum(width for fill, width in rects if fill.startswith("kv-") and fill not in patterns)
+        over = [(width, patterns[fill]) for fill, width in rects if fill in patterns]
+        assert sum(width / cell for width, cell in over) == pytest.approx(size if size <= 32 else 0, abs=0.05)
+        assert all(cell * size == pytest.approx(wide, abs=0.1) for _, cell in over)
 
 
 @given(st.integers(1, 32), st.integers(0, 40), st.data())

@@ -42,7 +42,7 @@ def latency_ecdf(traces: Sequence[Trace]) -> go.Figure:
 
     If a curve ends below 100 %, the rest were never served, or never got a second token. Dashed verticals are SLOs.
     """
-    figure = make_subplots(rows=2, cols=2, horizontal_spacing=0.1, vertical_spacing=0.2, subplot_titles=[
+    figure = make_subplots(rows=2, cols=2, horizontal_spacing=0.16, vertical_spacing=0.2, subplot_titles=[
         f"{CLASS_LABELS[name]}: {METRIC_TITLES[metric]}" for name, metric in CELLS])
     for place, trace in enumerate(traces):
         timings = request_timings(trace).values()

@@ -193,9 +193,9 @@ def pool_svg(pool: Sequence[BlockView], block_size: int, columns: int | None = N
     cells = []
     for place, block_id in enumerate(shown):
         x, y = place % columns * (LABEL_W + draw.block_w + GAP_X) + LABEL_W, place // columns * (BLOCK_H + GAP_Y)
-        cells.append(f'<text x="{x - 4:.1f}" y="{y + 11}" text-anchor="end" class="id">{block_id}</text>')
         mine = [run for run in copies if run.block_id == block_id]
-        cells.append(f'<g transform="translate({x:.1f} {y})">{"".join(draw.block(pool[block_id], block_id, mine))}</g>')
+        cells.append(f'<g transform="translate({x:.1f} {y})"><text x="-4" y="11" class="id">{block_id}</text>'
+                     f'{"".join(draw.block(pool[block_id], block_id, mine))}</g>')
     legend_h = draw.legend_rows() * (BLOCK_H + GAP_Y) + 12
     height = top + legend_h + cdiv(len(shown), columns) * (BLOCK_H + GAP_Y)
     drawn = sorted(draw.seen - {SAVED})
@@ -257,19 +257,19 @@ class _Drawing:
             kind = COPY_KINDS[copied.kind]
             tip = f"block {block_id}, slots {slots[0]} to {slots[-1]}: {COPY_LABELS[kind]}: {copied.request_id}"
             yield self._rect(kind, slots, tip)
+        outline = [(0, self.block_size, 'class="edge"')]
         if self.block_size <= MAX_CELLS:
             dark = sum(self._look(view, kind) in (RT, OVER) for kind in kinds)
-            for on, first, end in (("rt", 0, dark), ("pale", dark, self.block_size)):
-                if end > first:
-                    yield (f'<rect x="{first * slot_w:.1f}" width="{(end - first) * slot_w:.1f}" height="{BLOCK_H}" '
-                           f'fill="url(#{self._cells_id(on)})"/>')
+            outline = [(first, end, f'fill="url(#{self._cells_id(on)})" class="box"')
+                       for on, first, end in (("rt", 0, dark), ("pale", dark, self.block_size)) if end > first]
+        for first, end, look in outline:
+            yield f"<rect {self._extent(first, end)} {look}/>"
         tokens = [token_at(view, kind, slot, self.block_size) for slot, kind in enumerate(kinds)]
         digits = max((len(str(token)) for token in tokens if token is not None), default=0)
         for slot, token in enumerate(tokens if slot_w >= DIGIT_W * digits + CELL_PAD else ()):
             if token is not None:
                 on = "on-rt" if self._look(view, kinds[slot]) in (RT, OVER) else "on-pale"
                 yield f'<text x="{(slot + 0.5) * slot_w:.1f}" y="10.5" class="token {on}">{token}</text>'
-        yield f'<rect width="{self.block_w:.1f}" height="{BLOCK_H}" class="edge"/>'
 
     def _look(self, view: BlockView, kind: str) -> str:
         if not self.requests or kind not in (RT, BE):
@@ -278,10 +278,16 @@ class _Drawing:
 
     def _rect(self, kind: str, slots: Sequence[int], tip: str) -> str:
         self.seen.add(kind)
+        extent, fill = self._extent(slots[0], slots[-1] + 1), f"url(#kv-{kind})"
+        if kind == SAVED:
+            extent, fill = self._extent(slots[0], slots[-1] + 1, 3) + f' y="{BLOCK_H - 3}"', INK
+        return f'<rect {extent} fill="{fill}"><title>{escape(tip)}</title></rect>'
+
+    def _extent(self, first: int, end: int, tall: int = BLOCK_H) -> str:
+        """Attributes of a rectangle over some slots."""
         slot_w = self.block_w / self.block_size
-        top, tall, fill = (BLOCK_H - 3, 3, INK) if kind == SAVED else (0, BLOCK_H, f"url(#kv-{kind})")
-        return (f'<rect x="{slots[0] * slot_w:.1f}" y="{top}" width="{len(slots) * slot_w:.1f}" height="{tall}" '
-                f'fill="{fill}"><title>{escape(tip)}</title></rect>')
+        at = f'x="{first * slot_w:.1f}" ' if first else ""
+        return f'{at}width="{(end - first) * slot_w:.1f}" height="{tall}"'
 
     def _labels(self) -> dict[str, str]:
         """Of what was drawn, in a fixed order."""
@@ -327,9 +333,10 @@ def _tip(view: BlockView, kind: str, slots: Sequence[int], block_size: int) -> s
     return {RT: rt, BE: be, LOST: f"{be}: on the host only", OVER: f"{rt}; over {be}, which are on the host"}[kind]
 
 
-_STYLE = (f"<style>.block-map text{{font:11px {FONT};fill:{INK}}}.block-map .id{{fill:{MUTED};font-size:10px}}"
+_STYLE = (f"<style>.block-map text{{font:11px {FONT};fill:{INK}}}"
+          f".block-map .id{{fill:{MUTED};font-size:10px;text-anchor:end}}"
           ".block-map .title{font-size:12.5px;font-weight:600}"
-          ".block-map .edge{fill:none;stroke:#66717f;stroke-width:.8}"
+          ".block-map .edge{fill:none}.block-map .edge,.block-map .box{stroke:#66717f;stroke-width:.8}"
           ".block-map .token{font-size:9px;text-anchor:middle;"
           "paint-order:stroke;stroke-width:2.6px;stroke-linejoin:round}"
           f".block-map .token.on-rt{{fill:{PAPER};stroke:{RT_COLOUR}}}"

@@ -172,7 +172,7 @@ class Dashboard:
         parts, y = [], 18
         for side, name in zip(self.sides, self.names, strict=True):
             now = side.at(time_s)
-            drawn = re.sub("<title>.*?</title>", "", block_map(side.trace, max(0, now["step"])))  # it is an image
+            drawn = re.sub("><title>.*?</title></rect>", "/>", block_map(side.trace, max(0, now["step"])))  # an image
             width, height = (float(size) for size in drawn.split('viewBox="0 0 ')[1].split('"')[0].split())
             text = (f"{name} at {time_s:.2f} s: {now['on_time']} RT on time of {now['finished']} finished of "
                     f"{now['arrived']} arrived; {now['be_tokens']} BE tokens")

@@ -126,8 +126,9 @@ def request_svg(request: WarpRequest, names: Mapping[int, str] | None = None) ->
     body = _banks(request) if request.argument == SHARED else _sectors(request)
     height = 20 + int(body.count("<!--row-->")) * 26
     title = describe(request, names)
-    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" role="img" '
-           f'font-family="system-ui, sans-serif" font-size="9"><title>{_escape(title)}</title>{body}</svg>')
+    svg = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
+           f'style="width:100%;max-width:{_WIDTH}px" font-family="system-ui, sans-serif" font-size="9">'
+           f"<title>{_escape(title)}</title>{body}</svg>")
     return on_paper(svg)
 
 
