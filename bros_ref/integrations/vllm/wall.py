@@ -2,8 +2,8 @@
 
     python -m bros_ref.integrations.vllm.wall --rounds 5 --file runs.jsonl
 
-The workload has the form of that of `bench.py` at half the width, so that a round takes two minutes: 4 BE requests of
-512 + 128 tokens at t = 0 and 4 RT requests of 64 + 32 over 6.7 s, 4 sequences at most, 1,600 KV tokens. Each system
+The workload is that of `bench.py` at half the width and with half the BE output, so that a run is short: 4 BE requests
+of 512 + 64 tokens at t = 0 and 4 RT requests of 64 + 32 over 6.7 s, 4 sequences at most, 1,600 KV tokens. Each system
 runs once in each round, in alternating order, in an engine of its own that has served two requests before. Each run is
 appended to the file, and those that are in the file already are skipped, so an interrupted comparison can go on later.
 """
@@ -36,7 +36,7 @@ from bros_ref.integrations.vllm.smollm2 import write_smollm2
 from bros_ref.integrations.vllm.stepping import Served
 from bros_ref.workload.generate import WorkloadItem
 
-NUM_BE, NUM_RT, MAX_NUM_SEQS, BLOCK_SIZE, KV_TOKENS = 4, 4, 4, 32, 1_600
+NUM_BE, BE_OUTPUT_TOKENS, NUM_RT, MAX_NUM_SEQS, BLOCK_SIZE, KV_TOKENS = 4, 64, 4, 4, 32, 1_600
 BROS: dict[str, Any] = {
     "scheduler_cls": "bros_ref.integrations.vllm.BROSScheduler",
     "additional_config": {"bros": {"ttft_slo_s": HYBRID_SLO.ttft_s, "tpot_slo_s": HYBRID_SLO.tpot_s}}}
@@ -112,7 +112,8 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="Rounds, with RT arriva
     with tempfile.TemporaryDirectory() as folder:
         write_smollm2(Path(folder))
         for number, budget in product(range(rounds), map(int, budgets.split(","))):
-            items = hybrid_items(number, HYBRID_SLO, NUM_BE, NUM_RT)
+            items = [replace(item, output_tokens=item.output_tokens if item.slo else BE_OUTPUT_TOKENS)
+                     for item in hybrid_items(number, HYBRID_SLO, NUM_BE, NUM_RT)]
             for system in systems.split(",")[::1 if number % 2 == 0 else -1]:
                 key = {"system": system, "token_budget": budget, "round": number}
                 if not any(key.items() <= run.items() for run in runs):
