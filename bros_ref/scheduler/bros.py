@@ -101,8 +101,7 @@ class BROSScheduler(Scheduler):
         step_budget_s, patience_s = math.inf, 2 * self.iteration_s * self.latency.safety
         urgent, late = self._rt_by_slack(now_s)
         aside, rt_queue_open, be_queue_open = None, True, True
-        left_to_be = self._tokens_left_to_be(urgent, late, now_s) if self.config.rt_leaves_tokens else 0
-        self.max_step_tokens -= left_to_be
+        self.max_step_tokens -= self._tokens_left_to_be(urgent, late, now_s)
 
         # 1. Urgent RT, by ascending slack [paper]. The residual time of the most urgent bounds the step (Eq. 6).
         for request in urgent:
@@ -141,7 +140,7 @@ class BROSScheduler(Scheduler):
                 shortest_refused = min(shortest_refused, request.num_tokens)
 
         # 3. A starving BE (our decision), exempt from the budget, which now has to leave time for an RT that arrives.
-        self.max_step_tokens += left_to_be
+        self.max_step_tokens = self.config.max_num_batched_tokens
         rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s(), self._slowed_s())
         self._admit_starving_be(step_budget_s)
 
@@ -152,9 +151,8 @@ class BROSScheduler(Scheduler):
             admission = try_admit(request, step_budget_s)
             if admission is BATCH_CAP:
                 return
-            if admission is NO_BLOCKS:
-                be_queue_open = False
-            elif admission is DEADLINE and not self._a_decode_fits(step_budget_s):
+            be_queue_open &= admission is not NO_BLOCKS
+            if admission is DEADLINE and not self._a_decode_fits(step_budget_s):
                 be_queue_open = False
                 break
 
@@ -232,7 +230,8 @@ class BROSScheduler(Scheduler):
     def _tokens_left_to_be(self, urgent: list[Request], late: list[Request], now_s: float) -> int:
         """One for each BE that decodes, at most half of the step's, if all RT prompts, and that of a typical RT that
         arrives now, are on time in steps without these tokens; else 0."""
-        if late or self._rt_late.head() or all(request.first_token_s is not None for request in urgent):
+        has_prompts = any(request.first_token_s is None for request in urgent)
+        if not (self.config.rt_leaves_tokens and has_prompts) or late or self._rt_late.head():
             return 0
         latency, offloaded = self.latency, self.kv.offloaded_tokens
         decoding = [request for request in self._be_order if request.num_tokens - request.num_computed_tokens == 1

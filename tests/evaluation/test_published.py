@@ -72,7 +72,8 @@ def test_a_sentence_or_table_that_is_gone_is_named(results, kept):
 
 @pytest.mark.parametrize(("figure", "spec", "text"), [
     (Interval(96.64, 6.26), "±1", "96.6 ± 6.3"), (Interval(-0.04, 0.1), "+±1", "0.0 ± 0.1"),
-    (Interval(3, 1), "+±0", "+3 ± 1"), (1091.4, "0", "1,091"), (231_400, "~2", "230,000"), (296.2, "~1", "300"), (0.31, "~1", "0")])
+    (Interval(3, 1), "+±0", "+3 ± 1"), (1091.4, "0", "1,091"), (231_400, "~2", "230,000"), (296.2, "~1", "300"),
+    (0.31, "~1", "0")])
 def test_figures_are_shown_as_people_write_them(results, figure, spec, text):
     assert format(results.Shown(figure), spec) == text
 

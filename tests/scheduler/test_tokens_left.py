@@ -61,6 +61,7 @@ def test_at_most_half_of_the_tokens_are_left():
 
 def test_no_more_are_left_than_seats():
     decider, _ = prefilling("bros-plus", 6, 120, ttft_s=1000.0)
+    decider.scheduler.begin_step()
     decider.scheduler.max_batch_size = 4
     assert decider.scheduler._tokens_left_to_be(list(decider.scheduler._rt_waiting), [], decider.now_s) == 3
 
@@ -68,6 +69,7 @@ def test_no_more_are_left_than_seats():
 def test_nothing_is_left_while_an_rt_is_late_or_none_has_a_prompt():
     decider, rt = prefilling("bros-plus", 4, 120, ttft_s=1000.0)
     scheduler = decider.scheduler
+    scheduler.begin_step()
     assert scheduler._tokens_left_to_be([rt], [], decider.now_s) == 4
     assert scheduler._tokens_left_to_be([rt], [rt], decider.now_s) == 0
     assert scheduler._tokens_left_to_be([], [], decider.now_s) == 0
@@ -77,6 +79,7 @@ def test_nothing_is_left_while_an_rt_is_late_or_none_has_a_prompt():
 
 def test_nothing_is_left_for_those_whose_tokens_have_to_come_back_first():
     decider, rt = prefilling("bros-plus", 4, 120, ttft_s=1000.0)
+    decider.scheduler.begin_step()
     decider.kv.offloaded_tokens["be1"] = 1
     assert decider.scheduler._tokens_left_to_be([rt], [], decider.now_s) == 3
 
