@@ -86,6 +86,16 @@ def test_what_is_kept_is_read_as_it_was_written(results, monkeypatch, tmp_path):
     assert (tmp_path / "results.json").read_text() == (ROOT / "docs" / "results.json").read_text()
 
 
+def test_no_policy_has_more_real_time_on_time_and_more_best_effort_than_bros_plus(results, kept):
+    """The claim of the page, by the means over the windows."""
+    means = {cell: {policy: tuple(results.mean(runs, metric) for metric in (results.ON_TIME, results.BE))
+                    for policy, runs in policies.items()} for cell, policies in results.unseen_cells(kept).items()}
+    assert len(means) >= 6
+    ahead = [(cell, policy) for cell, policies in means.items() for policy, both in policies.items()
+             if all(theirs > ours for theirs, ours in zip(both, policies["bros-plus"], strict=True))]
+    assert ahead == []
+
+
 # -- the code still gives them ----------------------------------------------------------------------------------------
 
 
