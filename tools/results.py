@@ -1,236 +1,46 @@
 """The simulated figures of README.md and docs/results.md: measures them, keeps them, and writes them into the pages.
 
-    python tools/results.py                   # measures everything (an hour of one core) and updates the pages
+    python tools/results.py --traces FOLDER   # measures everything (half an hour of one core) and updates the pages
     python tools/results.py headline hybrid   # measures these sections only
     python tools/results.py --pages           # measures nothing: writes the kept figures into the pages
 
-docs/results.json keeps, for each run of each section, the values of every seed. From them this file writes the tables
-of the pages, which it finds by their header line, and the figures in the sentences of `SENTENCES`. It also keeps a
-digest of what every policy decides in short runs: when a rule changes, a digest changes, the tests say so, and all
-sections have to be measured again. `tests/evaluation/test_published.py` checks all of this.
+docs/results.json keeps the values of every seed of each run (`results_runs.py`). From them this file writes the tables
+of the pages, which it finds by their header line, and the figures in the sentences of `SENTENCES`.
+`tests/evaluation/test_published.py` checks that the pages have these figures, and that the code still gives them.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 import statistics
 import string
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bros_ref.evaluation.dominance import mean, value, values
-from bros_ref.evaluation.reproduce import AGAINST_V0, FIGURES, PaperFigure, compare
-from bros_ref.evaluation.statistics import Interval, interval, paired_difference, paired_ratio
-from bros_ref.evaluation.sweeps import RATES, SYSTEMS, all_jobs, run_name
-from bros_ref.request import SLO
-from bros_ref.scheduler import known_policies
-from bros_ref.simulator.simulate import Job, SimulationSettings, run, run_all
-from bros_ref.workload.paper import PaperWorkload, be_batch_for
-
-ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "docs" / "results.json"
-PAGES = {"readme": ROOT / "README.md", "results": ROOT / "docs" / "results.md"}
-SEEDS = 5
-
-Runs = dict[str, list[dict[str, Any]]]  # job -> one summary per seed, reduced to the section's metrics
-Results = dict[str, Runs]  # section -> its runs
-ON_TIME, BE = "rt.slo_attainment", "be.output_throughput"
-
-
-# -- what is measured -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Section:
-    """Runs that are published together. `jobs` maps the folder of traces, or None, to the jobs by their names."""
-
-    metrics: tuple[str, ...]
-    jobs: Callable[[Path | None], dict[str, Job]]
-
-
-def _paper(settings: SimulationSettings, rate: float, duration_s: float) -> PaperWorkload:
-    """The workload of `--workload paper`."""
-    return PaperWorkload(rate, duration_s, be_batch_for(settings.num_blocks * settings.block_size))
-
-
-def _named(cell: str, policies: Iterable[str], settings: SimulationSettings, rate: float,
-           duration_s: float) -> dict[str, Job]:
-    arrivals = _paper(settings, rate, duration_s)
-    return {f"{cell}/{policy}": Job(f"{cell}/{policy}", policy, settings, arrivals) for policy in policies}
-
-
-HEADLINE = {"OPT-13B, 4 RT/s": ("opt-13b", 4.0), "OPT-13B, 10 RT/s": ("opt-13b", 10.0),
-            "Llama-3-70B, 4 RT/s": ("llama-3-70b", 4.0)}
-HEADLINE_POLICIES = ("vllm-fcfs", "vllm-priority", "bros", "bros-plus", "be-only")
-SLOWDOWNS = (1.1, 1.25, 1.5, 2.0, None)
-
-
-def _headline_jobs(_: Path | None) -> dict[str, Job]:
-    jobs = {}
-    for cell, (system, rate) in HEADLINE.items():
-        more = ("xllm",) if cell == "OPT-13B, 10 RT/s" else ()
-        jobs |= _named(cell, (*HEADLINE_POLICIES, *more), SYSTEMS[system], rate, 100.0)
-    return jobs
-
-
-def _paper_jobs(_: Path | None) -> dict[str, Job]:
-    """The runs of `reproduce --quick --parts paper` on which a figure of the paper rests."""
-    rates = RATES[::2]
-    needed = {run_name(system, figure.dataset, rate, policy, figure.only)
-              for figure in (*FIGURES, *AGAINST_V0) for system in figure.systems for rate in rates
-              if rate in figure.rates for policy in ("bros", figure.baseline)}
-    return {name: job for name, job in all_jobs(60.0, rates, quick=True, parts=["paper"]).items() if name in needed}
-
-
-def _note_jobs(_: Path | None) -> dict[str, Job]:
-    """Regimes beyond the paper's sweep, in which some of its figures are reached."""
-    jobs = {}
-    for rate in (14.0, 18.0):
-        jobs |= _named(f"Llama-3-70B, {rate:g} RT/s", ("bros", "bros-rr"), SYSTEMS["llama-3-70b"], rate, 60.0)
-    small = replace(SYSTEMS["opt-30b"], kv_tokens=24_000)
-    return jobs | _named("OPT-30B, 24,000 tokens", ("bros", "bros-recompute"), small, 10.0, 60.0)
-
-
-def _unseen_jobs(traces: Path | None) -> dict[str, Job]:
-    return all_jobs(60.0, parts=["unseen"], traces=traces)
-
-
-def _slowdown_jobs(_: Path | None) -> dict[str, Job]:
-    jobs = {}
-    for cell, (system, rate) in HEADLINE.items():
-        for slowdown in SLOWDOWNS:
-            settings = replace(SYSTEMS[system], rt_slowdown=slowdown)
-            name = f"{cell}/{slowdown or 'none'}"
-            jobs[name] = Job(name, "bros-plus", settings, _paper(settings, rate, 60.0))
-        jobs |= _named(cell, ("rt-only",), SYSTEMS[system], rate, 60.0)
-    return jobs
-
-
-def _tier_jobs(_: Path | None) -> dict[str, Job]:
-    """Each class on one GPU of its own, against `bros-plus` on both ("headline")."""
-    one = replace(SYSTEMS["opt-13b"], tp=1)
-    jobs: dict[str, Job] = {}
-    for rate in (4.0, 10.0):
-        batch = be_batch_for(SYSTEMS["opt-13b"].num_blocks * one.block_size)
-        for policy in ("rt-only", "be-only"):
-            name = f"OPT-13B, {rate:g} RT/s/{policy}"
-            jobs[name] = Job(name, policy, one, PaperWorkload(rate, 100.0, batch))
-    return jobs
-
-
-LATENCY = "rt.normalized_latency_ms_per_token"
-SECTIONS = {
-    "headline": Section((ON_TIME, BE, "kv.preempted_requests", "kv.recomputed_tokens"), _headline_jobs),
-    "paper": Section((LATENCY, "rt.ttft_attainment", "rt.tpot_attainment", "rt.request_throughput",
-                      "be.request_throughput"), _paper_jobs),
-    "notes": Section(("rt.ttft_attainment", "rt.tpot_attainment"), _note_jobs),
-    "unseen": Section((ON_TIME, BE, "rt.p99_ttft_ms"), _unseen_jobs),
-    "slowdown": Section((LATENCY, BE), _slowdown_jobs),
-    "tiers": Section((ON_TIME, BE), _tier_jobs),
-}
-HYBRID_METRICS = (ON_TIME, "rt.median_ttft_ms", "rt.p99_ttft_ms", "rt.median_tpot_ms", BE)
-HYBRID_POLICIES, HYBRID_ROUNDS = ("vllm-priority", "bros", "bros-plus"), 8
-ALL_SECTIONS = (*SECTIONS, "hybrid")
-
-
-def reduced(summary: dict[str, Any], metrics: Iterable[str]) -> dict[str, Any]:
-    """A summary with nothing in it but some metrics, to six significant digits."""
-    kept: dict[str, Any] = {"classes": {"rt": {}, "be": {}}, "kv": {}}
-    for metric in metrics:
-        group, key = metric.split(".")
-        source, target = (summary["kv"], kept["kv"]) if group == "kv" else (
-            summary["classes"][group], kept["classes"][group])
-        target[key] = None if source[key] is None else float(f"{source[key]:.6g}")
-    return kept
-
-
-def measure(section: str, traces: Path | None) -> Runs:
-    """All runs of a section."""
-    if section == "hybrid":
-        return measure_hybrid(HYBRID_POLICIES, HYBRID_ROUNDS)
-    chosen = SECTIONS[section]
-    jobs = chosen.jobs(traces)
-    found: Runs = {name: [] for name in jobs}
-    for seed in range(SEEDS):
-        seeded = [replace(job, settings=replace(job.settings, seed=seed)) for job in jobs.values()]
-        for name, summary in zip(jobs, run_all(seeded), strict=True):
-            found[name].append(reduced(summary, chosen.metrics))
-    return found
-
-
-def measure_hybrid(policies: Sequence[str], rounds: int) -> Runs:
-    """`bench hybrid --clock modelled --model checksum`."""
-    from bros_ref.engine.build import load_model
-    from bros_ref.evaluation.bench.hybrid import bench_hybrid
-
-    runs, _ = bench_hybrid(load_model("checksum", "cpu", 0), policies, rounds=rounds, clock="modelled")
-    return {policy: [reduced(own, HYBRID_METRICS) for own in runs if own["policy"] == policy] for policy in policies}
-
-
-# -- what every policy decides ----------------------------------------------------------------------------------------
-
-SHORT_RUNS = (  # chats that fill a pool by themselves, and long prompts that cannot all be on time
-    (SimulationSettings(kv_tokens=5_000, max_num_seqs=64), PaperWorkload(20.0, 2.0, 8)),
-    (SimulationSettings("h100-80gb", "qwen3-32b", 2, kv_tokens=48_000), PaperWorkload(
-        4.0, 2.0, 40, SLO(1.5, 0.2), "long-8k")),
+from results_runs import (
+    ALL_SECTIONS,
+    BE,
+    HEADLINE,
+    HEADLINE_POLICIES,
+    HYBRID_METRICS,
+    HYBRID_POLICIES,
+    LATENCY,
+    ON_TIME,
+    SLOWDOWNS,
+    Results,
+    all_decisions,
+    measure,
+    read_kept,
+    write_kept,
 )
 
+from bros_ref.evaluation.dominance import mean, value, values
+from bros_ref.evaluation.statistics import Interval, interval, paired_difference, paired_ratio
 
-def decisions(policy: str, rt_slowdown: float | None = None) -> str:
-    """A digest of every step of the short runs: who ran with how many tokens, who was preempted, what was copied, and
-    when the step began."""
-    digest = hashlib.sha256()
-    for settings, arrivals in SHORT_RUNS:
-        _, trace = run(policy, replace(settings, rt_slowdown=rt_slowdown), arrivals, keep_steps=True)
-        for step in trace.steps:
-            digest.update(repr((f"{step.start_s:.6f}", sorted(step.scheduled.items()), sorted(step.preempted.items()),
-                                sorted(step.copied.items()))).encode())
-    return digest.hexdigest()[:16]
-
-
-def all_decisions() -> dict[str, str]:
-    """The digest of each policy, and of `bros-plus` with a bound on how much BE slows RT."""
-    return {policy: decisions(policy) for policy in known_policies()} | {
-        "bros-plus, rt_slowdown 1.5": decisions("bros-plus", 1.5)}
-
-
-# -- the file ---------------------------------------------------------------------------------------------------------
-
-
-def read_kept() -> tuple[dict[str, str], Results]:
-    """The digests, and the runs of all sections, of docs/results.json."""
-    kept = json.loads(KEPT.read_text(encoding="utf-8"))
-    results: Results = {}
-    for section, jobs in kept["sections"].items():
-        results[section] = {}
-        for name, columns in jobs.items():
-            runs: list[dict[str, Any]] = [{"classes": {"rt": {}, "be": {}}, "kv": {}}
-                                          for _ in next(iter(columns.values()))]
-            for metric, column in columns.items():
-                group, key = metric.split(".")
-                for own, sample in zip(runs, column, strict=True):
-                    (own["kv"] if group == "kv" else own["classes"][group])[key] = sample
-            results[section][name] = runs
-    return kept["decisions"], results
-
-
-def write_kept(digests: dict[str, str], results: Results) -> None:
-    """One line per run, so that a change is easy to see."""
-    lines = [f' "decisions": {json.dumps(digests)},', ' "sections": {']
-    for place, (section, jobs) in enumerate(results.items()):
-        lines.append(f'  "{section}": {{')
-        entries = []
-        for name, runs in jobs.items():
-            columns = {f"{group}.{key}": [(own["kv"] if group == "kv" else own["classes"][group])[key] for own in runs]
-                       for group, keys in (*runs[0]["classes"].items(), ("kv", runs[0]["kv"])) for key in keys}
-            entries.append(f"   {json.dumps(name)}: {json.dumps(columns)}")
-        lines += [",\n".join(entries), "  }" + "," * (place < len(results) - 1)]
-    KEPT.write_text("\n".join(["{", *lines, " }", "}"]) + "\n", encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {"readme": ROOT / "README.md", "results": ROOT / "docs" / "results.md"}
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
@@ -271,70 +81,6 @@ def headline_table(results: Results) -> list[str]:
                                  for policy, own in runs.items() if policy != "be-only"),
                          f"{_shown(runs['be-only'], BE):±0}"))
     return rows
-
-
-METRIC_NAMES = {LATENCY: "latency", "rt.ttft_attainment": "TTFT attained", "rt.tpot_attainment": "TPOT attained",
-                "be.request_throughput": "BE requests", "rt.request_throughput": "RT requests"}
-BASELINE_NAMES = {"vllm-fcfs": "vLLM", "bros-rr": "BROS-RR"}
-NOTES = {("vllm-fcfs", "rt.tpot_attainment"): 1, ("vllm-fcfs", "be.request_throughput"): 2,
-         ("bros-rr", "rt.ttft_attainment"): 3, ("bros-recompute", "rt.ttft_attainment"): 4,
-         ("bros-recompute", "rt.tpot_attainment"): 4, ("vllm-fcfs", LATENCY, "rt"): 5,
-         ("vllm-fcfs", "rt.request_throughput", "rt"): 5}
-
-
-def paper_table(results: Results) -> list[str]:
-    """The paper's figures beside ours, against both of vLLM's schedulers where the paper says vLLM."""
-    v0 = iter(AGAINST_V0)
-    rows = []
-    for figure in FIGURES:
-        versions = [figure, next(v0)] if figure.baseline == "vllm-fcfs" else [figure]
-        entries = [compare(version, results["paper"], RATES[::2]) for version in versions]
-        ours = ", ".join(f"{version} {_gain(figure, entry)}".strip() for version, entry in zip(
-            ("V1", "V0") if len(entries) > 1 else ("",), entries, strict=True))
-        verdicts = list(dict.fromkeys(entry["verdict"] for entry in entries))
-        note = NOTES.get((figure.baseline, figure.metric, *filter(None, (figure.only,))))
-        note = note if "worse" in verdicts else None
-        rows.append(_row(_row_name(figure), _paper_gain(figure), ours, _absolute(figure, entries),
-                         ", ".join(verdicts) + (f" ({note})" if note else "")))
-    return rows
-
-
-def _row_name(figure: PaperFigure) -> str:
-    metric = METRIC_NAMES[figure.metric]
-    if figure.only:
-        return f"RT alone, vLLM: {metric}"
-    if figure.baseline == "bros-recompute":
-        return f"KV blocks with two owners: {metric}"
-    return f"{'ShareGPT' if figure.dataset == 'sharegpt' else 'LMSYS'}, {BASELINE_NAMES[figure.baseline]}: {metric}"
-
-
-def _paper_gain(figure: PaperFigure) -> str:
-    if figure.kind == "ratio":
-        return f"{figure.paper:.1f}×" if figure.paper >= 10 else f"{figure.paper:.2f}×"
-    return f"{figure.paper:.1f} %"
-
-
-def _gain(figure: PaperFigure, entry: dict[str, Any]) -> str:
-    low, high = entry["interval95"]
-    shown = Shown(Interval(entry["ours"], (high - low) / 2))
-    if figure.kind == "ratio":
-        return f"{shown:±0}×" if entry["ours"] >= 10 else f"{shown:±2}×"
-    return f"{shown:+±1} %"
-
-
-def _absolute(figure: PaperFigure, entries: Sequence[dict[str, Any]]) -> str:
-    """BROS / baseline, of each version of it; what does not change between versions is told once."""
-    def told(number: float) -> str:
-        if "attainment" in figure.metric:
-            return f"{100 * number:.1f}".removesuffix(".0") + " %"
-        return f"{number:.1f}" if "throughput" in figure.metric or number < 100 else f"{number:.0f}"
-
-    pairs = [(told(entry["absolute"]["bros"]), told(entry["absolute"][entry["baseline"]])) for entry in entries]
-    text = " / ".join(pairs[0])
-    for ours, theirs in pairs[1:]:
-        text += f", {theirs}" if ours == pairs[0][0] else f", {ours} / {theirs}"
-    unit = {LATENCY: " ms per token", "rt.request_throughput": " per second", "be.request_throughput": " per second"}
-    return text + unit.get(figure.metric, "")
 
 
 UNSEEN_POLICIES = ("bros-plus", "qoserve", "xllm", "vllm-priority", "scorpio", "sglang-priority", "bros", "vllm-fcfs")
@@ -419,7 +165,6 @@ def hybrid_table(results: Results) -> list[str]:
 TABLES: tuple[tuple[str, str, Callable[[Results], list[str]]], ...] = (  # page, beginning of the header line, rows
     ("readme", "| simulated, on time % and BE tokens/s |", headline_table),
     ("results", "| simulated, on time % and BE tokens/s |", headline_table),
-    ("results", "| comparison | paper |", paper_table),
     ("results", "| RT on time %, BE tokens/s |", unseen_table),
     ("results", "| paired lead of bros-plus", leads_table),
     ("results", "| x | OPT-13B", slowdown_table),
@@ -433,13 +178,10 @@ TABLES: tuple[tuple[str, str, Callable[[Results], list[str]]], ...] = (  # page,
 
 def figures(results: Results) -> dict[str, Shown]:
     """What the sentences name."""
-    headline, paper, notes, hybrid = (results[name] for name in ("headline", "paper", "notes", "hybrid"))
+    headline, hybrid = results["headline"], results["hybrid"]
 
     def at(runs: Sequence[dict[str, Any]], metric: str, scale: float = 1.0) -> Shown:
         return Shown(interval(values(runs, metric)), scale)
-
-    def times(runs: Runs, cell: str, baseline: str, metric: str) -> Shown:
-        return Shown(mean(runs[f"{cell}/bros"], metric) / mean(runs[f"{cell}/{baseline}"], metric))
 
     found = {
         "bros_at_10": at(headline["OPT-13B, 10 RT/s/bros"], ON_TIME, 100),
@@ -450,10 +192,6 @@ def figures(results: Results) -> dict[str, Shown]:
             "OPT-13B, 10 RT/s/xllm"])),
         "xllm_twice": Shown(statistics.fmean(own["kv"]["recomputed_tokens"] for own in headline[
             "OPT-13B, 10 RT/s/xllm"])),
-        "v0_at_10": at(paper[run_name("llama-3-70b", "sharegpt", 10.0, "vllm-v0")], "rt.tpot_attainment", 100),
-        "rr_at_10": times(paper, "paper/llama-3-70b/sharegpt/10", "bros-rr", "rt.ttft_attainment"),
-        "rr_at_14": times(notes, "Llama-3-70B, 14 RT/s", "bros-rr", "rt.ttft_attainment"),
-        "rr_at_18": times(notes, "Llama-3-70B, 18 RT/s", "bros-rr", "rt.ttft_attainment"),
         "hybrid_bros": at(hybrid["bros"], ON_TIME, 100),
         "hybrid_priority": at(hybrid["vllm-priority"], ON_TIME, 100),
         "hybrid_ttft": Shown(_median(hybrid["bros"], "rt.median_ttft_ms")),
@@ -473,16 +211,6 @@ def figures(results: Results) -> dict[str, Shown]:
         "up_14k": Shown(mean(cells["long-14k/high load"]["bros-plus"], BE)),
         "up_30k": Shown(mean(cells["chat-and-30k/high load"]["bros-plus"], BE)),
     }
-    for system in ("opt-13b", "llama-3-70b"):
-        for rate in RATES[::2]:
-            ours, theirs = (mean(paper[run_name(system, "sharegpt", rate, policy)], "be.request_throughput")
-                            for policy in ("bros", "vllm-fcfs"))
-            found[f"{system}_loss_{rate:g}"] = Shown(1 - ours / theirs, 100)
-    for metric in ("ttft", "tpot"):
-        cell, key = "OPT-30B, 24,000 tokens", f"rt.{metric}_attainment"
-        found[f"pool_{metric}"] = times(notes, cell, "bros-recompute", key)
-        for policy in ("bros", "bros-recompute"):
-            found[f"pool_{metric}_{policy}"] = at(notes[f"{cell}/{policy}"], key, 100)
     return found
 
 
@@ -507,12 +235,6 @@ SENTENCES = {
         "and has all RT on time instead of {priority_on_llama:0} %.",
         "`xllm` serves {xllm_be:±0} BE tokens per second at 10 RT per second, with {xllm_on_time:±1} % of RT on time.",
         "This happens about {xllm_drops:~1} times in 100 s, and {xllm_twice:~2} tokens are computed twice.",
-        "At 10 RT per second V0 attains {v0_at_10:0} %.",
-        "On OPT-13B the loss is {opt-13b_loss_2:0}, {opt-13b_loss_6:0} and {opt-13b_loss_10:0} % at 2, 6 and 10 RT per "
-        "second; on Llama-3-70B it is {llama-3-70b_loss_2:0}, {llama-3-70b_loss_6:0} and {llama-3-70b_loss_10:0} %.",
-        "the gain is {rr_at_10:1}× at 10 RT per second, {rr_at_14:1}× at 14 and {rr_at_18:1}× at 18",
-        "the gain is {pool_ttft:2}× in TTFT ({pool_ttft_bros:0} against {pool_ttft_bros-recompute:0} %) and "
-        "{pool_tpot:2}× in TPOT ({pool_tpot_bros:0} against {pool_tpot_bros-recompute:0} %)",
         "`vllm-priority` also has all RT on time and serves {more_at_half:1} % more BE.",
         "At high load its p99 TTFT is therefore at least {qoserve_p99:1} times that of `bros-plus`",
         "`bros-plus` serves {fewer_be_least:0} to {fewer_be_most:0} % fewer BE tokens per second than `vllm-priority`",
@@ -548,6 +270,7 @@ def with_figures(page: str, text: str, results: Results) -> str:
 
 
 def with_sentence(page: str, text: str, sentence: str, named: dict[str, Shown]) -> str:
+    """The text with the figures of one sentence replaced; its line breaks stay."""
     parts = list(string.Formatter().parse(sentence))
     pattern = "".join(r"\s+".join(map(re.escape, re.split(r"\s+", literal))) + (A_FIGURE if field else "")
                       for literal, field, _, _ in parts)
