@@ -52,6 +52,7 @@ def _named(cell: str, policies: Iterable[str], settings: SimulationSettings, rat
 HEADLINE = {"OPT-13B, 4 RT/s": ("opt-13b", 4.0), "OPT-13B, 10 RT/s": ("opt-13b", 10.0),
             "Llama-3-70B, 4 RT/s": ("llama-3-70b", 4.0)}
 HEADLINE_POLICIES = ("vllm-fcfs", "vllm-priority", "bros", "bros-plus", "be-only")
+TIERS = "OPT-13B, 4 RT/s"
 SLOWDOWNS = (1.1, 1.25, 1.5, 2.0, None)
 
 
@@ -80,14 +81,10 @@ def _slowdown_jobs(_: Path | None) -> dict[str, Job]:
 
 def _tier_jobs(_: Path | None) -> dict[str, Job]:
     """Each class on one GPU of its own, against `bros-plus` on both ("headline")."""
-    one = replace(SYSTEMS["opt-13b"], tp=1)
-    jobs: dict[str, Job] = {}
-    for rate in (4.0, 10.0):
-        batch = be_batch_for(SYSTEMS["opt-13b"].num_blocks * one.block_size)
-        for policy in ("rt-only", "be-only"):
-            name = f"OPT-13B, {rate:g} RT/s/{policy}"
-            jobs[name] = Job(name, policy, one, PaperWorkload(rate, 100.0, batch))
-    return jobs
+    both = SYSTEMS["opt-13b"]
+    workload = PaperWorkload(4.0, 100.0, be_batch_for(both.num_blocks * both.block_size))
+    return {f"{TIERS}/{policy}": Job(f"{TIERS}/{policy}", policy, replace(both, tp=1), workload)
+            for policy in ("rt-only", "be-only")}
 
 
 SECTIONS = {
