@@ -232,9 +232,9 @@ SENTENCES = {
         "`bros`, the paper's form, has {bros_at_10:±1} % of RT on time",
         "and has all RT on time instead of {priority_on_llama:0} %.",
         "`xllm` serves {xllm_be:±0} BE tokens per second at 10 RT per second, with {xllm_on_time:±1} % of RT on time.",
-        "This happens about {xllm_drops:~1} times in 100 s, and {xllm_twice:~2} tokens are computed twice.",
+        "This happens about {xllm_drops:~2} times in 100 s, and {xllm_twice:~2} tokens are computed twice.",
         "`vllm-priority` also has all RT on time and serves {more_at_half:1} % more BE.",
-        "At high load its p99 TTFT is therefore at least {qoserve_p99:1} times that of `bros-plus`",
+        "In the first table at high load, its p99 TTFT is therefore at least {qoserve_p99:1} times that of `bros-plus`",
         "`bros-plus` serves {fewer_be_least:0} to {fewer_be_most:0} % fewer BE tokens per second than `vllm-priority`",
         "from 361 to {up_8k:0} tokens per second in `long-8k` at high load, from 403 to {up_14k:0} in `long-14k`, and "
         "from 400 to {up_30k:0} in `chat-and-30k`.",

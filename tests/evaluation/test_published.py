@@ -18,6 +18,7 @@ from bros_ref.cli.live import main
 from bros_ref.evaluation.dominance import mean
 from bros_ref.evaluation.statistics import Interval
 from bros_ref.scheduler import base
+from bros_ref.scheduler.bros import BROSScheduler
 from bros_ref.simulator.simulate import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,9 +114,10 @@ def test_every_policy_decides_as_when_the_figures_were_measured(runs):
 
 
 def test_the_digests_tell_every_policy_from_every_other(runs):
-    """So the short runs reach the rules in which two policies differ; all but one, which needs a batch of 129."""
+    """So the short runs reach the rules in which two policies differ. Two rules change nothing here by themselves: one
+    needs a batch of 129, and the other prompts that are cut, as in `bros-plus`."""
     digests = runs.read_kept()[0]
-    assert digests.pop("bros+seats") == digests["bros"]
+    assert digests.pop("bros+seats") == digests.pop("bros+tokens") == digests["bros"]
     assert len(set(digests.values())) == len(digests)
 
 
@@ -124,6 +126,12 @@ def test_a_digest_sees_a_small_change_of_a_rule(runs, monkeypatch):
     monkeypatch.setattr(base, "BANKED_SHARE", 0.89)
     assert runs.decisions("bros-plus") != before["bros-plus"]
     assert runs.decisions("vllm-fcfs") == before["vllm-fcfs"], "which banks no time"
+
+
+def test_a_digest_sees_the_rule_that_only_long_prompts_reach(runs, monkeypatch):
+    before = runs.decisions("bros-plus")
+    monkeypatch.setattr(BROSScheduler, "_tokens_left_to_be", lambda *_: 0)
+    assert runs.decisions("bros-plus") != before
 
 
 def flat(summary):
