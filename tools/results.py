@@ -1,7 +1,7 @@
 """The simulated figures of README.md and docs/results.md: measures them, keeps them, and writes them into the pages.
 
     python tools/results.py --traces FOLDER   # measures everything (half an hour of one core) and updates the pages
-    python tools/results.py headline hybrid   # measures these sections only
+    python tools/results.py headline tiers    # measures these sections only
     python tools/results.py --pages           # measures nothing: writes the kept figures into the pages
 
 docs/results.json keeps the values of every seed of each run (`results_runs.py`). From them this file writes the tables
@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from results_runs import (
-    ALL_SECTIONS,
     BE,
     HEADLINE,
     HEADLINE_POLICIES,
-    HYBRID_METRICS,
-    HYBRID_POLICIES,
     LATENCY,
     ON_TIME,
+    SECTIONS,
     SLOWDOWNS,
     TIERS,
     Results,
@@ -37,7 +35,7 @@ from results_runs import (
     write_kept,
 )
 
-from bros_ref.evaluation.dominance import mean, value, values
+from bros_ref.evaluation.dominance import mean, values
 from bros_ref.evaluation.statistics import Interval, interval, paired_difference, paired_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,21 +142,6 @@ def tiers_table(results: Results) -> list[str]:
                           for share, rate in (theirs, ours)), f"{Shown(on_time, 100):+±1}; {Shown(tokens):+±0}")]
 
 
-def hybrid_table(results: Results) -> list[str]:
-    """The median of the rounds, and the interval of the mean."""
-    rows = []
-    for policy in HYBRID_POLICIES:
-        cells = []
-        for metric in HYBRID_METRICS:
-            scale, digits = (100, 0) if metric == ON_TIME else (1, 1) if metric == BE else (1, 0)
-            samples = sorted(scale * value(own, metric) for own in results["hybrid"][policy])
-            middle = (samples[(len(samples) - 1) // 2] + samples[len(samples) // 2]) / 2
-            found = interval(samples)
-            cells.append(f"{middle:,.{digits}f} [{found.low:,.{digits}f}, {found.high:,.{digits}f}]")
-        rows.append(_row(policy, *cells))
-    return rows
-
-
 TABLES: tuple[tuple[str, str, Callable[[Results], list[str]]], ...] = (  # page, beginning of the header line, rows
     ("readme", "| simulated, on time % and BE tokens/s |", headline_table),
     ("results", "| simulated, on time % and BE tokens/s |", headline_table),
@@ -166,7 +149,6 @@ TABLES: tuple[tuple[str, str, Callable[[Results], list[str]]], ...] = (  # page,
     ("results", "| paired lead of bros-plus", leads_table),
     ("results", "| x | OPT-13B", slowdown_table),
     ("results", "| on time % and BE tokens/s | one GPU for each class |", tiers_table),
-    ("results", "| modelled clock |", hybrid_table),
 )
 
 
@@ -175,7 +157,7 @@ TABLES: tuple[tuple[str, str, Callable[[Results], list[str]]], ...] = (  # page,
 
 def figures(results: Results) -> dict[str, Shown]:
     """What the sentences name."""
-    headline, hybrid = results["headline"], results["hybrid"]
+    headline = results["headline"]
 
     def at(runs: Sequence[dict[str, Any]], metric: str, scale: float = 1.0) -> Shown:
         return Shown(interval(values(runs, metric)), scale)
@@ -189,11 +171,6 @@ def figures(results: Results) -> dict[str, Shown]:
             "OPT-13B, 10 RT/s/xllm"])),
         "xllm_twice": Shown(statistics.fmean(own["kv"]["recomputed_tokens"] for own in headline[
             "OPT-13B, 10 RT/s/xllm"])),
-        "hybrid_bros": at(hybrid["bros"], ON_TIME, 100),
-        "hybrid_priority": at(hybrid["vllm-priority"], ON_TIME, 100),
-        "hybrid_ttft": Shown(_median(hybrid["bros"], "rt.median_ttft_ms")),
-        "hybrid_priority_ttft": Shown(_median(hybrid["vllm-priority"], "rt.median_ttft_ms")),
-        "hybrid_more_be": _percent_more(hybrid["bros"], hybrid["vllm-priority"]),
     }
     cells = unseen_cells(results)
     fewer = [1 - mean(cells[cell]["bros-plus"], BE) / mean(cells[cell]["vllm-priority"], BE) for cell in (
@@ -212,22 +189,7 @@ def figures(results: Results) -> dict[str, Shown]:
     return found
 
 
-def _median(runs: Sequence[dict[str, Any]], metric: str) -> float:
-    return statistics.median(values(runs, metric))
-
-
-def _percent_more(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> Shown:
-    ratio = paired_ratio(values(ours, BE), values(theirs, BE))
-    assert ratio is not None
-    return Shown(Interval(ratio.mean - 1, ratio.half), 100)
-
-
 SENTENCES = {
-    "readme": (
-        "Under `bros`, {hybrid_bros:±0} % of RT are on time, against {hybrid_priority:±0} % under `vllm-priority`. "
-        "Median TTFT is {hybrid_ttft:0} ms against {hybrid_priority_ttft:0} ms, and BE throughput is "
-        "{hybrid_more_be:±1} % higher.",
-    ),
     "results": (
         "`bros`, the paper's form, has {bros_at_10:±1} % of RT on time",
         "and has all RT on time instead of {priority_on_llama:0} %.",
@@ -239,7 +201,6 @@ SENTENCES = {
         "from 361 to {up_8k:0} tokens per second in `long-8k` at high load, from 403 to {up_14k:0} in `long-14k`, and "
         "from 400 to {up_30k:0} in `chat-and-30k`.",
         "`bros-plus` serves {tiers_more:1} times as many BE tokens with all RT on time.",
-        "Paired by round, `bros` serves {hybrid_more_be:±1} % more BE tokens per second than `vllm-priority`.",
     ),
 }
 A_FIGURE = r"([-+]?[\d,.]*\d(?:\s±\s[\d,.]*\d)?)"
@@ -263,7 +224,7 @@ def with_figures(page: str, text: str, results: Results) -> str:
                 end += 1
             lines[first:end] = rows(results)
     text, named = "\n".join(lines), figures(results)
-    for sentence in SENTENCES[page]:
+    for sentence in SENTENCES.get(page, ()):
         text = with_sentence(page, text, sentence, named)
     return text
 
@@ -288,19 +249,19 @@ def with_sentence(page: str, text: str, sentence: str, named: dict[str, Shown]) 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(ALL_SECTIONS)}; default: all")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--pages", action="store_true", help="measure nothing")
     parser.add_argument("--traces", type=Path, help="the folder of traces; needed for the section unseen")
     options = parser.parse_args()
-    if unknown := set(options.sections) - set(ALL_SECTIONS):
-        parser.error(f"unknown section {min(unknown)!r}; known are {', '.join(ALL_SECTIONS)}")
-    chosen = [] if options.pages else options.sections or list(ALL_SECTIONS)
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"unknown section {min(unknown)!r}; known are {', '.join(SECTIONS)}")
+    chosen = [] if options.pages else options.sections or list(SECTIONS)
     if "unseen" in chosen and options.traces is None:
         parser.error("the section unseen needs --traces FOLDER; name other sections to leave it out")
     digests, results = read_kept()
     for section in chosen:
         results[section] = measure(section, options.traces)
-    if set(chosen) == set(ALL_SECTIONS):
+    if set(chosen) == set(SECTIONS):
         digests = all_decisions()
     write_kept(digests, results)
     for page, path in PAGES.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,26 +93,21 @@ SECTIONS = {
     "slowdown": Section((LATENCY, BE), _slowdown_jobs),
     "tiers": Section((ON_TIME, BE), _tier_jobs),
 }
-HYBRID_METRICS = (ON_TIME, "rt.median_ttft_ms", "rt.p99_ttft_ms", "rt.median_tpot_ms", BE)
-HYBRID_POLICIES, HYBRID_ROUNDS = ("vllm-priority", "bros", "bros-plus"), 8
-ALL_SECTIONS = (*SECTIONS, "hybrid")
 
 
 def reduced(summary: dict[str, Any], metrics: Iterable[str]) -> dict[str, Any]:
-    """A summary with nothing in it but some metrics, to six significant digits."""
+    """A summary with nothing in it but some metrics, to nine significant digits."""
     kept: dict[str, Any] = {"classes": {"rt": {}, "be": {}}, "kv": {}}
     for metric in metrics:
         group, key = metric.split(".")
         source, target = (summary["kv"], kept["kv"]) if group == "kv" else (
             summary["classes"][group], kept["classes"][group])
-        target[key] = None if source[key] is None else float(f"{source[key]:.6g}")
+        target[key] = None if source[key] is None else float(f"{source[key]:.9g}")
     return kept
 
 
 def measure(section: str, traces: Path | None) -> Runs:
     """All runs of a section."""
-    if section == "hybrid":
-        return measure_hybrid(HYBRID_POLICIES, HYBRID_ROUNDS)
     chosen = SECTIONS[section]
     jobs = chosen.jobs(traces)
     found: Runs = {name: [] for name in jobs}
@@ -121,15 +116,6 @@ def measure(section: str, traces: Path | None) -> Runs:
         for name, summary in zip(jobs, run_all(seeded), strict=True):
             found[name].append(reduced(summary, chosen.metrics))
     return found
-
-
-def measure_hybrid(policies: Sequence[str], rounds: int) -> Runs:
-    """`bench hybrid --clock modelled --model checksum`."""
-    from bros_ref.engine.build import load_model
-    from bros_ref.evaluation.bench.hybrid import bench_hybrid
-
-    runs, _ = bench_hybrid(load_model("checksum", "cpu", 0), policies, rounds=rounds, clock="modelled")
-    return {policy: [reduced(own, HYBRID_METRICS) for own in runs if own["policy"] == policy] for policy in policies}
 
 
 # -- what every policy decides ----------------------------------------------------------------------------------------

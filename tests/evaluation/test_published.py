@@ -64,7 +64,7 @@ def test_a_wrong_figure_is_set_right_wherever_it_stands(results, kept, page):
             assert wrong != text
             assert results.with_figures(page, wrong, kept) == text
     named = results.figures(kept)
-    for sentence in results.SENTENCES[page]:
+    for sentence in results.SENTENCES.get(page, ()):
         wrong = results.with_sentence(page, text, sentence, dict.fromkeys(named, results.Shown(Interval(123, 4))))
         assert wrong != text
         assert results.with_sentence(page, wrong, sentence, named).split() == text.split(), "but for line breaks"
@@ -73,7 +73,7 @@ def test_a_wrong_figure_is_set_right_wherever_it_stands(results, kept, page):
 def test_a_sentence_or_table_that_is_gone_is_named(results, kept):
     text = results.PAGES["results"].read_text()
     with pytest.raises(ValueError, match="expected one table that begins"):
-        results.with_figures("results", text.replace("| modelled clock |", "| another |"), kept)
+        results.with_figures("results", text.replace("| x | OPT-13B", "| y | OPT-13B"), kept)
     with pytest.raises(ValueError, match="found 0 times: `xllm` serves"):
         results.with_figures("results", text.replace("`xllm` serves", "`xllm` has"), kept)
 
@@ -148,11 +148,6 @@ def test_a_run_of_each_section_comes_out_as_published(runs, kept, section, name)
     summary, _ = run(job.policy, replace(job.settings, seed=0), job.arrivals)
     now = flat(runs.reduced(summary, chosen.metrics))
     assert now == pytest.approx(flat(kept[section][name][0]), rel=1e-5), f"run `{MEASURE}` again"
-
-
-def test_a_live_run_on_the_modelled_clock_comes_out_as_published(runs, kept):
-    [first] = runs.measure_hybrid(["bros-plus"], 1)["bros-plus"]
-    assert flat(first) == pytest.approx(flat(kept["hybrid"]["bros-plus"][0]), rel=1e-5), f"run `{MEASURE}` again"
 
 
 def test_every_job_that_needs_no_trace_is_among_the_kept(runs, kept):
