@@ -170,10 +170,10 @@ class SchedulerConfig:
     `be_max_wait_steps` is N in the bound of `scheduler/bros.py`; `be_aging_tokens_per_step` is how many tokens
     to restore one step of waiting outweighs when BE requests are ordered by the KV they must restore (our decision).
 
-    The next four are the paper's rules, which `bros-plus` changes (`scheduler/bros.py` says why): `batch_slow_start`
+    The next five are the paper's rules, which `bros-plus` changes (`scheduler/bros.py` says why): `batch_slow_start`
     is that cap, `rt_banks_time` whether an RT ahead of its TPOT may use the saved time later, `rt_displaces_eagerly`
     whether an RT that needs room takes it from a less urgent RT at once, `rt_triage` whether an RT may be given up so
-    that others are on time.
+    that others are on time, `rt_leaves_tokens` whether RT that have time leave BE that decode their tokens in a step.
 
     `rt_slowdown` (our decision; BROS policies only): BE may make the latency of RT at most this many times what it
     would be without BE; at least 1. None: only the deadlines bound it.
@@ -191,6 +191,7 @@ class SchedulerConfig:
     rt_banks_time: bool = False
     rt_displaces_eagerly: bool = True
     rt_triage: bool = False
+    rt_leaves_tokens: bool = False
     rt_slowdown: float | None = None
 
     def __post_init__(self) -> None:

@@ -108,7 +108,7 @@ class BidirectionalKVCacheManager(KVCacheManager):
         if taken is None:
             return False
         losing = taken
-        if self.unit == "slot" and taken and num_new and taken[-1][0].live(taken[-1][1]) + last_fill <= size:
+        if self.unit == "slot" and taken and taken[-1][0].live(taken[-1][1]) + last_fill <= size:
             losing = taken[:-1]  # the partly filled block fits between its best-effort owner's tokens: nothing is saved
         if not self._host_has_room(losing, host_needed):
             return False

@@ -50,6 +50,7 @@ PLUS: dict[str, dict[str, Any]] = {
     "seats": {"batch_slow_start": False},  # the deadlines bound the batch, and no cap besides
     "bank": {"rt_banks_time": True},  # an RT ahead of its mean TPOT may use that time later
     "triage": {"rt_triage": True},  # when not all RT can be on time, as many as possible are
+    "tokens": {"rt_leaves_tokens": True},  # RT that have time leave BE that decode a token each in every step
     "lazy": {"rt_displaces_eagerly": False},  # RT displace RT as late as they can, and spare those that cannot wait
 }
 # One class alone: the floor of latency and the ceiling of throughput. A run uses whichever form serves its class better

@@ -24,7 +24,7 @@ Ours, where the paper is silent or where measurements gave a reason to differ:
   Of the late RT that have waited N steps, at most one per step is exempt from the budgets likewise.
 - `rt_slowdown` bounds how much BE may slow RT down (`_slowed_s`).
 
-`bros-plus` is this class with five rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
+`bros-plus` is this class with six rules changed (ours; `scheduler/__init__.py` names them, each alone is a policy):
 
 - Prompts are cut to what the deadlines leave. In the paper's form a long BE prompt waits until no RT is near, and long
   RT prompts delay each other: where RT prompts have thousands of tokens, use `bros-plus`.
@@ -37,6 +37,7 @@ Ours, where the paper is silent or where measurements gave a reason to differ:
   one with the most slack; where RT alone fill the pool, that order changes with every token, and whole requests cross
   PCIe in every step. Here an RT that was swapped out comes back at the cost of another only when it cannot wait two
   more iterations, and one that has not started displaces only RT that can wait as long as its TTFT.
+- RT that have time leave a step's tokens to BE that decode (`_tokens_left_to_be`), which long RT prompts else take.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class BROSScheduler(Scheduler):
         step_budget_s, patience_s = math.inf, 2 * self.iteration_s * self.latency.safety
         urgent, late = self._rt_by_slack(now_s)
         aside, rt_queue_open, be_queue_open = None, True, True
+        self.max_step_tokens -= self._tokens_left_to_be(urgent, late, now_s)
 
         # 1. Urgent RT, by ascending slack [paper]. The residual time of the most urgent bounds the step (Eq. 6).
         for request in urgent:
@@ -138,6 +140,7 @@ class BROSScheduler(Scheduler):
                 shortest_refused = min(shortest_refused, request.num_tokens)
 
         # 3. A starving BE (our decision), exempt from the budget, which now has to leave time for an RT that arrives.
+        self.max_step_tokens = self.config.max_num_batched_tokens
         rt_budget_s, step_budget_s = step_budget_s, min(step_budget_s, self._newcomer_budget_s(), self._slowed_s())
         self._admit_starving_be(step_budget_s)
 
@@ -148,9 +151,8 @@ class BROSScheduler(Scheduler):
             admission = try_admit(request, step_budget_s)
             if admission is BATCH_CAP:
                 return
-            if admission is NO_BLOCKS:
-                be_queue_open = False
-            elif admission is DEADLINE and not self._a_decode_fits(step_budget_s):
+            be_queue_open &= admission is not NO_BLOCKS
+            if admission is DEADLINE and not self._a_decode_fits(step_budget_s):
                 be_queue_open = False
                 break
 
@@ -195,8 +197,7 @@ class BROSScheduler(Scheduler):
         if self.config.rt_triage:
             urgent, given_up = self._triage(urgent, now_s)
             late = given_up + late
-        iteration_s = self.iteration_s
-        self.output.slack_s = {rt.request_id: rt.deadline_s - now_s - iteration_s for rt in chain(urgent, late)}
+        self.output.slack_s = {rt.request_id: rt.deadline_s - now_s - self.iteration_s for rt in chain(urgent, late)}
         return urgent, late
 
     def _triage(self, urgent: list[Request], now_s: float) -> tuple[list[Request], list[Request]]:
@@ -226,6 +227,28 @@ class BROSScheduler(Scheduler):
         return ([request for request in urgent if request not in given_up],
                 [request for request in urgent if request in given_up])
 
+    def _tokens_left_to_be(self, urgent: list[Request], late: list[Request], now_s: float) -> int:
+        """One for each BE that decodes, at most half of the step's, if all RT prompts, and that of a typical RT that
+        arrives now, are on time in steps without these tokens; else 0."""
+        has_prompts = any(request.first_token_s is None for request in urgent)
+        if not (self.config.rt_leaves_tokens and has_prompts) or late or self._rt_late.head():
+            return 0
+        latency, offloaded = self.latency, self.kv.offloaded_tokens
+        decoding = [request for request in self._be_order if request.num_tokens - request.num_computed_tokens == 1
+                    and request.request_id not in offloaded]
+        del decoding[max(0, min(self.max_batch_size - len(urgent), self.max_step_tokens // 2)):]
+        tokens_per_step = self.max_step_tokens - len(decoding)
+        step_s = latency.c0 + sum(latency.c1 + latency.c3 * request.num_computed_tokens for request in decoding)
+        num_tokens = int(self._typical_prompt_tokens)
+        work_s = latency.cost_s(num_tokens, 0)
+        for request in urgent:
+            left = request.num_tokens - request.num_computed_tokens
+            num_tokens, work_s = num_tokens + left, work_s + latency.cost_s(left, request.num_computed_tokens)
+            needed_s = (cdiv(num_tokens, tokens_per_step) * step_s + work_s) * latency.safety
+            if request.first_token_s is None and request.deadline_s - now_s < needed_s:
+                return 0
+        return len(decoding)
+
     def _newcomers_on_time(self, now_s: float) -> list[Request]:
         """The first of the RT queue, at most as many as a batch holds. Those that can no longer meet their deadline
         move to `_rt_late`, for good, so that a burst of late ones does not hide those that can be on time."""
@@ -253,9 +276,8 @@ class BROSScheduler(Scheduler):
             executing_s = latency.c0 + latency.c1 + latency.c3 * context
         else:
             executing_s = self._num_chunks(left) * latency.c0 + latency.cost_s(left, context)
-        if request.request_id in offloaded:
-            executing_s = max(executing_s, latency.restore_s_per_token * offloaded[request.request_id])
-        return executing_s * latency.safety
+        restoring_s = latency.restore_s_per_token * offloaded.get(request.request_id, 0)
+        return max(executing_s, restoring_s) * latency.safety
 
     def _num_chunks(self, num_tokens: int) -> int:
         return cdiv(num_tokens, self.config.max_num_batched_tokens) if self.config.chunked_prefill else 1
@@ -313,8 +335,7 @@ class BROSScheduler(Scheduler):
     # -- shortage ---------------------------------------------------------------------------------------------
 
     def can_admit(self, request: Request) -> bool:
-        """True for RT, which may preempt BE, and for starving BE; others need blocks for the whole prompt.
-        """
+        """True for RT, which may preempt BE, and for starving BE; others need blocks for the whole prompt."""
         return request.is_rt or request in self._starving_be or super().can_admit(request)
 
     def takes_part_of_a_chunk(self, request: Request) -> bool:

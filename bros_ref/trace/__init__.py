@@ -23,25 +23,6 @@ from bros_ref.trace.records import (
 )
 from bros_ref.trace.trace import KIND, SCHEMA, Trace
 
-__all__ = [
-    "BATCH_CAP",
-    "BEHIND",
-    "DEADLINE",
-    "DECODE",
-    "KIND",
-    "NO_BLOCKS",
-    "PENDING",
-    "PHASES",
-    "PREFILL",
-    "REASONS",
-    "RESTORING",
-    "SCHEMA",
-    "TOKEN_BUDGET",
-    "WAITING",
-    "BlockView",
-    "PhaseSpan",
-    "RequestRecord",
-    "SlotCopies",
-    "StepRecord",
-    "Trace",
-]
+__all__ = ["BATCH_CAP", "BEHIND", "DEADLINE", "DECODE", "KIND", "NO_BLOCKS", "PENDING", "PHASES", "PREFILL",
+           "REASONS", "RESTORING", "SCHEMA", "TOKEN_BUDGET", "WAITING", "BlockView", "PhaseSpan", "RequestRecord",
+           "SlotCopies", "StepRecord", "Trace"]

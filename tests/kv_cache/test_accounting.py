@@ -357,6 +357,23 @@ def test_a_full_host_store_does_not_keep_an_rt_out_of_a_free_middle():
     memory.run_step([(rt, 2)])
 
 
+def test_a_full_host_store_does_not_keep_an_rt_that_comes_back_out_of_a_free_middle():
+    """Its swapped-out block returns between the tokens of a best-effort request, of which nothing has to be saved."""
+    manager = bidirectional(1, 4, num_host_blocks=1)
+    memory, be, rt = ShadowMemory(manager), make_request("be", False), make_request("rt", True)
+    for request, num_tokens in ((rt, 1), (be, 2)):
+        manager.begin_step()
+        assert manager.allocate_slots(request, num_tokens) is not None
+        memory.run_step([(request, num_tokens)])
+        if request is rt:
+            assert manager.swap_out("rt"), "and the host store is full"
+    manager.begin_step([be])
+    assert manager.allocate_slots(rt, 2) is None, "its third token would overwrite one"
+    assert manager.allocate_slots(rt, 1) is not None
+    memory.run_step([(rt, 1)])
+    manager.check_integrity()
+
+
 def test_a_table_entry_from_before_its_block_was_given_up_is_stale_even_for_the_same_owner():
     manager, memory, be = pending_be(6)
     sequence = manager._sequences["be"]

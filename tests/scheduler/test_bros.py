@@ -214,7 +214,7 @@ def test_a_starving_best_effort_request_runs_within_s_of_the_steps_in_which_its_
 
 def test_a_starving_request_that_cannot_be_placed_keeps_the_next_from_nothing():
     decider = Decider("bros-plus", num_blocks=8, block_size=16, be_max_wait_steps=4)
-    decider.add("beB", 5, 200)
+    decider.add("beB", 4, 200)
     decider.step()
     decider.add("beA", 60, 60)
     for _ in range(3):
