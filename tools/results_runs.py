@@ -121,7 +121,8 @@ def measure(section: str, traces: Path | None) -> Runs:
 # -- what every policy decides ----------------------------------------------------------------------------------------
 
 SHORT_RUNS = (  # chats that fill a pool by themselves, and long prompts that cannot all be on time
-    (SimulationSettings(kv_tokens=5_000, max_num_seqs=64), PaperWorkload(20.0, 2.0, 8)),
+    (SimulationSettings(kv_tokens=5_000, max_num_seqs=64), PaperWorkload(
+        20.0, 2.0, 8, SLO(0.4, 0.08))),
     (SimulationSettings("h100-80gb", "qwen3-32b", 2, kv_tokens=48_000), PaperWorkload(
         4.0, 2.0, 40, SLO(3.0, 0.2), "long-8k")),
 )

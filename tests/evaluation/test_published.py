@@ -164,7 +164,9 @@ def test_the_command_on_the_page_prints_what_the_page_says(kept, monkeypatch, tm
     for option, text in (("--seeds", "1"), ("--policies", "bros-plus")):
         words[words.index(option) + 1] = text
     monkeypatch.setattr("sys.argv", ["bros-ref", *words, "--json", str(tmp_path / "out.json")])
-    main()
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
     [summary] = json.loads((tmp_path / "out.json").read_text())["runs"]
     [published, *_] = kept["headline"]["OPT-13B, 4 RT/s/bros-plus"]
     for group in ("rt", "be"):
