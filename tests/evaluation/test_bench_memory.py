@@ -28,8 +28,8 @@ def test_a_peak_rises_with_its_own_work_and_falls_again_with_the_next():
 
 @needs_linux
 def test_a_row_of_the_engines_benchmark_does_not_carry_over_to_the_next(monkeypatch):
-    monkeypatch.setattr(engine, "run_ours", lambda loaded, lengths, seed: (hold(300 if lengths[0][0] == 128 else 1), (
-        1.0, 1))[1])
+    monkeypatch.setattr(engine, "run_ours", lambda loaded, lengths, seed: (hold(300 if lengths[0][0] == 128 else 1), [
+        1.0])[1])
     monkeypatch.setattr(engine, "_against_the_machine", lambda loaded: {})
     large, small = engine.bench_engine(None, ("offline-32x128+64", "decode-1"), rounds=2, peers=())["rows"]
     assert large["peak_rss_bytes"] - small["peak_rss_bytes"] > 250e6

@@ -59,7 +59,7 @@ def test_a_peer_in_a_process_of_its_own_gets_the_work_and_ends_with_the_context(
     with start_peers(toy, ["vllm"], Path(sys.executable)) as ([peer], absent):
         assert (peer.name, peer.version, absent) == ("vllm", "9.8", {})
         assert peer.seconds([(16, 3), (5, 1)], 0) >= 0
-        with pytest.raises(ArithmeticError, match="vllm generated 40 tokens instead of 41"):
+        with pytest.raises(Unavailable, match="vllm generated 40 tokens instead of 41"):
             peer.seconds([(16, 41)], 0)
         with pytest.raises(Unavailable, match="failed: ValueError: no thirteen tokens"):
             peer.seconds([(13, 1)], 0)
@@ -106,12 +106,22 @@ def test_a_ratio_is_the_median_over_rounds_of_both_systems_in_the_same_round(toy
         def seconds(self, lengths, seed):
             return next(self.times)
 
-    ours = iter([(10.0, 2), (1.0, 2), (10.0, 2)])  # the second round ran alone on a machine that was busy otherwise
+    ours = iter([[4.0, 6.0], [0.5, 0.5], [9.0, 1.0]])  # the second round ran alone on a machine that was busy otherwise
     monkeypatch.setattr(engine, "run_ours", lambda loaded, lengths, seed: next(ours))
     rows, speedup = engine._alternate(toy, "decode-1", [(16, 48)], [Peer()], 3, 0, None)
     assert speedup == {"other": 3.0}
     assert [(row.system, row.output_tok_s, row.ms_per_step) for row in rows] == [
         ("bros_ref", 4.8, 5000.0), ("other", 4.8, None)]
+
+
+def test_the_fastest_step_after_the_prompts_is_compared_with_the_fastest_reading(toy, monkeypatch):
+    runs = iter([[0.1, 5.0, 4.0], [7.0], [0.1, 3.0, 9.0], [6.0]] + [[0.1, 8.0], [8.0]] * 3)
+    monkeypatch.setattr(engine, "run_ours", lambda loaded, lengths, seed: next(runs))
+    monkeypatch.setattr(engine, "read_bytes_per_s", lambda num_bytes: num_bytes / 2.0)
+    monkeypatch.setattr(engine, "matrix_flops_per_s", lambda: 1e12)
+    found = engine._against_the_machine(toy)
+    assert (found["decode1_s"], found["weights_read_s"], found["decode1_over_weights_read"]) == (3.0, 2.0, 1.5)
+    assert found["prefill512_share_of_matrix_rate"] == pytest.approx(found["prefill512_flops_per_s"] / 1e12)
 
 
 def test_prompts_are_the_same_for_every_system():

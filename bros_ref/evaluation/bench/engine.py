@@ -60,8 +60,8 @@ def mixed_lengths(count: int, seed: int) -> Lengths:
     return [(int(rng.integers(16, 257)), int(rng.integers(8, 129))) for _ in range(count)]
 
 
-def run_ours(loaded: LoadedModel, lengths: Lengths, seed: int) -> tuple[float, int]:
-    """Seconds and steps to serve the requests, all present from the start, first come first served (vllm-fcfs)."""
+def run_ours(loaded: LoadedModel, lengths: Lengths, seed: int) -> list[float]:
+    """Seconds of each step that serves the requests: all present from the start, first come first served."""
     slots = sum(cdiv(prompt + output, 16) for prompt, output in lengths)
     kv_config = KVCacheConfig(min(slots, 1024))
     runner = ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype)
@@ -71,11 +71,12 @@ def run_ours(loaded: LoadedModel, lengths: Lengths, seed: int) -> tuple[float, i
     for index, (token_ids, (_, output)) in enumerate(zip(prompts, lengths, strict=True)):
         engine.add_request(Request(str(index), RequestClass.BEST_EFFORT, token_ids,
                                    SamplingParams(max_tokens=output, ignore_eos=True)))
-    start_s, steps = time.perf_counter(), 0
+    steps_s = []
     while engine.has_unfinished:
+        start_s = time.perf_counter()
         engine.step()
-        steps += 1
-    return time.perf_counter() - start_s, steps
+        steps_s.append(time.perf_counter() - start_s)
+    return steps_s
 
 
 def bench_engine(loaded: LoadedModel, cases: Sequence[str] = CASES, rounds: int = 3, seed: int = 0,
@@ -108,7 +109,7 @@ def bench_engine(loaded: LoadedModel, cases: Sequence[str] = CASES, rounds: int 
 def _alternate(loaded: LoadedModel, case: str, lengths: Lengths, peers: Sequence[Peer], rounds: int, seed: int,
                on_case: Callable[[str], None] | None) -> tuple[list[EngineRow], dict[str, float]]:
     """One case, ours and every peer in each round: the rows, and how many times as fast as each peer ours is."""
-    ours: list[tuple[float, int]] = []
+    ours: list[list[float]] = []
     theirs: dict[str, list[float]] = {peer.name: [] for peer in peers}
     peaks: dict[str, list[int | None]] = {name: [] for name in ("bros_ref", *theirs)}
     for _ in range(rounds):
@@ -122,29 +123,28 @@ def _alternate(loaded: LoadedModel, case: str, lengths: Lengths, peers: Sequence
                 theirs[peer.name].append(peer.seconds(lengths, seed))
             peaks[peer.name].append(peak.bytes if peer.in_this_process else None)
     tokens = sum(output for _, output in lengths)
-    seconds = statistics.median(run[0] for run in ours)
-    rows = [EngineRow("bros_ref", case, tokens / seconds, 1e3 * seconds / ours[0][1], _highest(peaks["bros_ref"]))]
+    seconds = statistics.median(map(sum, ours))
+    rows = [EngineRow("bros_ref", case, tokens / seconds, 1e3 * seconds / len(ours[0]), _highest(peaks["bros_ref"]))]
     for peer in peers:
         seconds = statistics.median(theirs[peer.name])
         steps = sum(max(output for _, output in lengths[i:i + STATIC_BATCH])
                     for i in range(0, len(lengths), STATIC_BATCH))
         rows.append(EngineRow(peer.name, case, tokens / seconds,
                               1e3 * seconds / steps if peer.in_this_process else None, _highest(peaks[peer.name])))
-    return rows, {name: statistics.median(other / own[0] for own, other in zip(ours, times, strict=True))
+    return rows, {name: statistics.median(other / sum(own) for own, other in zip(ours, times, strict=True))
                   for name, times in theirs.items()}
 
 
 def _against_the_machine(loaded: LoadedModel) -> dict[str, float]:
-    """One decode against one reading of the weights; one prefill against the matrix rate. Alternated, best of five."""
+    """One decode against one reading of the weights; one prefill against the matrix rate. Alternated; the fastest step
+    is compared with the fastest reading, since other work on the machine can only make either slower."""
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in loaded.parameters.values())
     multiplied = weight_bytes // 4 - loaded.config.vocab_size * loaded.config.hidden_size * (
         1 if loaded.config.tied_embeddings else 2)
     decode_s, prefill_s, read_s, flops = [], [], [], []
     for _ in range(5):
-        short, _steps = run_ours(loaded, [(16, 2)], 0)
-        long, _steps = run_ours(loaded, [(16, 34)], 0)
-        decode_s.append((long - short) / 32)
-        prefill_s.append(run_ours(loaded, [(512, 1)], 0)[0])
+        decode_s.append(min(run_ours(loaded, [(16, 34)], 0)[1:]))
+        prefill_s.append(sum(run_ours(loaded, [(512, 1)], 0)))
         read_s.append(weight_bytes / read_bytes_per_s(weight_bytes))
         flops.append(matrix_flops_per_s())
     rate = 2 * 512 * multiplied / min(prefill_s)

@@ -40,7 +40,7 @@ VLLM_PYTHON = Path(__file__).resolve().parents[3] / ".venv-vllm" / "bin" / "pyth
 STOP_S = 20.0
 
 
-class Unavailable(Exception):
+class Unavailable(ValueError):
     """A peer cannot be measured; the text says why."""
 
 
@@ -128,14 +128,13 @@ class Worker:
         """See `Peer`.
 
         Raises:
-            Unavailable: the engine failed.
-            ArithmeticError: it generated another number of tokens than was asked for.
+            Unavailable: the engine failed, or generated another number of tokens than was asked for.
         """
         outputs = [output for _, output in lengths]
         answer = self._ask({"prompts": draw_prompts(lengths, self._vocab_size, seed), "outputs": outputs})
         if answer["tokens"] != sum(outputs):
-            raise ArithmeticError(f"{self.name} generated {answer['tokens']} tokens instead of {sum(outputs)}: "
-                                  "other work is not compared")
+            raise Unavailable(f"{self.name} generated {answer['tokens']} tokens instead of {sum(outputs)}: other work "
+                              "is not compared")
         return float(answer["seconds"])
 
     def close(self) -> None:
