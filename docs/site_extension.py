@@ -37,7 +37,6 @@ BELOW = {  # page -> the pages that the side bar lists below it
     "book/index.md": [Path(page).stem for page in PAGES.values() if page.endswith(".ipynb")],
 }
 PLOTLY = "application/vnd.plotly.v1+json"
-WIDGET = "application/vnd.jupyter.widget-view+json"
 SHOWN = {"text/html", "image/svg+xml", "image/png", "text/markdown", "text/plain"}
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")  # [text](relative/path#anchor)
 
@@ -142,9 +141,6 @@ def shown_data(data: dict[str, Any]) -> dict[str, Any]:
     shown = {kind: value for kind, value in data.items() if kind in SHOWN}
     if not shown:
         raise ValueError(f"an output has none of {', '.join(sorted(SHOWN))}, {PLOTLY}: it has {', '.join(data)}")
-    if "text/html" in shown and WIDGET in data:
-        note = "The buttons work in JupyterLab; this is the picture they left."
-        return {"text/html": f"{shown['text/html']}<p><em>{note}</em></p>"}
     if "text/html" not in shown and "image/svg+xml" in shown:  # in the page, not as an image: its tooltips work
         return {"text/html": shown["image/svg+xml"]}
     return shown

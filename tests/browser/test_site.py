@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -160,7 +161,7 @@ def test_formulas_become_mathml(extension):
 @pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
 def test_every_notebook_opens_offline_in_a_browser(chromium, site):
     page = chromium.new_page(viewport={"width": 1180, "height": 900})
-    errors, away, charts, players = [], [], 0, 0
+    errors, away, charts, players = [], [], 0, Counter()
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("request", lambda request: away.append(request.url)
@@ -174,12 +175,22 @@ def test_every_notebook_opens_offline_in_a_browser(chromium, site):
         for chart in page.locator(".plotly-graph-div").all():
             chart.locator(".main-svg").first.wait_for()
             charts += 1
-        for kind in ("player", "schedule", "dashboard", "frames"):
+        for kind in ("player", "schedule", "dashboard", "frames", "race"):
             for root in page.locator(f"[data-bros-{kind}]").all():
                 go_to(root, 0)
-                players += 1
+                players[kind] += 1
+        for kind, name in (("mask", "tokens in all"), ("what-if", "RT requests a second")):
+            for root in page.locator(f"[data-bros-{kind}]").all():
+                before = root.get_by_role("status").inner_text()
+                slider = root.get_by_role("slider", name=name)
+                slider.press("Home")
+                assert root.get_by_role("status").inner_text() != before
+                slider.press("End")
+                players[kind] += 1
+        assert page.locator("img[data-bros-still], [data-bros-asleep]").count() == 0, "scripts ran, so all is alive"
         assert violations(page, "article") == [], path.name
         wide = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert wide <= 0, f"{path.name} is wider than its window"
-    assert charts > 0 < players
+    assert charts > 0
+    assert set(players) == {"player", "schedule", "dashboard", "frames", "race", "mask", "what-if"}
     assert errors == away == []
