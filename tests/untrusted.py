@@ -3,6 +3,7 @@ SVG elements (but the text in them), no `hidden` and no data attributes; inline 
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
 from xml.etree import ElementTree
 
@@ -39,3 +40,16 @@ def _look(element: ElementTree.Element, seen: Seen) -> None:
         for child in element:
             _look(child, seen)
     seen.text += element.tail or ""
+
+
+def drawn(address: str) -> str:
+    """The <svg> element in an image's address."""
+    kind, _, image = address.partition(",")
+    assert kind == "data:image/svg+xml;base64"
+    return base64.b64decode(image).decode()
+
+
+def saved_still(bundle: dict[str, str]) -> str:
+    """The one picture that a reader sees of a widget before its scripts run."""
+    [image] = seen_untrusted(bundle["text/html"]).images
+    return drawn(image)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-
 import pytest
-from untrusted import seen_untrusted
+from untrusted import drawn, seen_untrusted
 
 from bros_ref.viz.figures.kv_blocks import block_map
 from bros_ref.viz.widgets.causal_mask import CausalMaskExplorer
@@ -20,18 +18,11 @@ SVG = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 20" aria-label="
        "</svg>")
 
 
-def drawn(address):
-    """The <svg> element in an image's address."""
-    kind, _, image = address.partition(",")
-    assert kind == "data:image/svg+xml;base64"
-    return base64.b64decode(image).decode()
-
-
 def test_a_picture_shows_without_scripts():
     picture = Picture(SVG)
     bundle = picture._repr_mimebundle_()
     seen = seen_untrusted(bundle["text/html"])
-    assert [drawn(image) for image in seen.images] == [bundle["image/svg+xml"]] == [SVG]
+    assert [drawn(image) for image in seen.images] == [SVG]
     assert seen.text.strip() == ""
     assert bundle["text/plain"] == repr(picture) == 'two "words"'
     assert 'alt="two &quot;words&quot;" width="40"' in bundle["text/html"]
@@ -56,7 +47,8 @@ def test_a_player_is_its_still_until_a_script_runs():
                    Frames([Frame(SVG, "one"), Frame(SVG, "two")], "frames")):
         bundle = widget._repr_mimebundle_()
         seen = seen_untrusted(bundle["text/html"])
-        assert [drawn(image) for image in seen.images] == [bundle["image/svg+xml"]]
+        [still] = map(drawn, seen.images)
+        assert still.startswith("<svg")
         assert seen.text.strip() == f"{RUN_IT}."
         assert seen.controls == []
         assert "button" in bundle["text/html"] or "input" in bundle["text/html"], "they are there, and hidden"

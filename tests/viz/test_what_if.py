@@ -98,7 +98,7 @@ def test_in_a_kernel_the_question_is_answered_through_the_model():
     live.question = "0 1"
     assert live.reply == ["0 1", made.picture("0 1"), live.reply[2]]
     bundle = made._repr_mimebundle_()
-    assert set(bundle) == {"application/vnd.jupyter.widget-view+json", "text/plain", "text/html", "image/svg+xml"}
+    assert set(bundle) == {"application/vnd.jupyter.widget-view+json", "text/plain", "text/html"}
     assert bundle["text/plain"] == "what if: 2 choices, 3 settings answered beforehand"
 
 

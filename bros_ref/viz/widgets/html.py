@@ -126,7 +126,7 @@ class Picture:
         return label_of(self.svg) or "a picture"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        return {"text/plain": repr(self), "text/html": with_images(self.svg), "image/svg+xml": self.svg}
+        return {"text/plain": repr(self), "text/html": with_images(self.svg)}
 
 
 def notebook_output(text: str, page: str, still: str) -> dict[str, str]:
@@ -143,7 +143,7 @@ def notebook_output(text: str, page: str, still: str) -> dict[str, str]:
     """
     shown = f"<div>{still_image(still)}<p>{RUN_IT}.</p></div>"
     asleep = f'<div data-bros-asleep style="display:none">{WAKE}{page}</div>'
-    return {"text/plain": text, "text/html": shown + asleep, "image/svg+xml": still}
+    return {"text/plain": text, "text/html": shown + asleep}
 
 
 def panel_output(text: str, page: str) -> dict[str, str]:
