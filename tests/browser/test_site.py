@@ -171,6 +171,7 @@ def test_every_notebook_opens_offline_in_a_browser(chromium, site):
     for path in NOTEBOOKS:
         page.goto((site / "book" / "index.html").as_uri())
         page.locator(f'article a[href="{path.stem}.html"]').first.click()
+        page.wait_for_url(f"**/{path.stem}.html")  # and for its load event: a page half read has half of its widgets
         assert page.locator("h1").first.inner_text()[:2] == path.name[:2]
         for chart in page.locator(".plotly-graph-div").all():
             chart.locator(".main-svg").first.wait_for()
