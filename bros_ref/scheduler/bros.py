@@ -67,6 +67,7 @@ class BROSScheduler(Scheduler):
         self._rt_late = FIFOQueue()  # waiting, and past saving: once late, always late
         self._be_waiting = FIFOQueue()
         self._be_order: list[Request] = []  # BE that hold KV, the first to run first, the first to preempt last
+        self._rt_by_rank: list[Request] | None = None  # that can give up KV, the first to do so first
         self._starving_be: list[Request] = []  # the longest-waiting first, until they were offered a place in a step
         self._batch_cap = 0
         self._typical_prompt_tokens = 0.0
@@ -170,7 +171,7 @@ class BROSScheduler(Scheduler):
     def begin_step(self) -> None:
         self._adapt_batch_cap()
         self.running.sort(key=by_deadline)  # RT by slack; BE are never due (infinity) and keep their order, at the end
-        self._be_order = self._sorted_be()
+        self._be_order, self._rt_by_rank = self._sorted_be(), None
         self.kv.begin_step(self._be_order)
 
     def _adapt_batch_cap(self) -> None:
@@ -370,24 +371,24 @@ class BROSScheduler(Scheduler):
         return False
 
     def _less_urgent_rt(self, request: Request) -> list[Request]:
-        """The idle RT that may give way to `request`: first those that are late already, then the one with the latest
-        deadline. A deadline does not change as a prefill advances. Otherwise two prompts that do not fit together
-        would preempt each other again and again.
-        """
-        now_s = self.output.now_s
-
-        def rank(rt: Request) -> tuple[bool, float, float, str]:  # total: of any two, one must give way
-            return (rt.deadline_s - now_s < self._alone_s(rt), rt.deadline_s, rt.arrival_s, rt.request_id)
-
-        spared_s = -math.inf
+        """The idle RT that may give way to `request`: late ones first, then by the latest deadline. It does not change
+        as a prefill advances, so two prompts that do not fit together do not preempt each other again and again."""
+        now_s, spared_s = self.output.now_s, -math.inf
         if not self.config.rt_displaces_eagerly:
             if request.request_id in self.kv.offloaded_tokens and self._can_wait(request):
                 return []
             if request.status is WAITING and request.slo is not None:
                 spared_s = request.slo.ttft_s
-        own_rank = rank(request)
-        return sorted((other for other in self.running if other.is_rt and other.deadline_s - now_s > spared_s
-                       and self._can_give(other) and rank(other) > own_rank), key=rank, reverse=True)
+        if self._rt_by_rank is None:  # once per step, for in overload every RT that waits asks
+            self._rt_by_rank = sorted((rt for rt in self.running if rt.is_rt and self._can_give(rt)), key=self._rank,
+                                      reverse=True)
+        own_rank = self._rank(request)
+        behind = takewhile(lambda other: self._rank(other) > own_rank, self._rt_by_rank)
+        return [other for other in behind if other.deadline_s - now_s > spared_s and self._can_give(other)]
+
+    def _rank(self, rt: Request) -> tuple[bool, float, float, str]:
+        """The order in which RT give way. It is total: of any two, one must give way to the other."""
+        return (rt.deadline_s - self.output.now_s < self._alone_s(rt), rt.deadline_s, rt.arrival_s, rt.request_id)
 
     def _can_wait(self, request: Request) -> bool:
         """Whether it can still be on time if it sits out two iterations."""
