@@ -1,6 +1,6 @@
 """The simulated figures of README.md and docs/results.md: measures them, keeps them, and writes them into the pages.
 
-    python tools/results.py --traces FOLDER   # measures everything (half an hour of one core) and updates the pages
+    python tools/results.py --traces FOLDER   # measures everything (two hours of one core) and updates the pages
     python tools/results.py headline tiers    # measures these sections only
     python tools/results.py --pages           # measures nothing: writes the kept figures into the pages
 
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import results_paper
 from results_runs import (
     BE,
     HEADLINE,
@@ -34,9 +35,10 @@ from results_runs import (
     read_kept,
     write_kept,
 )
+from results_shown import Shown, mean_shown, row
 
 from bros_ref.evaluation.dominance import mean, values
-from bros_ref.evaluation.statistics import Interval, interval, paired_difference, paired_ratio
+from bros_ref.evaluation.statistics import interval, paired_difference, paired_ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"readme": ROOT / "README.md", "results": ROOT / "docs" / "results.md"}
@@ -45,40 +47,14 @@ PAGES = {"readme": ROOT / "README.md", "results": ROOT / "docs" / "results.md"}
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-class Shown:
-    """A figure with its interval, or a plain number. Format: "1" the mean to one digit, "±1" with the interval,
-    "+±1" with a sign, "~2" the mean to two significant digits."""
-
-    def __init__(self, figure: Interval | float, scale: float = 1.0) -> None:
-        figure = figure if isinstance(figure, Interval) else Interval(figure, None)
-        self.mean, self.half = figure.mean * scale, (figure.half or 0.0) * scale
-
-    def __format__(self, spec: str) -> str:
-        sign, with_interval, digits = re.fullmatch(r"(\+?)(±|~|)(\d)", spec).groups()  # type: ignore[union-attr]
-        if with_interval == "~":
-            return f"{float(f'{self.mean:.{digits}g}'):,.0f}"
-        text = f"{self.mean:{sign},.{digits}f}"
-        if not float(text.replace(",", "")):
-            text = text.lstrip("+-")  # no signed zero
-        return f"{text} ± {self.half:,.{digits}f}" if with_interval else text
-
-
-def _shown(runs: Sequence[dict[str, Any]], metric: str, scale: float = 1.0) -> Shown:
-    return Shown(interval(values(runs, metric)), scale)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def headline_table(results: Results) -> list[str]:
     """RT on time and BE tokens/s."""
     rows = []
     for cell in HEADLINE:
         runs = {policy: results["headline"][f"{cell}/{policy}"] for policy in HEADLINE_POLICIES}
-        rows.append(_row(cell, *(f"{_shown(own, ON_TIME, 100):±0} %, {_shown(own, BE):±0}"
+        rows.append(row(cell, *(f"{mean_shown(own, ON_TIME, 100):±0} %, {mean_shown(own, BE):±0}"
                                  for policy, own in runs.items() if policy != "be-only"),
-                         f"{_shown(runs['be-only'], BE):±0}"))
+                         f"{mean_shown(runs['be-only'], BE):±0}"))
     return rows
 
 
@@ -102,7 +78,7 @@ def _cell_name(cell: str) -> str:
 
 def unseen_table(results: Results) -> list[str]:
     """RT on time and BE tokens/s on what nothing was tuned on."""
-    return [_row(_cell_name(cell), *(f"{_shown(policies[name], ON_TIME, 100):0}, {_shown(policies[name], BE):0}"
+    return [row(_cell_name(cell), *(f"{mean_shown(policies[name], ON_TIME, 100):0}, {mean_shown(policies[name], BE):0}"
                                      for name in UNSEEN_POLICIES)) for cell, policies in unseen_cells(results).items()]
 
 
@@ -111,7 +87,7 @@ def leads_table(results: Results) -> list[str]:
     def lead(policies: dict[str, list[dict[str, Any]]], rival: str, metric: str, scale: float) -> Shown:
         return Shown(paired_difference(values(policies["bros-plus"], metric), values(policies[rival], metric)), scale)
 
-    return [_row(_cell_name(cell), *(
+    return [row(_cell_name(cell), *(
         f"{lead(policies, rival, ON_TIME, 100):+±1}; {lead(policies, rival, BE, 1):+±0}" for rival in RIVALS))
         for cell, policies in unseen_cells(results).items()]
 
@@ -128,7 +104,7 @@ def slowdown_table(results: Results) -> list[str]:
             share = Shown(paired_ratio(values(own, BE), values(free, BE)) or 0.0, 100)
             words = ("", "") if place or column else ("latency ", "BE ")
             cells.append(f"{words[0]}{latency:.2f}, {words[1]}" + (f"{share:±0} %" if slowdown else "100 %"))
-        rows.append(_row(str(slowdown or "none").removesuffix(".0"), *cells))
+        rows.append(row(str(slowdown or "none").removesuffix(".0"), *cells))
     return rows
 
 
@@ -138,13 +114,14 @@ def tiers_table(results: Results) -> list[str]:
         ("rt-only", ON_TIME), ("be-only", BE))]
     ours = [values(results["headline"][f"{TIERS}/bros-plus"], metric) for metric in (ON_TIME, BE)]
     on_time, tokens = (paired_difference(*pair) for pair in zip(ours, theirs, strict=True))
-    return [_row(TIERS, *(f"{Shown(interval(share), 100):±0} %, {Shown(interval(rate)):±0}"
+    return [row(TIERS, *(f"{Shown(interval(share), 100):±0} %, {Shown(interval(rate)):±0}"
                           for share, rate in (theirs, ours)), f"{Shown(on_time, 100):+±1}; {Shown(tokens):+±0}")]
 
 
 TABLES: tuple[tuple[str, str, Callable[[Results], list[str]]], ...] = (  # page, beginning of the header line, rows
     ("readme", "| simulated, on time % and BE tokens/s |", headline_table),
     ("results", "| simulated, on time % and BE tokens/s |", headline_table),
+    ("results", "| comparison | paper |", results_paper.table),
     ("results", "| RT on time %, BE tokens/s |", unseen_table),
     ("results", "| paired lead of bros-plus", leads_table),
     ("results", "| x | OPT-13B", slowdown_table),
@@ -186,7 +163,7 @@ def figures(results: Results) -> dict[str, Shown]:
         "up_14k": Shown(mean(cells["long-14k/high load"]["bros-plus"], BE)),
         "up_30k": Shown(mean(cells["chat-and-30k/high load"]["bros-plus"], BE)),
     }
-    return found
+    return found | results_paper.figures(results)
 
 
 SENTENCES = {
@@ -196,11 +173,12 @@ SENTENCES = {
         "`xllm` serves {xllm_be:±0} BE tokens per second at 10 RT per second, with {xllm_on_time:±1} % of RT on time.",
         "This happens about {xllm_drops:~2} times in 100 s, and {xllm_twice:~2} tokens are computed twice.",
         "`vllm-priority` also has all RT on time and serves {more_at_half:1} % more BE.",
-        "In the first table at high load, its p99 TTFT is therefore at least {qoserve_p99:1} times that of `bros-plus`",
+        "At high load, its p99 TTFT is therefore at least {qoserve_p99:1} times that of `bros-plus`",
         "`bros-plus` serves {fewer_be_least:0} to {fewer_be_most:0} % fewer BE tokens per second than `vllm-priority`",
         "from 361 to {up_8k:0} tokens per second in `long-8k` at high load, from 403 to {up_14k:0} in `long-14k`, and "
         "from 400 to {up_30k:0} in `chat-and-30k`.",
         "`bros-plus` serves {tiers_more:1} times as many BE tokens with all RT on time.",
+        *results_paper.SENTENCES,
     ),
 }
 A_FIGURE = r"([-+]?[\d,.]*\d(?:\s±\s[\d,.]*\d)?)"

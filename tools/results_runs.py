@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bros_ref.evaluation.sweeps import SYSTEMS, all_jobs
+from bros_ref.evaluation.reproduce import AGAINST_V0, FIGURES
+from bros_ref.evaluation.sweeps import SYSTEMS, all_jobs, run_name
 from bros_ref.request import SLO
 from bros_ref.scheduler import known_policies
 from bros_ref.simulator.simulate import Job, SimulationSettings, run, run_all
@@ -53,15 +54,24 @@ HEADLINE = {"OPT-13B, 4 RT/s": ("opt-13b", 4.0), "OPT-13B, 10 RT/s": ("opt-13b",
             "Llama-3-70B, 4 RT/s": ("llama-3-70b", 4.0)}
 HEADLINE_POLICIES = ("vllm-fcfs", "vllm-priority", "bros", "bros-plus", "be-only")
 TIERS = "OPT-13B, 4 RT/s"
+PAPER_S, PAPER_RATES = 600.0, (2.0, 6.0, 10.0)
 SLOWDOWNS = (1.1, 1.25, 1.5, 2.0, None)
 
 
 def _headline_jobs(_: Path | None) -> dict[str, Job]:
-    jobs = {}
+    jobs: dict[str, Job] = {}
     for cell, (system, rate) in HEADLINE.items():
         more = ("xllm",) if cell == "OPT-13B, 10 RT/s" else ()
         jobs |= _named(cell, (*HEADLINE_POLICIES, *more), SYSTEMS[system], rate, 100.0)
     return jobs
+
+
+def _paper_jobs(_: Path | None) -> dict[str, Job]:
+    """The runs of the paper's sweep, as long as the paper's, on which one of its figures rests."""
+    needed = {run_name(system, figure.dataset, rate, policy, figure.only)
+              for figure in (*FIGURES, *AGAINST_V0) for system in figure.systems for rate in PAPER_RATES
+              if rate in figure.rates for policy in ("bros", figure.baseline)}
+    return {name: job for name, job in all_jobs(PAPER_S, PAPER_RATES, parts=["paper"]).items() if name in needed}
 
 
 def _unseen_jobs(traces: Path | None) -> dict[str, Job]:
@@ -69,7 +79,7 @@ def _unseen_jobs(traces: Path | None) -> dict[str, Job]:
 
 
 def _slowdown_jobs(_: Path | None) -> dict[str, Job]:
-    jobs = {}
+    jobs: dict[str, Job] = {}
     for cell, (system, rate) in HEADLINE.items():
         for slowdown in SLOWDOWNS:
             settings = replace(SYSTEMS[system], rt_slowdown=slowdown)
@@ -89,6 +99,8 @@ def _tier_jobs(_: Path | None) -> dict[str, Job]:
 
 SECTIONS = {
     "headline": Section((ON_TIME, BE, "kv.preempted_requests", "kv.recomputed_tokens"), _headline_jobs),
+    "paper": Section((LATENCY, "rt.ttft_attainment", "rt.tpot_attainment", "rt.request_throughput",
+                      "be.request_throughput"), _paper_jobs),
     "unseen": Section((ON_TIME, BE, "rt.p99_ttft_ms"), _unseen_jobs),
     "slowdown": Section((LATENCY, BE), _slowdown_jobs),
     "tiers": Section((ON_TIME, BE), _tier_jobs),

@@ -140,8 +140,9 @@ def flat(summary):
 
 
 @pytest.mark.parametrize(("section", "name"), [
-    ("headline", "OPT-13B, 4 RT/s/bros"), ("slowdown", "Llama-3-70B, 4 RT/s/2.0"),
-    ("tiers", "OPT-13B, 4 RT/s/rt-only"), ("unseen", "unseen/long-14k/high load/bros-plus")])
+    ("headline", "OPT-13B, 4 RT/s/bros"), ("paper", "paper/opt-30b/sharegpt-rt/2/vllm-v0"),
+    ("slowdown", "Llama-3-70B, 4 RT/s/2.0"), ("tiers", "OPT-13B, 4 RT/s/rt-only"),
+    ("unseen", "unseen/long-14k/high load/bros-plus")])
 def test_a_run_of_each_section_comes_out_as_published(runs, kept, section, name):
     chosen = runs.SECTIONS[section]
     job = chosen.jobs(None)[name]
