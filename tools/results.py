@@ -167,6 +167,7 @@ def figures(results: Results) -> dict[str, Shown]:
 
 
 SENTENCES = {
+    "readme": results_paper.README_SENTENCES,
     "results": (
         "`bros`, the paper's form, has {bros_at_10:±1} % of RT on time",
         "and has all RT on time instead of {priority_on_llama:0} %.",

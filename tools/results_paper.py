@@ -8,9 +8,9 @@ from typing import Any
 from results_runs import LATENCY, PAPER_RATES, Results
 from results_shown import Shown, row
 
-from bros_ref.evaluation.dominance import mean
+from bros_ref.evaluation.dominance import mean, values
 from bros_ref.evaluation.reproduce import AGAINST_V0, FIGURES, PaperFigure, compare
-from bros_ref.evaluation.statistics import Interval
+from bros_ref.evaluation.statistics import Interval, paired_ratio
 from bros_ref.evaluation.sweeps import run_name
 
 METRICS = {LATENCY: "latency", "rt.ttft_attainment": "TTFT attained", "rt.tpot_attainment": "TPOT attained",
@@ -27,6 +27,13 @@ SENTENCES = (
     "{llama-3-70b_be_10:+0} %.",
     "BROS-RR completes more BE requests on Llama-3-70B, where it attains {rr_ttft:0} % of the TTFT targets at 10 RT "
     "per second.",
+    "`bros-plus` attains {plus_opt-13b_tpot:0} and {plus_opt-30b_tpot:0} % of the TPOT targets and "
+    "{plus_opt-13b_ttft:0} and {plus_opt-30b_ttft:0} % of the TTFT targets there, and completes {plus_opt-13b_be:+±0} "
+    "and {plus_opt-30b_be:+±0} % BE requests compared with V1.",
+)
+README_SENTENCES = (
+    "In runs of 600 s at 10 RT per second, `bros` attains {opt-13b_tpot:0} % of the TPOT targets on OPT-13B, and "
+    "`bros-plus` {plus_opt-13b_tpot:0} %.",
 )
 
 
@@ -99,4 +106,12 @@ def figures(results: Results) -> dict[str, Shown]:
             ours, theirs = (mean(paper[run_name(system, "sharegpt", rate, policy)], "be.request_throughput")
                             for policy in ("bros", "vllm-fcfs"))
             more_be[f"{system}_be_{rate:g}"] = Shown(ours / theirs - 1, 100)
-    return at_10 | more_be
+    plus = {}
+    for system in ("opt-13b", "opt-30b"):
+        own, v1 = (paper[run_name(system, "sharegpt", 10.0, policy)] for policy in ("bros-plus", "vllm-fcfs"))
+        for metric in ("ttft", "tpot"):
+            plus[f"plus_{system}_{metric}"] = Shown(mean(own, f"rt.{metric}_attainment"), 100)
+        ratio = paired_ratio(*(values(runs, "be.request_throughput") for runs in (own, v1)))
+        assert ratio is not None
+        plus[f"plus_{system}_be"] = Shown(Interval(ratio.mean - 1, ratio.half), 100)
+    return at_10 | more_be | plus
