@@ -19,7 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import results_hybrid
 import results_paper
+from results_hybrid import HYBRID, measure_hybrid
 from results_runs import (
     BE,
     HEADLINE,
@@ -126,6 +128,7 @@ TABLES: tuple[tuple[str, str, Callable[[Results], list[str]]], ...] = (  # page,
     ("results", "| paired lead of bros-plus", leads_table),
     ("results", "| x | OPT-13B", slowdown_table),
     ("results", "| on time % and BE tokens/s | one GPU for each class |", tiers_table),
+    ("results", "| modelled clock |", results_hybrid.table),
 )
 
 
@@ -163,11 +166,11 @@ def figures(results: Results) -> dict[str, Shown]:
         "up_14k": Shown(mean(cells["long-14k/high load"]["bros-plus"], BE)),
         "up_30k": Shown(mean(cells["chat-and-30k/high load"]["bros-plus"], BE)),
     }
-    return found | results_paper.figures(results)
+    return found | results_paper.figures(results) | results_hybrid.figures(results)
 
 
 SENTENCES = {
-    "readme": results_paper.README_SENTENCES,
+    "readme": (*results_paper.README_SENTENCES, *results_hybrid.README_SENTENCES),
     "results": (
         "`bros`, the paper's form, has {bros_at_10:±1} % of RT on time",
         "and has all RT on time instead of {priority_on_llama:0} %.",
@@ -179,7 +182,7 @@ SENTENCES = {
         "from 361 to {up_8k:0} tokens per second in `long-8k` at high load, from 403 to {up_14k:0} in `long-14k`, and "
         "from 400 to {up_30k:0} in `chat-and-30k`.",
         "`bros-plus` serves {tiers_more:1} times as many BE tokens with all RT on time.",
-        *results_paper.SENTENCES,
+        *results_paper.SENTENCES, *results_hybrid.SENTENCES,
     ),
 }
 A_FIGURE = r"([-+]?[\d,.]*\d(?:\s±\s[\d,.]*\d)?)"
@@ -228,19 +231,20 @@ def with_sentence(page: str, text: str, sentence: str, named: dict[str, Shown]) 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    known = [*SECTIONS, HYBRID]
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--pages", action="store_true", help="measure nothing")
     parser.add_argument("--traces", type=Path, help="the folder of traces; needed for the section unseen")
     options = parser.parse_args()
-    if unknown := set(options.sections) - set(SECTIONS):
-        parser.error(f"unknown section {min(unknown)!r}; known are {', '.join(SECTIONS)}")
-    chosen = [] if options.pages else options.sections or list(SECTIONS)
+    if unknown := set(options.sections) - set(known):
+        parser.error(f"unknown section {min(unknown)!r}; known are {', '.join(known)}")
+    chosen = [] if options.pages else options.sections or known
     if "unseen" in chosen and options.traces is None:
         parser.error("the section unseen needs --traces FOLDER; name other sections to leave it out")
     digests, results = read_kept()
     for section in chosen:
-        results[section] = measure(section, options.traces)
-    if set(chosen) == set(SECTIONS):
+        results[section] = measure_hybrid() if section == HYBRID else measure(section, options.traces)
+    if set(chosen) == set(known):
         digests = all_decisions()
     write_kept(digests, results)
     for page, path in PAGES.items():

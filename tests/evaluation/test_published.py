@@ -151,6 +151,13 @@ def test_a_run_of_each_section_comes_out_as_published(runs, kept, section, name)
     assert now == pytest.approx(flat(kept[section][name][0]), rel=1e-5), f"run `{MEASURE}` again"
 
 
+def test_a_live_run_comes_out_as_published(results, kept):
+    hybrid = results.results_hybrid
+    [now] = hybrid.measure_hybrid(["vllm-priority"], 1)["vllm-priority"]
+    assert flat(now) == pytest.approx(flat(kept["hybrid"]["vllm-priority"][0]), rel=1e-5), f"run `{MEASURE}` again"
+    assert {policy: len(own) for policy, own in kept["hybrid"].items()} == dict.fromkeys(hybrid.POLICIES, hybrid.ROUNDS)
+
+
 def test_every_job_that_needs_no_trace_is_among_the_kept(runs, kept):
     for section, chosen in runs.SECTIONS.items():
         assert kept[section].keys() >= chosen.jobs(None).keys()
