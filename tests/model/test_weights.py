@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from bros_ref.model.tokenizer import TokenizerError, load_tokenizer
 from bros_ref.model.weights import load as weights_module
+from bros_ref.model.weights import parameters as parameters_module
 from bros_ref.model.weights.load import WeightsError, load_model_config, load_weights
-from bros_ref.model.weights.parameters import RANDOM_FAMILIES, Parameters, parameter_shapes
+from bros_ref.model.weights.parameters import RANDOM_FAMILIES, ParameterMemory, Parameters, parameter_shapes
 
 from .checkpoints import F32, Q8_0, make_hf, save, write_gguf
 
@@ -303,3 +304,28 @@ def test_a_damaged_safetensors_header_is_one_error_or_still_a_model(llama: Path,
         damaged[position] = value
     (folder / "model.safetensors").write_bytes(damaged)
     assert loads_or_names("model.safetensors", folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_lie_one_after_another_and_never_overlap(dtype: torch.dtype,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of 1 KiB: none of a size that divides it, one larger than a piece, one without elements."""
+    monkeypatch.setattr(parameters_module, "PIECE_BYTES", 1024)
+    shapes = [(3, 5), (7,), (), (1,), (90, 10), (0, 4), (33,), (8, 16), (100,), (2, 2)]
+    memory = ParameterMemory(shapes, dtype, "cpu")
+    tensors = [memory.empty(shape) for shape in shapes]
+    for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (torch.Size(shape), dtype, True)
+        assert tensor.data_ptr() % parameters_module.ALIGNMENT == 0 or not tensor.numel()
+        tensor.fill_(number)
+    for number, tensor in enumerate(tensors):
+        assert bool((tensor == number).all())
+    pieces = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    assert 2 <= len(pieces) < len(tensors)  # small ones share a piece
+
+
+def test_a_checkpoint_on_a_cpu_lies_in_one_piece(llama: Path) -> None:
+    weights = load_weights(str(llama))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in weights.values()}) == 1
+    parts = load_weights(str(llama), keep=lambda name, tensor: tensor[:1])  # a rank that keeps parts
+    assert len({tensor.untyped_storage().data_ptr() for tensor in parts.values()}) == len(parts)

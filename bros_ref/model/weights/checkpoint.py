@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from bros_ref.config import ModelConfig
-from bros_ref.model.weights.parameters import Keep, Parameters, fused_rows, parameter_shapes, whole
+from bros_ref.model.weights.parameters import (
+    Keep,
+    ParameterMemory,
+    Parameters,
+    fused_rows,
+    parameter_shapes,
+    whole,
+)
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others need scales that lie elsewhere
 
@@ -80,8 +87,10 @@ def assemble(config: ModelConfig, name_map: NameMap, source: TensorSource, dtype
     if unread:
         raise WeightsError(f"{source.describe(unread[0])} has no place in this model, nor have {len(unread) - 1} "
                            "others; the checkpoint is quantised, an adapter, or of another architecture")
-    parameters = {}
-    for name, shape in parameter_shapes(config).items():
+    parameters, shapes = {}, parameter_shapes(config)
+    # Where only parts are kept, the whole tensors are temporary, and must not hold the memory of others.
+    memory = ParameterMemory(shapes.values() if keep is whole else (), dtype, device)
+    for name, shape in shapes.items():
         fused, start = None, 0
         for part_name, rows in zip(name_map.names(name), fused_rows(config, name), strict=True):
             part = source.read(part_name)
@@ -93,7 +102,7 @@ def assemble(config: ModelConfig, name_map: NameMap, source: TensorSource, dtype
                 raise WeightsError(f"{source.describe(part_name)}: shape {tuple(part.shape)}, but the config asks for "
                                    f"{expected}; config and weights belong to different models")
             if fused is None:  # not before the first part has the right shape: a wrong config may ask for terabytes
-                fused = torch.empty(shape, dtype=dtype, device=device)
+                fused = memory.empty(shape)
             fused[start:start + rows] = part
             start += rows
         assert fused is not None

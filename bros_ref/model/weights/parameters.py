@@ -7,8 +7,10 @@ faster than several small ones, and a loader that copies parts into place never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +18,42 @@ from bros_ref.config import ModelConfig
 
 Parameters = dict[str, Tensor]
 Keep = Callable[[str, Tensor], Tensor]  # a parameter's name and value -> the part of it that a rank keeps
+PIECE_BYTES = 256 << 20
+ALIGNMENT = 64  # bytes of a cache line
 
 
 def whole(name: str, tensor: Tensor) -> Tensor:
     """Keeps all of a parameter."""
     return tensor
+
+
+class ParameterMemory:
+    """Memory for parameters of these shapes. On a CPU they lie one after another in large pieces.
+
+    Decoding reads all weights at every step. Tensors that are allocated one at a time, between the buffers of a loader,
+    lie in scattered pages: with them, a decode step of SmolLM2-135M took 1.2 to 1.3 times as long. NumPy also asks the
+    system for huge pages.
+    """
+
+    def __init__(self, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype, device: torch.device | str) -> None:
+        self._dtype, self._device = dtype, torch.device(device)
+        self._bytes_to_come = sum(map(self._bytes, shapes))
+        self._piece = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor of one of the shapes."""
+        if self._device.type != "cpu":
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
+        size = self._bytes(shape)
+        if size > len(self._piece):
+            piece = torch.from_numpy(np.empty(max(size, min(PIECE_BYTES, self._bytes_to_come)) + ALIGNMENT, np.uint8))
+            self._piece = piece[-piece.data_ptr() % ALIGNMENT:]
+        taken, self._piece = self._piece[:prod(shape) * self._dtype.itemsize], self._piece[size:]
+        self._bytes_to_come -= size
+        return taken.view(self._dtype).view(shape)
+
+    def _bytes(self, shape: tuple[int, ...]) -> int:
+        return -(-prod(shape) * self._dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 BYTE_VOCABULARY = 258  # 256 bytes, begin and end of text: what ByteTokenizer speaks
