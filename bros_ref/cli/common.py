@@ -86,7 +86,7 @@ def set_threads(wanted: int) -> None:
     """Sets torch's number of threads as `compute_threads` says; on standard error, if they are fewer than usual."""
     import torch
 
-    from bros_ref.environment import compute_threads
+    from bros_ref.cpu.threads import compute_threads
 
     usual, chosen = torch.get_num_threads(), compute_threads(wanted)
     if chosen < usual and not wanted:

@@ -1,10 +1,10 @@
 """Products of a few rows with large weights, each computed by the torch operator that is fastest on this CPU.
 
-`linear` is the reference: x @ w.T + b by F.linear. Decoding multiplies 1 to 64 rows by every weight, so with the
-right operator it takes about the time of reading the weights. Which operator is best differs between CPUs: with one
-row, two batched halves read twice as fast as F.linear on one machine and half as fast on another. So
-`FastestLinear` times the candidates once, for each shape of weight and each range of rows, and remembers the winners
-per CPU. It knows nothing of layers or models. All candidates give the same result to rounding.
+The reference is `model/linear.py`: x @ w.T + b by F.linear. Decoding multiplies 1 to 64 rows by every weight, so with
+the right operator it takes about the time of reading the weights. Which operator is best differs between CPUs: with one
+row, two batched halves read twice as fast as F.linear on one machine and half as fast on another. So `FastestLinear`
+times the candidates once, for each shape of weight and each range of rows, and remembers the winners per CPU. It knows
+nothing of layers or models. All candidates give the same result to rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +21,6 @@ from torch import Tensor
 
 from bros_ref.environment import cpu_model
 from bros_ref.files import keep_cached, read_cached
-
-
-class LinearFn(Protocol):
-    """x [T, in], w [out, in], b [out] or None -> x @ w.T + b, [T, out]."""
-
-    def __call__(self, x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor: ...
-
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 512)  # n rows are computed as timed for the first of these that is at least n
 SMALLEST_WEIGHT = 1 << 18  # elements; below it the call costs more than the product
@@ -39,11 +31,6 @@ LEAD = 0.95  # a way must take at most this share of the time of the plainer way
 PACKED_LEAD = 0.85  # the same for "packed", which holds a second copy of the weight, unless fewer rows use it already
 PACKED_SHARE = 0.25  # of the available memory that those copies may take
 ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-
-
-def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """The reference, for every device and dtype. x [T, in], w [out, in], b [out] or None -> [T, out]."""
-    return F.linear(x, w, b)
 
 
 def columns(x: Tensor, w: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from bros_ref.clock import Clock, WallClock
 from bros_ref.config import HOST_BLOCKS_PER_BLOCK, KVCacheConfig, ModelConfig, cdiv
+from bros_ref.cpu.linear import FastestLinear
 from bros_ref.engine.assemble import RunnerFacts, assemble_engine
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import Model, ModelRunner
@@ -18,7 +19,6 @@ from bros_ref.model.attention import AttentionFn, paged_attention
 from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
 from bros_ref.model.decoder import Decoder
-from bros_ref.model.linear import FastestLinear
 from bros_ref.model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from bros_ref.model.weights.load import load_model_config, load_weights
 from bros_ref.model.weights.parameters import Parameters

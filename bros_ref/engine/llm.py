@@ -20,10 +20,14 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import torch
+
+from bros_ref.cpu.threads import compute_threads
 from bros_ref.engine.build import LiveSettings, blocks_that_fit, load_model, make_engine, make_runner
 from bros_ref.engine.llm_engine import StepFailed
 from bros_ref.engine.profile import fit_latency_model
 from bros_ref.engine.progress import long_task
+from bros_ref.environment import compute_device
 from bros_ref.request import SLO, Request, RequestClass, RequestStatus, SamplingParams
 from bros_ref.scheduler import known_policies
 from bros_ref.scheduler.latency_model import StepLatencyModel
@@ -89,6 +93,8 @@ class LLM:
         rt_slowdown: best-effort requests may make the latency of real-time ones at most this many times what it would
             be alone, if the policy is BROS; None: as much as the latency targets allow.
         device, backend: see `bros_ref.engine.build.load_model`.
+        threads: what torch is set to use on a CPU, in the whole process. None: OMP_NUM_THREADS, or as many as are worth
+            it beside the machine's other work now, but never more than torch is set to already.
 
     Attributes:
         engine: the `LLMEngine` underneath, for stepping through it by hand.
@@ -101,7 +107,9 @@ class LLM:
     def __init__(self, model: str = "smollm2", policy: str = "bros-plus", *, kv_blocks: int | None = None,
                  seed: int | None = None, tp: int = 1, max_num_seqs: int = 32, max_num_batched_tokens: int = 512,
                  block_size: int = 16, latency: StepLatencyModel | str | None = None, device: str = "auto",
-                 backend: str = "auto", rt_slowdown: float | None = None) -> None:
+                 backend: str = "auto", rt_slowdown: float | None = None, threads: int | None = None) -> None:
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"threads must be at least 1, or None, got {threads!r}")
         if not isinstance(tp, int) or tp < 1:
             raise ValueError(f"tp must be a number of devices, at least 1, got {tp!r}")
         if policy not in known_policies():
@@ -109,6 +117,8 @@ class LLM:
         if not (latency is None or latency == "online" or isinstance(latency, StepLatencyModel)):
             raise ValueError(f'latency must be None, "online" or a StepLatencyModel, got {latency!r}')
         seed = secrets.randbits(32) if seed is None else seed
+        if compute_device(device) == "cpu":
+            torch.set_num_threads(compute_threads(threads or 0))
         self._loaded = load_model(model, device, seed, backend, tp)
         if kv_blocks is None:
             kv_blocks = blocks_that_fit(self._loaded, block_size, max_num_seqs)

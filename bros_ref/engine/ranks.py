@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 
 from bros_ref.config import KVCacheConfig, ModelConfig
+from bros_ref.cpu.linear import FastestLinear
 from bros_ref.engine.model_runner import ModelRunner, StepWork
 from bros_ref.model.backends import attention_backend
 from bros_ref.model.decoder import Decoder
-from bros_ref.model.linear import FastestLinear
 from bros_ref.model.parallel import ExchangeFailed, TensorParallel
 from bros_ref.model.weights.load import load_model_config, load_weights
 from bros_ref.model.weights.parameters import Parameters

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bros_ref.model import linear as module
-from bros_ref.model.linear import ROWS, WAYS, FastestLinear, Trials, linear, pack, possible_ways
+from bros_ref.cpu import linear as module
+from bros_ref.cpu.linear import ROWS, WAYS, FastestLinear, Trials, pack, possible_ways
+from bros_ref.model.linear import linear
 
 
 @given(rows=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 63, 64, 65]), outputs=st.integers(1, 17), inputs=st.integers(1, 9),

@@ -10,6 +10,7 @@ import torch
 from harness import alone, make_request
 
 from bros_ref import LLM, SLO, RequestClass, SamplingParams, Simulation
+from bros_ref.engine import llm as llm_module
 from bros_ref.engine.build import load_model
 from bros_ref.model.tokenizer import ByteTokenizer
 from bros_ref.request import Request
@@ -294,3 +295,20 @@ def test_the_slowdown_that_best_effort_may_cost_reaches_the_scheduler():
     assert llm.engine.scheduler.config.rt_slowdown == 1.5
     with pytest.raises(ValueError, match="rt_slowdown"):
         LLM("random:llama", kv_blocks=16, latency="online", rt_slowdown=0.5)
+
+
+@pytest.mark.parametrize(("threads", "worth_it", "expected"), [(None, 1, 1), (None, 2, 2), (2, 1, 2)])
+def test_the_threads_are_those_asked_for_or_as_many_as_are_worth_it(monkeypatch, threads, worth_it, expected):
+    monkeypatch.setattr(llm_module, "compute_threads", lambda wanted: wanted or worth_it)
+    before = torch.get_num_threads()
+    try:
+        llm = LLM("random:llama", kv_blocks=16, latency="online", threads=threads, device="cpu")
+        assert torch.get_num_threads() == llm.trace.environment["threads"] == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
+def test_an_impossible_number_of_threads_is_refused(threads):
+    with pytest.raises(ValueError, match="threads must be at least 1, or None"):
+        LLM("random:llama", kv_blocks=16, latency="online", threads=threads)
