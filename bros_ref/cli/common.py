@@ -66,6 +66,8 @@ BackendOption = Annotated[str, typer.Option(help="Attention: auto, torch, cupy o
 ThreadsOption = Annotated[int, typer.Option(min=0, help=(
     "Threads torch may use; 0: OMP_NUM_THREADS, or as many as are worth it beside the machine's other work."))]
 SplitOption = Annotated[int, typer.Option("--tp", min=1, help="Devices of this machine that the model is split over.")]
+KvDtypeOption = Annotated[str, typer.Option(
+    help="K and V: auto, the model's own dtype; or fp8, 8 bits with a scale for each layer.")]
 SlowdownOption = Annotated[float | None, typer.Option(min=1, help=(
     "BROS: BE may make RT latency at most this many times what it would be alone."))]
 RefitOption = Annotated[bool, typer.Option("--refit", help="Measure this machine again for the latency model.")]

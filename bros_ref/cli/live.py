@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from bros_ref.cli import kernels, serve, simulation
+from bros_ref.cli import accuracy, kernels, serve, simulation
 from bros_ref.cli.common import (
     BackendOption,
     ChunkedOption,
@@ -26,6 +26,7 @@ from bros_ref.cli.common import (
     CountOption,
     DeviceOption,
     JsonOption,
+    KvDtypeOption,
     ModelOption,
     OutOption,
     RefitOption,
@@ -51,7 +52,7 @@ from bros_ref.cli.common import (
 )
 from bros_ref.cli.terminal import abandon_stdout, prepare_streams, printable
 
-COMMAND_MODULES = (kernels, serve, simulation)  # imported because each adds its commands to `app`
+COMMAND_MODULES = (accuracy, kernels, serve, simulation)  # imported because each adds its commands to `app`
 
 
 def main() -> None:
@@ -187,8 +188,8 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload fi
                 until_s: Annotated[float, typer.Option(min=0.0, help="Stop after this many seconds.")] = float("inf"),
                 trace_path: Annotated[Path | None, typer.Option("--trace", callback=output_file,
                                                                 help="Save the trace here.")] = None,
-                rt_slowdown: SlowdownOption = None, tp: SplitOption = 1, threads: ThreadsOption = 0,
-                refit: RefitOption = False, seed: SeedOption = 0,
+                rt_slowdown: SlowdownOption = None, kv_dtype: KvDtypeOption = "auto", tp: SplitOption = 1,
+                threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0,
                 json_path: JsonOption = None) -> None:
     """The live engine on a workload file, wall clock."""
     from bros_ref.cli.tables import results_table
@@ -209,7 +210,7 @@ def serve_trace(workload: Annotated[list[Path], typer.Option(help="A workload fi
     if not items:
         raise ValueError(f"policy {name} serves one class only, and the workload has no request of it")
     settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed,
-                            rt_slowdown)
+                            rt_slowdown, kv_dtype)
     loaded = _load(model, device, threads, seed, backend, tp)
     runner = make_runner(loaded, settings)
     latency = _fit(runner, max_num_seqs, loaded.name, refit, console)

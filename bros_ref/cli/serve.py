@@ -17,6 +17,7 @@ from bros_ref.cli.common import (
     CountOption,
     DeviceOption,
     JsonOption,
+    KvDtypeOption,
     ModelOption,
     RefitOption,
     SeedOption,
@@ -53,7 +54,7 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
           block_size: CountOption = 16, max_num_seqs: CountOption = 8,
           max_num_batched_tokens: CountOption = 256, chunked_prefill: ChunkedOption = None,
           device: DeviceOption = "auto", backend: BackendOption = "auto",
-          rt_slowdown: SlowdownOption = None, tp: SplitOption = 1,
+          rt_slowdown: SlowdownOption = None, kv_dtype: KvDtypeOption = "auto", tp: SplitOption = 1,
           threads: ThreadsOption = 0, refit: RefitOption = False, seed: SeedOption = 0) -> None:
     """An OpenAI-compatible server: interactive calls are real-time; flex calls and batches are best-effort."""
     from bros_ref.engine.build import LiveSettings, blocks_that_fit, load_model, make_engine, make_runner
@@ -75,9 +76,9 @@ def serve(model: ModelOption = "smollm2", policy: Annotated[str, typer.Option()]
     set_threads(threads)
     loaded = load_model(model, device, seed, backend, tp)
     if kv_blocks is None:
-        kv_blocks = blocks_that_fit(loaded, block_size, max_num_seqs)
+        kv_blocks = blocks_that_fit(loaded, block_size, max_num_seqs, kv_dtype)
     live = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, chunked_prefill, seed,
-                        rt_slowdown)
+                        rt_slowdown, kv_dtype)
     runner = make_runner(loaded, live)
     with progress(Console(stderr=True), "latency model", 1.0) as advance:
         done = 0.0

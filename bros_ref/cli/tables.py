@@ -218,3 +218,14 @@ def _columns(*texts: str, figures: Sequence[str]) -> list[Column]:
 def plus_minus(bounds: Sequence[float] | None, digits: int = 0, scale: float = 1.0) -> str:
     """Half the width of an interval [low, high]; nothing where there is none."""
     return "" if bounds is None else f" ± {number((bounds[1] - bounds[0]) / 2, digits, scale)}"
+
+
+def kv_dtype_table(rows: Sequence[Mapping[str, Any]], title: str) -> FittedTable:
+    """What a KV cache in fewer bits costs in accuracy."""
+    table = FittedTable(title, _columns("K and V", figures=("bytes per token", "perplexity", "higher by")), caption=(
+        "Text: the reference of the Python language. Higher by: mean and 95 % interval over paired windows."))
+    for row in rows:
+        excess = row["excess_percent"]
+        table.add_row(row["kv_dtype"], number(row["bytes_per_token"]), number(row["perplexity"], 3),
+                      "–" if excess is None else f"{excess[0]:+.2f} ± {number(excess[1], 2)} %")
+    return table

@@ -124,7 +124,7 @@ class Trials:
         may_pack = weight_bytes <= PACKED_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._excluded = set() if may_pack else {"packed"}
         kind = "packed" if may_pack else "stored"
-        self._name = f"linear{len(WAYS)}-{torch.__version__}-{torch.get_num_threads()}-{kind}.json"
+        self._name = f"linear{len(WAYS)}-pieces-{torch.__version__}-{torch.get_num_threads()}-{kind}.json"
         try:
             stored = json.loads(read_cached(self._name) or "{}")
         except ValueError:

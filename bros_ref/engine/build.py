@@ -11,10 +11,12 @@ from bros_ref.clock import Clock, WallClock
 from bros_ref.config import HOST_BLOCKS_PER_BLOCK, KVCacheConfig, ModelConfig, cdiv
 from bros_ref.cpu.linear import FastestLinear
 from bros_ref.engine.assemble import RunnerFacts, assemble_engine
+from bros_ref.engine.kv_dtype import fp8_scales, storage_dtype
 from bros_ref.engine.llm_engine import LLMEngine
 from bros_ref.engine.model_runner import Model, ModelRunner
 from bros_ref.engine.ranks import RankFailed, Ranks, TensorParallelRunner
 from bros_ref.environment import available_memory_bytes, compute_device
+from bros_ref.kv_cache.storage import FP8
 from bros_ref.model.attention import AttentionFn, paged_attention
 from bros_ref.model.backends import attention_backend
 from bros_ref.model.checksum import ChecksumModel
@@ -53,7 +55,7 @@ class LoadedModel:
 @dataclass(frozen=True)
 class LiveSettings:
     """Sizes of a live run. `chunked_prefill` None: the policy's own default, off for BROS. `rt_slowdown`: see
-    `SchedulerConfig`."""
+    `SchedulerConfig`. `kv_dtype`: see `engine/kv_dtype.py`."""
 
     kv_blocks: int = 256
     block_size: int = 16
@@ -62,6 +64,7 @@ class LiveSettings:
     chunked_prefill: bool | None = None
     seed: int = 0
     rt_slowdown: float | None = None
+    kv_dtype: str = "auto"
 
 
 def load_model(name: str, device: str = "auto", seed: int = 0, backend: str = "auto", tp: int = 1) -> LoadedModel:
@@ -117,7 +120,7 @@ def half_precision() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
-def blocks_that_fit(loaded: LoadedModel, block_size: int, max_num_seqs: int) -> int:
+def blocks_that_fit(loaded: LoadedModel, block_size: int, max_num_seqs: int, kv_dtype: str = "auto") -> int:
     """The KV blocks that the device's memory leaves room for, but no more than `max_num_seqs` sequences of the model's
     full context fill, and at least one."""
     if loaded.device.type == "cuda":
@@ -126,32 +129,46 @@ def blocks_that_fit(loaded: LoadedModel, block_size: int, max_num_seqs: int) -> 
     else:
         room = MEMORY_SHARE * available_memory_bytes()
     useful = max_num_seqs * cdiv(loaded.config.max_context_tokens, block_size)
-    return max(1, min(useful, int(room // _block_bytes(loaded, block_size))))
+    return max(1, min(useful, int(room // _block_bytes(loaded, block_size, kv_dtype))))
 
 
-def host_blocks_that_fit(loaded: LoadedModel, block_size: int) -> int:
+def host_blocks_that_fit(loaded: LoadedModel, block_size: int, kv_dtype: str = "auto") -> int:
     """The blocks of a checkpoint store that a share of the free host memory holds."""
-    return int(MEMORY_SHARE * available_memory_bytes() // _block_bytes(loaded, block_size))
+    return int(MEMORY_SHARE * available_memory_bytes() // _block_bytes(loaded, block_size, kv_dtype))
 
 
-def _block_bytes(loaded: LoadedModel, block_size: int) -> int:
-    return block_size * loaded.config.kv_elements_per_token * loaded.dtype.itemsize
+def _block_bytes(loaded: LoadedModel, block_size: int, kv_dtype: str) -> int:
+    return block_size * loaded.config.kv_elements_per_token * storage_dtype(kv_dtype, loaded.dtype).itemsize
 
 
 def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
     """A runner with a KV pool of its own, and a host store of HOST_BLOCKS_PER_BLOCK times its size if a quarter of the
-    free host memory holds that many."""
-    host_blocks = min(HOST_BLOCKS_PER_BLOCK * settings.kv_blocks, host_blocks_that_fit(loaded, settings.block_size))
-    kv_config = KVCacheConfig(settings.kv_blocks, settings.block_size, host_blocks)
+    free host memory holds that many.
+
+    Raises:
+        ValueError: the model cannot have K and V of `settings.kv_dtype`.
+    """
+    dtype = storage_dtype(settings.kv_dtype, loaded.dtype)
+    host_blocks = min(HOST_BLOCKS_PER_BLOCK * settings.kv_blocks,
+                      host_blocks_that_fit(loaded, settings.block_size, settings.kv_dtype))
+    runner = _runner(loaded, KVCacheConfig(settings.kv_blocks, settings.block_size, host_blocks), dtype)
+    if dtype == FP8:
+        runner.kv.scales = fp8_scales(loaded.model)
+    return runner
+
+
+def _runner(loaded: LoadedModel, kv_config: KVCacheConfig, dtype: torch.dtype) -> ModelRunner:
     if loaded.ranks is not None:
+        if dtype == FP8:
+            raise ValueError("a model that is split over devices cannot have an fp8 KV cache here; use tp=1 or auto")
         return TensorParallelRunner(loaded.ranks, kv_config, loaded.dtype, loaded.backend)
     if loaded.backend != "torch":
         from bros_ref.gpu.decoder import KernelDecoder
         from bros_ref.gpu.runner import KernelRunner
 
         if isinstance(loaded.model, KernelDecoder):
-            return KernelRunner(loaded.model, kv_config, loaded.device, loaded.dtype, loaded.backend)
-    return ModelRunner(loaded.model, kv_config, loaded.device, loaded.dtype, loaded.backend)
+            return KernelRunner(loaded.model, kv_config, loaded.device, dtype, loaded.backend)
+    return ModelRunner(loaded.model, kv_config, loaded.device, dtype, loaded.backend)
 
 
 def make_engine(policy: str, loaded: LoadedModel, runner: ModelRunner, settings: LiveSettings,
@@ -167,7 +184,8 @@ def make_engine(policy: str, loaded: LoadedModel, runner: ModelRunner, settings:
                         loaded.config.eos_token_ids, loaded.config.vocab_size)
     return assemble_engine(policy, runner, facts, runner.kv.config, settings, clock or WallClock(), latency=latency,
                            tokenizer=loaded.tokenizer, trace_type=trace_type,
-                           environment={"threads": torch.get_num_threads(), "backend": loaded.backend})
+                           environment={"threads": torch.get_num_threads(), "backend": loaded.backend,
+                                        "kv_dtype": str(runner.kv.data.dtype).removeprefix("torch.")})
 
 
 def request_from_item(item: WorkloadItem, loaded: LoadedModel, seed: int = 0, *, to_length: bool = True) -> Request:

@@ -93,6 +93,8 @@ class LLM:
         rt_slowdown: best-effort requests may make the latency of real-time ones at most this many times what it would
             be alone, if the policy is BROS; None: as much as the latency targets allow.
         device, backend: see `bros_ref.engine.build.load_model`.
+        kv_dtype: "auto", the model's own dtype, or "fp8": K and V in 8 bits, with scales for each layer. A pool of as
+            many bytes then holds two to four times the tokens; answers may differ a little.
         threads: what torch is set to use on a CPU, in the whole process. None: OMP_NUM_THREADS, or as many as are worth
             it beside the machine's other work now, but never more than torch is set to already.
 
@@ -107,7 +109,8 @@ class LLM:
     def __init__(self, model: str = "smollm2", policy: str = "bros-plus", *, kv_blocks: int | None = None,
                  seed: int | None = None, tp: int = 1, max_num_seqs: int = 32, max_num_batched_tokens: int = 512,
                  block_size: int = 16, latency: StepLatencyModel | str | None = None, device: str = "auto",
-                 backend: str = "auto", rt_slowdown: float | None = None, threads: int | None = None) -> None:
+                 backend: str = "auto", rt_slowdown: float | None = None, threads: int | None = None,
+                 kv_dtype: str = "auto") -> None:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise ValueError(f"threads must be at least 1, or None, got {threads!r}")
         if not isinstance(tp, int) or tp < 1:
@@ -121,11 +124,11 @@ class LLM:
             torch.set_num_threads(compute_threads(threads or 0))
         self._loaded = load_model(model, device, seed, backend, tp)
         if kv_blocks is None:
-            kv_blocks = blocks_that_fit(self._loaded, block_size, max_num_seqs)
+            kv_blocks = blocks_that_fit(self._loaded, block_size, max_num_seqs, kv_dtype)
             print(f"KV pool sized to the memory of {self._loaded.device}: {kv_blocks:,} blocks of {block_size} tokens; "
                   "kv_blocks sets another size", file=sys.stderr)
         settings = LiveSettings(kv_blocks, block_size, max_num_seqs, max_num_batched_tokens, seed=seed,
-                                rt_slowdown=rt_slowdown)
+                                rt_slowdown=rt_slowdown, kv_dtype=kv_dtype)
         runner = make_runner(self._loaded, settings)
         if latency is None:
             with long_task("measuring this machine's step times, once", 1.0) as advance_to:

@@ -127,7 +127,7 @@ def speed_key(runner: ModelRunner, max_num_seqs: int, name: str) -> str:
     """A digest of everything that changes what `profile` measures. The pool's size does so only by the batches that
     fit it: a pool sized to the free memory is a little different each time."""
     device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else cpu_model()
-    key = ("fastest", name, repr(runner.model.config), device, runner.backend, torch.__version__,
+    key = ("fastest, weights in pieces", name, repr(runner.model.config), device, runner.backend, torch.__version__,
            torch.get_num_threads(), os.cpu_count(), str(runner.kv.data.dtype), runner.kv.config.block_size,
            _fitting(runner, max_num_seqs, (*PREFILLS, *DECODES, *MIXED)))
     return hashlib.sha256(repr(key).encode()).hexdigest()[:16]

@@ -100,7 +100,7 @@ class KernelKVStorage(KVStorage):
         on_gpu = device.type == "cuda"
         self._streams: Streams = streams or (CudaStreams(device) if on_gpu else OneAfterAnother())
         shape = (num_layers, 2, config.host_blocks * config.block_size, num_kv_heads, head_dim)
-        self._store = torch.zeros(shape, dtype=dtype, pin_memory=on_gpu)
+        self._store = torch.zeros(shape, dtype=self._slots.dtype, pin_memory=on_gpu)
         self._layer_events: list[Any] = [None] * num_layers
         self._pairs: deque[tuple[Any, list[Tensor]]] = deque()  # kernels read these until the event
 
@@ -109,7 +109,7 @@ class KernelKVStorage(KVStorage):
         """See `KVStorage`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return self._store.clone()
+        return self._store.clone().view(self.data.dtype)
 
     def run_copies(self, checkpoint: SlotPairs = (), relocate: SlotPairs = (), restore: SlotPairs = ()) -> None:
         """See `KVStorage`: the same lists, order and errors. This call never waits for the device."""

@@ -19,6 +19,8 @@ from bros_ref.config import KVCacheConfig
 
 HOST_SEGMENT_BYTES = 4 << 20  # the host store grows by so much at a time: a millisecond, pinned or not
 SlotPairs = Sequence[tuple[int, int]]  # (source slot, destination slot)
+FP8 = torch.float8_e4m3fn  # 4 bits of exponent, 3 of fraction
+FP8_MAX = 448.0
 
 
 def gather_dense(cache: Tensor, block_table: Sequence[int] | Tensor, num_tokens: int, reversed_: bool) -> Tensor:
@@ -46,6 +48,7 @@ class KVStorage:
         data: [num_layers, 2 (K, V), num_blocks, block_size, num_kv_heads, head_dim]. Starts as zeros; slots that no
             live token owns may hold anything, NaN included.
         slot_bytes: size of one token's K and V over all layers.
+        scales: of each layer, what the stored K and the stored V must be multiplied by. 1, unless `dtype` is FP8.
 
     Raises:
         ValueError: the device has no memory for a pool of that size; it says how much that is.
@@ -63,7 +66,9 @@ class KVStorage:
             raise ValueError(f"a KV pool of {config.num_blocks} blocks of {config.block_size} tokens takes "
                              f"{config.num_slots * self.slot_bytes / 1e9:,.1f} GB, which {self.device} cannot give; "
                              "use fewer KV blocks") from error
-        self._slots = self.data.flatten(2, 3)  # [num_layers, 2, num_slots, num_kv_heads, head_dim], a view
+        self.scales: list[tuple[float, float]] = [(1.0, 1.0)] * num_layers
+        # [num_layers, 2, num_slots, num_kv_heads, head_dim], a view; bytes if FP8, which torch cannot index_copy_.
+        self._slots = (self.data.view(torch.uint8) if dtype == FP8 else self.data).flatten(2, 3)
         # Layer views are made once: a view costs microseconds, and a step asks for 4 * num_layers of them.
         self._blocks_of: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self.data]
         self._slots_of: list[tuple[Tensor, Tensor]] = [(layer[0], layer[1]) for layer in self._slots]
@@ -80,11 +85,11 @@ class KVStorage:
         ever stored. For tests and teaching."""
         num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
         whole = torch.zeros(num_layers, two, self.config.host_blocks * self.config.block_size, num_kv_heads, head_dim,
-                            dtype=self.data.dtype)
+                            dtype=self._slots.dtype)
         for number, segment in self._host.items():
             part = whole[:, :, number * self._segment_slots:(number + 1) * self._segment_slots]
             part.copy_(segment[:, :, :part.shape[2]])
-        return whole
+        return whole.view(self.data.dtype)
 
     def k(self, layer: int) -> Tensor:
         """[num_blocks, block_size, num_kv_heads, head_dim], a view."""
@@ -95,6 +100,13 @@ class KVStorage:
         """[num_blocks, block_size, num_kv_heads, head_dim], a view."""
         self._wait_for_restore(layer)
         return self._blocks_of[layer][1]
+
+    def encoded(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of new tokens as `write` takes them: unchanged, or the bytes of FP8."""
+        if self.data.dtype != FP8:
+            return k, v
+        k_scale, v_scale = self.scales[layer]
+        return to_fp8(k, k_scale).view(torch.uint8), to_fp8(v, v_scale).view(torch.uint8)
 
     def write(self, layer: int, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Stores new tokens. Touches no other slot.
@@ -142,7 +154,7 @@ class KVStorage:
 
     def _restore(self, source: Tensor, destination: Tensor) -> None:
         num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
-        saved = torch.empty(num_layers, two, len(source), num_kv_heads, head_dim, dtype=self.data.dtype)
+        saved = torch.empty(num_layers, two, len(source), num_kv_heads, head_dim, dtype=self._slots.dtype)
         for segment, rows, offsets in self._host_segments(source):
             saved.index_copy_(2, rows, segment.index_select(2, offsets))
         if self._side_stream is None:
@@ -165,7 +177,7 @@ class KVStorage:
             if number not in self._host:
                 num_layers, two, _, num_kv_heads, head_dim = self._slots.shape
                 self._host[number] = torch.zeros(num_layers, two, self._segment_slots, num_kv_heads, head_dim,
-                                                 dtype=self.data.dtype, pin_memory=self._side_stream is not None)
+                                                 dtype=self._slots.dtype, pin_memory=self._side_stream is not None)
             rows = (numbers == number).nonzero().flatten()
             yield self._host[number], rows, host_slots[rows] - number * self._segment_slots
 
@@ -179,6 +191,11 @@ class KVStorage:
     def _indices(pairs: SlotPairs) -> tuple[Tensor, Tensor]:
         source, destination = torch.tensor(pairs, dtype=torch.int64).T.contiguous()
         return source, destination
+
+
+def to_fp8(x: Tensor, scale: float) -> Tensor:
+    """x / scale in FP8, rounded to the nearest; what exceeds the range becomes the largest value of its sign."""
+    return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -35,8 +35,9 @@ CPU_GROUP_TOKENS = 1280
 
 
 class AttentionFn(Protocol):
-    """q [T, H, D], k_cache and v_cache [num_blocks, B, K, D] -> [T, H, D]. An implementation without sliding windows
-    (`meta.window`) has an attribute `sliding_windows` that is False."""
+    """q [T, H, D], k_cache and v_cache [num_blocks, B, K, D] -> [T, H, D]. The caches have q's dtype, or are FP8, which
+    is used without its scales. An implementation without sliding windows (`meta.window`) has an attribute
+    `sliding_windows` that is False."""
 
     def __call__(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata) -> Tensor: ...
 
@@ -194,16 +195,16 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: Attention
     out = torch.empty_like(q)
     groups, prefills = meta.plan
     for group in groups:
-        keys = _gather(k_slots, group.slots).transpose(1, 2)  # [n, K, C, D]
-        values = _gather(v_slots, group.slots).transpose(1, 2)
+        keys = _gather(k_slots, group.slots).to(q.dtype).transpose(1, 2)  # [n, K, C, D]
+        values = _gather(v_slots, group.slots).to(q.dtype).transpose(1, 2)
         # The G heads that share a KV head stand where SDPA expects queries, so K and V are never repeated.
         out[group.rows] = F.scaled_dot_product_attention(q[group.rows], keys, values, attn_mask=group.mask)
     for sequence in prefills:
         rows = slice(sequence.start, sequence.stop)
         # KV heads stand where SDPA expects the batch; a stride of 0 lets the G heads share one copy of K and V.
         queries = q[rows].permute(1, 2, 0, 3)  # [K, G, query_len, D]
-        keys = _gather(k_slots, sequence.slots).transpose(0, 1)[:, None].expand(-1, queries.shape[1], -1, -1)
-        values = _gather(v_slots, sequence.slots).transpose(0, 1)[:, None].expand(-1, queries.shape[1], -1, -1)
+        keys, values = (_gather(slots, sequence.slots).to(q.dtype).transpose(0, 1)[:, None].expand(
+            -1, queries.shape[1], -1, -1) for slots in (k_slots, v_slots))
         attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=sequence.mask,
                                                   is_causal=sequence.mask is None)
         out[rows] = attended.permute(2, 0, 1, 3)

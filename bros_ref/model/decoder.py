@@ -108,7 +108,7 @@ class Decoder:
 
         Args:
             token_ids, positions: [T] int64; positions are logical, as in `meta.positions`.
-            kv: this model's storage, in this model's dtype.
+            kv: this model's storage, in this model's dtype or FP8.
             logits_rows: [num_rows] int64, indices into T.
 
         Returns:
@@ -143,8 +143,11 @@ class Decoder:
             k.copy_(rms_norm(k, layer.k_norm, c.norm_eps))
         if cos_sin is not None:
             rotate_(heads[:, :c.num_heads + c.num_kv_heads, :c.rotary_dim], *cos_sin)
-        kv.write(i, k, v, meta.slot_mapping)
-        attended = self._attention(q, kv.k(i), kv.v(i), meta.within(self._windows[i]))
+        kv.write(i, *kv.encoded(i, k, v), meta.slot_mapping)
+        k_scale, v_scale = kv.scales[i]  # scores are linear in K, and the result in V
+        attended = self._attention(q if k_scale == 1 else q * k_scale, kv.k(i), kv.v(i), meta.within(self._windows[i]))
+        if v_scale != 1:
+            attended *= v_scale
         return self._linear(attended.flatten(1), layer.attn_out, layer.attn_out_bias)
 
     def _mlp(self, layer: Layer, h: Tensor) -> Tensor:

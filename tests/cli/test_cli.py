@@ -81,6 +81,9 @@ TOY = ["--model", "random:llama"]
     (["serve-trace", "--workload", "W", *TOY, "--json", "."], "'--json': '.' is no name of a file"),
     (["serve-trace", "--workload", "W", *TOY, "--kv-blocks", str(10**13)], "GB, which cpu cannot give"),
     (["serve-trace", "--workload", "W", *TOY, "--kv-blocks", str(10**30)], "GB, which cpu cannot give"),
+    (["serve-trace", "--workload", "W", *TOY, "--kv-dtype", "int4"], "auto or fp8, not 'int4'"),
+    (["serve-trace", "--workload", "W", "--model", "checksum", "--kv-dtype", "fp8"], "floating point"),
+    (["bench", "kv-dtype", *TOY, "--windows", "100000"], "the text has"),
     (["generate", "hi", *TOY, "--max-tokens", str(10**12)], "exceed the model's context"),
     (["generate", "hi", *TOY, "--seed", str(2**63)], "--seed"),
     (["generate", "hi", *TOY, "--json", "no/such/x.json"], "folder no/such does not exist"),
@@ -175,6 +178,20 @@ def test_generate_streams_text_and_reports_it(tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["text"] in result.stdout
     assert report["runs"][0]["classes"]["be"]["completed"] == 1
+
+
+def test_an_fp8_cache_serves_and_its_accuracy_is_reported(workload, tmp_path):
+    served = bros_ref("serve-trace", "--workload", workload, "--model", "random:llama", "--kv-dtype", "fp8",
+                      "--json", "-", cache=tmp_path)
+    assert served.returncode == 0, served.stderr
+    assert json.loads(served.stdout)["runs"][0]["classes"]["be"]["completed"] == 2
+    measured = bros_ref("bench", "kv-dtype", "--model", "random:llama", "--windows", 2, "--window-tokens", 32, "--json",
+                        tmp_path / "r.json")
+    assert measured.returncode == 0, measured.stderr
+    auto, fp8 = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert (auto["kv_dtype"], fp8["kv_dtype"], auto["excess_percent"]) == ("auto", "fp8", None)
+    assert auto["bytes_per_token"] == 4 * fp8["bytes_per_token"]
+    assert f"{fp8['excess_percent'][0]:+.2f} ±" in measured.stdout
 
 
 def test_bench_scheduler_has_a_row_per_point_and_a_slope(tmp_path):
