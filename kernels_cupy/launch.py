@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels_cupy import tensor_core_shapes as tensor_cores
-from kernels_cupy.checks import check_attention, check_integers, check_vectors, row_vectors
+from kernels_cupy.checks import check_attention, check_caches, check_integers, check_vectors, row_vectors
 from kernels_cupy.device import Device, Gpu, Kernel, cdiv
-from kernels_cupy.heads import Heads
+from kernels_cupy.heads import FP8, SCALARS, Heads
 from kernels_cupy.tensor_core_shapes import Shape, why_no_tensor_cores
 
 WAVE_EFFICIENCY = 0.85  # the fewest splits within this share of the best
@@ -57,24 +57,34 @@ def _heads_of_a_block(heads: Heads) -> int:
     return min(heads.group, 4 if heads.head_dim > 128 else 8)
 
 
+def _no_fp8(heads: Heads, gpu: Gpu) -> str | None:
+    return f"of decode steps only 3 and 5 read a cache of {FP8}" if heads.is_fp8 else None
+
+
 def _small_head(heads: Heads, gpu: Gpu) -> str | None:
-    return None if heads.head_dim <= 128 else "step 0 keeps its output in registers: head_dim up to 128"
+    return _no_fp8(heads, gpu) or (
+        None if heads.head_dim <= 128 else "step 0 keeps its output in registers: head_dim up to 128")
+
+
+def _tensor_cores_without_fp8(heads: Heads, gpu: Gpu) -> str | None:
+    return _no_fp8(heads, gpu) or why_no_tensor_cores(heads, gpu)
 
 
 DECODE_STEPS: dict[int, DecodeStep] = {
     0: DecodeStep("paged_attention_0_naive.cu",
                   lambda p, _: Shape((cdiv(p.num_seqs * p.heads.num_heads, 64), 1, 1), (64, 1, 1), 0), _small_head),
     1: DecodeStep("paged_attention_1_warp.cu",
-                  lambda p, _: Shape((cdiv(p.num_seqs * p.heads.num_heads, 4), 1, 1), (128, 1, 1), 0)),
+                  lambda p, _: Shape((cdiv(p.num_seqs * p.heads.num_heads, 4), 1, 1), (128, 1, 1), 0), _no_fp8),
     2: DecodeStep("paged_attention_2_block.cu",
                   lambda p, _: Shape((p.heads.num_heads, p.num_seqs, 1), (128, 1, 1),
-                                     4 * p.max_blocks * p.heads.block_size),
+                                     4 * p.max_blocks * p.heads.block_size), _no_fp8,
                   static_bytes=lambda heads: 4 * 4 * (heads.head_dim + 1)),
     3: DecodeStep("paged_attention_3_split.cu",
                   lambda p, n: Shape((p.heads.num_kv_heads * cdiv(p.heads.group, _heads_of_a_block(p.heads)), n,
                                       p.num_seqs), (128, 1, 1), 0), splits=True),
     4: DecodeStep("paged_attention_4_tensor_cores.cu",
-                  lambda p, n: tensor_cores.decode_4(p.heads, p.num_seqs, n), why_no_tensor_cores, splits=True),
+                  lambda p, n: tensor_cores.decode_4(p.heads, p.num_seqs, n), _tensor_cores_without_fp8,
+                  splits=True),
     5: DecodeStep("paged_attention_5_balanced.cu", lambda p, n: tensor_cores.decode_5(p.heads, n), why_no_tensor_cores),
 }
 STEPS = tuple(DECODE_STEPS)
@@ -146,12 +156,13 @@ def _workspace_floats(p: Problem, step: int, pieces: int) -> int:
 def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor,
                     context_lens: Tensor, reversed: Tensor, out: Tensor, step: int | None = None,
                     num_splits: int | None = None, scale: float | None = None, num_sms: int | None = None,
-                    scratch: Tensor | None = None) -> None:
+                    scratch: Tensor | None = None, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """Decode attention of one new token per sequence over a paged cache, either direction, into `out`.
 
     Args:
         q, out: [S, H, D].
-        k_cache, v_cache: [num_blocks, B, K, D], the new tokens already stored. Slots of others may hold anything.
+        k_cache, v_cache: [num_blocks, B, K, D], the new tokens already stored; the dtype of q, or float8_e4m3fn. Slots
+            of others may hold anything.
         block_tables: [S, max_blocks] int32 block ids in logical order.
         context_lens: [S] int32, tokens visible, the new one included. A sequence of 0 is padding: nothing is read for
             it, and its row of `out` is undefined.
@@ -162,14 +173,16 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
         num_sms: multiprocessors to fill; the device's if None.
         scratch: float32, at least as many as `workspace_floats` says, of the caller's own, as a CUDA graph needs; None
             takes the `workspace` that all launches share.
+        k_scale, v_scale: of an fp8 cache, where a stored value x means x * k_scale or x * v_scale. A NaN in it is read
+            as 480 (0x7f) or -480 (0xff).
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape, device or layout, or the step does not serve these
             sizes on this device; nothing was launched.
     """
     num_seqs = len(q)
-    heads = check_attention(q, k_cache, v_cache, out, block_tables, context_lens=(context_lens, num_seqs),
-                            reversed=(reversed, num_seqs))
+    heads = check_attention(q, k_cache, v_cache, out, block_tables, (k_scale, v_scale),
+                            context_lens=(context_lens, num_seqs), reversed=(reversed, num_seqs))
     if len(block_tables) != num_seqs:
         raise ValueError(f"block_tables has {len(block_tables)} rows, q has {num_seqs}")
     p = Problem(heads, num_seqs, block_tables.shape[1])
@@ -179,7 +192,7 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
     if reason := why_not(step, p, device.gpu):
         raise ValueError(f"step {step} does not serve these sizes: {reason}")
     pointers = (q, k_cache, v_cache, block_tables, context_lens, reversed, out)
-    factor = np.float32(heads.head_dim ** -0.5 if scale is None else scale)
+    factor, of_output = heads.score_factor(scale, k_scale), heads.output_factor(v_scale)
     splits = _pieces(p, step, num_splits, num_sms or device.gpu.num_sms)
     floats = _workspace_floats(p, step, splits)
     if scratch is None:
@@ -189,57 +202,70 @@ def paged_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor,
         raise ValueError(f"scratch must be {floats} contiguous float32 values on {q.device}, not {scratch.numel()} of "
                          f"{scratch.dtype} on {scratch.device}")
     if step == 5:
-        _launch_balanced(device, p, pointers, factor, splits, scratch)
+        _launch_balanced(device, p, pointers, factor, of_output, splits, scratch)
         return
     rung = DECODE_STEPS[step]
     shape = rung.shape(p, splits)
     device.launch(heads.kernel(rung.file, "paged_attention"), shape.grid, shape.block, shape.shared_bytes,
-                  (*pointers, scratch, factor, np.int32(num_seqs), np.int32(p.max_blocks), np.int32(splits)))
+                  (*pointers, scratch, factor, np.int32(num_seqs), np.int32(p.max_blocks), np.int32(splits),
+                   *of_output))
     if splits > 1:
         device.launch(heads.kernel(rung.file, "merge_splits"), (heads.num_heads, num_seqs, 1), (heads.head_dim, 1, 1),
                       0, (scratch, out, np.int32(num_seqs), np.int32(splits)))
 
 
 def _launch_balanced(device: Device, p: Problem, pointers: tuple[Tensor, ...], factor: np.float32,
-                     blocks: int, scratch: Tensor) -> None:
+                     of_output: tuple[np.float32, ...], blocks: int, scratch: Tensor) -> None:
     """Step 5: a fixed grid for every batch."""
     workers, num_seqs = np.int32(tensor_cores.decode_5_workers(p.heads, blocks)), np.int32(p.num_seqs)
     file, shape = DECODE_STEPS[5].file, tensor_cores.decode_5(p.heads, blocks)
     device.launch(p.heads.kernel(file, "paged_attention"), shape.grid, shape.block, shape.shared_bytes,
-                  (*pointers, scratch, factor, num_seqs, np.int32(p.max_blocks), workers))
+                  (*pointers, scratch, factor, num_seqs, np.int32(p.max_blocks), workers, *of_output))
     merge = tensor_cores.merge_pieces(p.heads, p.num_seqs)
     device.launch(p.heads.kernel(file, "merge_pieces"), merge.grid, merge.block, 0,
                   (scratch, pointers[4], pointers[6], num_seqs, workers))
 
 
-def store_kv(device: Device, k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def store_kv(device: Device, k: Tensor, v: Tensor, slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor,
+             k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """Writes new rows to their slots.
 
     Args:
-        k, v: [T, K, D]; k_cache, v_cache: [num_blocks, B, K, D], the same dtype.
+        k, v: [T, K, D]; k_cache, v_cache: [num_blocks, B, K, D], the same dtype, or float8_e4m3fn.
         slot_mapping: [T] int32, no slot twice.
+        k_scale, v_scale: of an fp8 cache: a value is divided by it in float32, rounded to the nearest number of the
+            cache (ties to even), and becomes +-448 if it is beyond. NaN stays NaN.
 
     Raises:
         TypeError, ValueError: as for `paged_attention`.
     """
-    for name, tensor in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, tensor in (("k", k), ("v", v)):
         check_vectors(name, tensor, k)
+    check_caches(k_cache, v_cache, k, (k_scale, v_scale))
     if k.shape != v.shape or k_cache.shape != v_cache.shape or k.shape[1:] != k_cache.shape[2:]:
         raise ValueError(f"shapes do not fit: k {tuple(k.shape)}, v {tuple(v.shape)}, k_cache "
                          f"{tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}")
     check_integers("slot_mapping", slot_mapping, (len(k),), k)
     vectors = row_vectors(k)
+    constants = {"ROW_VECTORS": vectors}
+    scales: tuple[np.float32, ...] = ()
+    if k_cache.dtype == FP8:
+        if k.dtype not in SCALARS:
+            raise TypeError(f"a cache of {FP8} takes rows of {', '.join(map(str, SCALARS))}, not {k.dtype}")
+        row_vectors(k_cache)  # an fp8 row is 16-byte pieces too, as attention and copies need it
+        constants |= {"SCALAR": SCALARS[k.dtype], "KV_FP8": 1}
+        scales = (np.float32(k_scale), np.float32(v_scale))
     if len(k):
-        device.launch(Kernel("store_kv.cu", "store_kv", (("ROW_VECTORS", str(vectors)),)),
+        device.launch(Kernel("store_kv.cu", "store_kv", tuple((name, str(value)) for name, value in constants.items())),
                       (cdiv(len(k) * vectors, 256), 1, 1), (256, 1, 1), 0,
-                      (k, v, slot_mapping, k_cache, v_cache, np.int32(len(k))))
+                      (k, v, slot_mapping, k_cache, v_cache, np.int32(len(k)), *scales))
 
 
 def copy_slots(device: Device, source: Tensor, destination: Tensor, pairs: Tensor) -> None:
     """Copies slots of one store to slots of another, or of the same, all layers at once.
 
     Args:
-        source, destination: [layers, 2, slots, K, D] of one dtype; the number of slots may differ. On a GPU one of
+        source, destination: [layers, 2, slots, K, D] of one dtype, any; the number of slots may differ. On a GPU one of
             them may be pinned host memory.
         pairs: [n, 2] int32, (from, to). No destination twice, and none that is a source too if the stores are one.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels_cupy.checks import VECTOR_BYTES, check_integers, check_vectors
+from kernels_cupy.checks import VECTOR_BYTES, check_caches, check_integers, check_vectors
 from kernels_cupy.device import Device, Kernel, cdiv
 from kernels_cupy.heads import SCALARS, Heads
 
@@ -22,7 +22,7 @@ def whole_pieces(values: int, dtype: torch.dtype) -> bool:
 
 def rope_store(device: Device, qkv: Tensor, positions: Tensor, slots: Tensor, cos: Tensor, sin: Tensor,
                k_cache: Tensor, v_cache: Tensor, q: Tensor, norms: tuple[Tensor, Tensor] | None = None,
-               eps: float = 0.0) -> None:
+               eps: float = 0.0, k_scale: float = 1.0, v_scale: float = 1.0) -> None:
     """Rotates queries and keys by their positions. Writes queries to `q`, and keys and values to their slots.
 
     Args:
@@ -30,14 +30,16 @@ def rope_store(device: Device, qkv: Tensor, positions: Tensor, slots: Tensor, co
         positions: [T] int32, rows of cos and sin.
         slots: [T] int32, all different; a negative slot marks padding, whose key and value are not stored.
         cos, sin: [positions, R / 2] float32; the first R of D dimensions are rotated.
-        k_cache, v_cache: [num_blocks, B, K, D]; q: [T, H, D].
+        k_cache, v_cache: [num_blocks, B, K, D], the dtype of qkv, or float8_e4m3fn; q: [T, H, D].
         norms: weights [D] of an RMS norm of each query and each key, with `eps`; None: no norm.
+        k_scale, v_scale: of an fp8 cache, as for `store_kv`; a rotated key is not rounded before.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape, device or layout; nothing was launched.
     """
-    for name, tensor in (("qkv", qkv), ("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+    for name, tensor in (("qkv", qkv), ("q", q)):
         check_vectors(name, tensor, qkv)
+    check_caches(k_cache, v_cache, qkv, (k_scale, v_scale))
     for name, tensor in (("cos", cos), ("sin", sin)):
         check_vectors(name, tensor, cos)
         if tensor.dtype != torch.float32 or tensor.dim() != 2 or tensor.shape != cos.shape:
@@ -55,13 +57,14 @@ def rope_store(device: Device, qkv: Tensor, positions: Tensor, slots: Tensor, co
         check_vectors("norms", tensor, qkv)
         if tensor.shape != (head_dim,):
             raise ValueError(f"norms must have shape ({head_dim},), not {tuple(tensor.shape)}")
-    heads = Heads(q.shape[1], k_cache.shape[2], head_dim, k_cache.shape[1], q.dtype)
+    heads = Heads(q.shape[1], k_cache.shape[2], head_dim, k_cache.shape[1], q.dtype, k_cache.dtype)
     kernel = heads.kernel("rope_store.cu", "rope_store", ROTARY=2 * cos.shape[1], QK_NORM=int(norms is not None))
     q_norm, k_norm = norms or (qkv, qkv)
+    scales = (np.float32(k_scale), np.float32(v_scale)) if heads.is_fp8 else ()
     if num_tokens:
         device.launch(kernel, (cdiv(num_tokens * qkv.shape[1], 4), 1, 1), (128, 1, 1), 0,
                       (qkv, positions, slots, cos, sin, q_norm, k_norm, q, k_cache, v_cache, np.float32(eps),
-                       np.int32(num_tokens)))
+                       np.int32(num_tokens), *scales))
 
 
 def add_norm(device: Device, residual: Tensor, delta: Tensor | None, weight: Tensor, out: Tensor, eps: float) -> None:

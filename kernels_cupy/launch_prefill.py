@@ -40,27 +40,31 @@ def prefill_launch(heads: Heads, gpu: Gpu, num_tokens: int, num_seqs: int,
 
 def prefill_attention(device: Device, q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor,
                       context_lens: Tensor, reversed: Tensor, query_starts: Tensor, out: Tensor,
-                      scale: float | None = None, use_tensor_cores: bool = True) -> None:
+                      scale: float | None = None, use_tensor_cores: bool = True, k_scale: float = 1.0,
+                      v_scale: float = 1.0) -> None:
     """Causal attention of sequences with any number of new tokens over a paged cache, either direction, into `out`.
 
     Args:
         q, out: [T, H, D], the new tokens of all sequences one after another.
-        k_cache, v_cache: [num_blocks, B, K, D], the new tokens already stored. Slots of others may hold anything.
+        k_cache, v_cache: [num_blocks, B, K, D], the new tokens already stored; the dtype of q, or float8_e4m3fn. Slots
+            of others may hold anything.
         block_tables: [S, max_blocks] int32 block ids in logical order.
         context_lens: [S] int32, tokens visible to a sequence's last row, the new ones included.
         reversed: [S] int32, not 0 if the sequence fills its blocks from the right.
         query_starts: [S + 1] int32: sequence s owns rows query_starts[s] ... query_starts[s + 1] - 1, at least one.
         scale: of the scores; D ** -0.5 if None.
         use_tensor_cores: False asks for the plain kernel.
+        k_scale, v_scale: of an fp8 cache, where a stored value x means x * k_scale or x * v_scale.
 
     Raises:
         TypeError, ValueError: a tensor has the wrong dtype, shape, device or layout; nothing was launched.
     """
     num_seqs = len(block_tables)
-    heads = check_attention(q, k_cache, v_cache, out, block_tables, context_lens=(context_lens, num_seqs),
-                            reversed=(reversed, num_seqs), query_starts=(query_starts, num_seqs + 1))
+    heads = check_attention(q, k_cache, v_cache, out, block_tables, (k_scale, v_scale),
+                            context_lens=(context_lens, num_seqs), reversed=(reversed, num_seqs),
+                            query_starts=(query_starts, num_seqs + 1))
     kernel, shape = prefill_launch(heads, device.gpu, len(q), num_seqs, use_tensor_cores)
     device.launch(kernel, shape.grid, shape.block, shape.shared_bytes,
                   (q, k_cache, v_cache, block_tables, context_lens, reversed, query_starts, out,
-                   np.float32(heads.head_dim ** -0.5 if scale is None else scale), np.int32(num_seqs),
-                   np.int32(block_tables.shape[1])))
+                   heads.score_factor(scale, k_scale), np.int32(num_seqs), np.int32(block_tables.shape[1]),
+                   *heads.output_factor(v_scale)))

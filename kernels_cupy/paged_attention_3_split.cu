@@ -5,6 +5,7 @@
 //   Loads: 16 bytes per lane. LANES neighbouring lanes (a team) hold a row, and a warp reads several rows at once.
 //   Split: a sequence's blocks are cut into num_splits pieces, one thread block each, merged by log-sum-exp
 //     (merge.cuh), so that one long sequence fills the GPU. Online softmax again: one pass, nothing in shared memory.
+//   fp8 cache: half the bytes a load, decoded in registers (fp8.cuh).
 //   Direction: slots are walked in physical order and the direction changes only the mask, so both directions issue
 //     the same loads. The last block is walked whole; slots of others in it are not read.
 // Bytes per output row of D values: 4 * D * context / G of K and V in fp16, once; pieces add 4 * (D + 1) each.
@@ -42,11 +43,28 @@ __device__ __forceinline__ Row load_row(const scalar_t* row, int lane, bool ours
     }
     return share;
 }
+#if KV_FP8
+// The same of the cache. A lane takes as many values as of a query, which are fewer bytes: 16 of them would be more
+// values than registers hold for 8 heads.
+__device__ __forceinline__ Row load_row(const cache_t* row, int lane, bool ours) {
+    struct __align__(VECTOR) Piece { unsigned words[VECTOR / 4]; };
+    Row share;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        int vector = lane + LANES * i;
+        Piece piece = {};
+        if (ours && vector < VECTORS) piece = *(const Piece*)(row + vector * VECTOR);
+#pragma unroll
+        for (int j = 0; j < VECTOR / 4; j++) decode(piece.words[j], share.values + i * VECTOR + 4 * j);
+    }
+    return share;
+}
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
-    const scalar_t* q, const scalar_t* k_cache, const scalar_t* v_cache, const int* block_tables,
+    const scalar_t* q, const cache_t* k_cache, const cache_t* v_cache, const int* block_tables,
     const int* context_lens, const int* reversed, scalar_t* out, float* workspace, float scale, int num_seqs,
-    int max_blocks, int num_splits) {
+    int max_blocks, int num_splits V_SCALE_PARAMETER) {
     __shared__ float totals[TEAMS][HEADS][HEAD_DIM], tops[TEAMS][HEADS], sums[TEAMS][HEADS];
     int team = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int kv_head = blockIdx.x / HEAD_TILES, first = blockIdx.x % HEAD_TILES * HEADS;
@@ -112,9 +130,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention(
             weights += weight * sums[t][h];
         }
         if (num_splits == 1) {
-            out[(long long)(row + h) * HEAD_DIM + d] = from_float(x / weights);
+            out[(long long)(row + h) * HEAD_DIM + d] = from_float(x / weights * v_scale);
         } else {
-            if (weights > 0) piece_output(workspace, row + h, split, num_splits)[d] = x / weights;
+            if (weights > 0) piece_output(workspace, row + h, split, num_splits)[d] = x / weights * v_scale;
             if (d == 0)
                 *piece_log(workspace, num_seqs * NUM_HEADS, row + h, split, num_splits) =
                     weights > 0 ? log2f(weights) + highest : NO_SCORE;

@@ -15,13 +15,13 @@
 // Expected limiter: DRAM bandwidth. Per tile a warp issues D / 8 + 1 mma, D / 8 ldmatrix, D / 8 cp.async.
 // Where it loses: batches so small that there are fewer than MIN_TILES tiles for each worker leave workers idle, as
 //   more pieces would cost more than they bring; 2-byte stores of the output fill half a sector.
-// Launch: grid (blocks), 32 * WARPS threads, shared memory WARPS * (STAGES * 64 * HEAD_DIM + 32 * HEADS) bytes,
+// Launch: grid (blocks), 32 * WARPS threads, shared memory WARPS * (STAGES * 2 * TILE_BYTES + 32 * HEADS) bytes,
 //   num_splits = blocks * WARPS, the number of workers, and a workspace of 2 * num_splits * HEADS * (HEAD_DIM + 1)
 //   floats; then merge_pieces, grid (S * H), 128 threads, with the same num_splits.
 #include "tiles.cuh"
 
 constexpr int WARPS = HEAD_DIM > 128 ? 2 : 4;
-constexpr int STAGES = HEAD_DIM <= 80 ? 3 : 2;
+constexpr int STAGES = HEAD_DIM * (int)sizeof(cache_t) <= 160 ? 3 : 2;
 constexpr int MIN_TILES = 4;                                        // of a worker, if there are tiles enough for one
 constexpr int COLUMNS = GROUP > 8 && HEAD_DIM <= 128 ? 2 : 1;       // mma columns of 8 heads
 constexpr int HEADS = 8 * COLUMNS;                                  // that meet a tile at once
@@ -101,10 +101,19 @@ __device__ __forceinline__ void load_queries(unsigned (&queries)[STEPS][COLUMNS]
 #pragma unroll
     for (int column = 0; column < COLUMNS; column++) {
         int head = column * 8 + lane / 4;
+#if KV_FP8
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            uint2 four = make_uint2(0, 0);
+            if (head < heads) four = *(const uint2*)(q + head * HEAD_DIM + step * 16 + lane % 4 * 4);
+            sort_dims(four.x, four.y, queries[step][column][0], queries[step][column][1]);
+        }
+#else
 #pragma unroll
         for (int i = 0; i < 2 * STEPS; i++)
             queries[i / 2][column][i % 2] =
                 head < heads ? *(const unsigned*)(q + head * HEAD_DIM + i * 8 + lane % 4 * 2) : 0;
+#endif
     }
 }
 
@@ -127,18 +136,20 @@ __device__ __forceinline__ void raise_maxima(const float (&score)[COLUMNS][4], C
         }
 }
 
-__device__ __forceinline__ void attend(Columns& c, const unsigned (&queries)[STEPS][COLUMNS][2], const scalar_t* k_tile,
-                                       const scalar_t* v_tile, unsigned* scratch, int tokens, int flip, float scale,
+__device__ __forceinline__ void attend(Columns& c, const unsigned (&queries)[STEPS][COLUMNS][2], const cache_t* k_tile,
+                                       const cache_t* v_tile, unsigned* scratch, int tokens, int flip, float scale,
                                        int lane) {
     // 1. Scores.
     float score[COLUMNS][4] = {};
     shared_t keys = shared_address(k_tile), values = shared_address(v_tile);
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        unsigned k[4];
-        load_matrices(k, keys + corner(step, lane, true));
+    for (int step = 0; step < STEPS; step += LOADED) {
+        unsigned k[LOADED][4];
+        load_operands<true, false>(k, keys + corner<PIECES>(step / LOADED, lane, true));
 #pragma unroll
-        for (int column = 0; column < COLUMNS; column++) multiply_add(score[column], k, queries[step][column]);
+        for (int i = 0; i < LOADED; i++)
+#pragma unroll
+            for (int column = 0; column < COLUMNS; column++) multiply_add(score[column], k[i], queries[step + i][column]);
     }
     if (tokens < TOKENS) {
 #pragma unroll
@@ -174,40 +185,44 @@ __device__ __forceinline__ void attend(Columns& c, const unsigned (&queries)[STE
 #pragma unroll
     for (int column = 0; column < COLUMNS; column++) multiply_add(c.sum[column], ones, weights + 2 * column);
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        unsigned v[4];
-        load_matrices_trans(v, values + corner(step, lane, false));
+    for (int step = 0; step < STEPS; step += LOADED) {
+        unsigned v[LOADED][4];
+        load_operands<false, true>(v, values + corner<PIECES>(step / LOADED, lane, false));
 #pragma unroll
-        for (int column = 0; column < COLUMNS; column++) multiply_add(c.out[step][column], v, weights + 2 * column);
+        for (int i = 0; i < LOADED; i++)
+#pragma unroll
+            for (int column = 0; column < COLUMNS; column++)
+                multiply_add(c.out[step + i][column], v[i], weights + 2 * column);
     }
 }
 
 // ---- results
 
-// Hands each value of this lane to store(head, dim, value), divided by its head's sum of weights.
+// Hands each value of this lane to store(head, dim, value), divided by its head's sum of weights and times `factor`.
 template <typename Store>
-__device__ __forceinline__ void for_each_value(const Columns& c, int heads, int lane, Store store) {
+__device__ __forceinline__ void for_each_value(const Columns& c, int heads, int lane, float factor, Store store) {
 #pragma unroll
     for (int column = 0; column < COLUMNS; column++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             int head = column * 8 + lane % 4 * 2 + h;
-            float scale = 1 / c.sum[column][h];
+            float scale = factor / c.sum[column][h];
             if (head >= heads) continue;
 #pragma unroll
             for (int step = 0; step < STEPS; step++)
 #pragma unroll
                 for (int half = 0; half < 2; half++)
-                    store(head, step * 16 + half * 8 + lane / 4, c.out[step][column][h + 2 * half] * scale);
+                    store(head, step * 16 + (FP8 ? lane / 4 * 2 + half : half * 8 + lane / 4), c.out[step][column][h + 2 * half] * scale);
         }
 }
 
 // The piece that worker leaves of its first or of a later line: outputs, and behind all outputs the logs.
 __device__ __forceinline__ long long piece_of(int worker, bool first) { return (2ll * worker + (first ? 0 : 1)) * HEADS; }
 
-__device__ __forceinline__ void store_piece(const Columns& c, int heads, float scale, float* workspace,
+__device__ __forceinline__ void store_piece(const Columns& c, int heads, float scale, float factor, float* workspace,
                                             long long piece, int num_workers, int lane) {
-    for_each_value(c, heads, lane, [&](int head, int d, float value) { workspace[(piece + head) * HEAD_DIM + d] = value; });
+    for_each_value(c, heads, lane, factor,
+                   [&](int head, int d, float value) { workspace[(piece + head) * HEAD_DIM + d] = value; });
     float* logs = workspace + 2ll * num_workers * HEADS * HEAD_DIM + piece;
 #pragma unroll
     for (int i = 0; i < 2 * COLUMNS; i++) {
@@ -218,14 +233,14 @@ __device__ __forceinline__ void store_piece(const Columns& c, int heads, float s
 
 // The 1 asks for no occupancy: left alone, the compiler spills at HEAD_DIM 64 to reach one that shared memory forbids.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) paged_attention(
-    const scalar_t* q, const scalar_t* k_cache, const scalar_t* v_cache, const int* block_tables,
+    const scalar_t* q, const cache_t* k_cache, const cache_t* v_cache, const int* block_tables,
     const int* context_lens, const int* reversed, scalar_t* out, float* workspace, float scale, int num_seqs,
-    int max_blocks, int num_splits) {
+    int max_blocks, int num_splits V_SCALE_PARAMETER) {
     extern __shared__ uint4 shared[];
     constexpr int RING = STAGES * 2 * TILE;  // values of one warp's ring
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    scalar_t* ring = (scalar_t*)shared + warp * RING;
-    unsigned* scratch = (unsigned*)((scalar_t*)shared + WARPS * RING) + warp * 64 * COLUMNS;
+    cache_t* ring = (cache_t*)shared + warp * RING;
+    unsigned* scratch = (unsigned*)((cache_t*)shared + WARPS * RING) + warp * 64 * COLUMNS;
 
     // 1. This worker's length of the line. Neighbouring workers lie in different blocks, so few workers use all SMs.
     int worker = warp * gridDim.x + blockIdx.x;
@@ -251,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) paged_attention(
         if (i < end) {
             long long offset = tile_offset(ahead.s, ahead.tile) + ahead.pair / HEAD_TILES * HEAD_DIM;
             int tokens = ahead.s.length - ahead.tile * TOKENS;
-            scalar_t* k_tile = ring + stage * 2 * TILE;
+            cache_t* k_tile = ring + stage * 2 * TILE;
             load_tile<32>(k_tile, TILE, k_cache + offset, v_cache + offset, tokens, ahead.s.flip, lane);
             advance(ahead);
         }
@@ -277,15 +292,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) paged_attention(
         copy_wait<STAGES - 2>();
         __syncwarp();  // every lane's copies have landed, and every lane is done with the stage that is loaded next
         load(i + STAGES - 1, stage == 0 ? STAGES - 1 : stage - 1);
-        const scalar_t* k_tile = ring + stage * 2 * TILE;
+        const cache_t* k_tile = ring + stage * 2 * TILE;
         attend(c, queries, k_tile, k_tile + TILE, scratch, now.s.length - now.tile * TOKENS, now.s.flip, scale, lane);
         stage = stage == STAGES - 1 ? 0 : stage + 1;
         bool complete = now.tile == now.tiles - 1;
         if (complete && first_tile == 0) {
-            for_each_value(c, heads, lane, [&](int head, int d, float value) {
+            for_each_value(c, heads, lane, v_scale, [&](int head, int d, float value) {
                 out[(row + head) * HEAD_DIM + d] = from_float(value); });
         } else if (complete || i == end - 1) {
-            store_piece(c, heads, scale, workspace, piece_of(worker, line_begin == begin), num_splits, lane);
+            store_piece(c, heads, scale, v_scale, workspace, piece_of(worker, line_begin == begin), num_splits, lane);
         }
         advance(now);
     }

@@ -16,12 +16,12 @@
 
 constexpr int WARPS = 4;
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
-constexpr int VALUES = 16 / sizeof(scalar_t);    // of a 16-byte load
+constexpr int VALUES = 16 / sizeof(cache_t);     // of a 16-byte load
 constexpr int DIMS = (HEAD_DIM + 31) / 32;       // of a lane: lane, lane + 32, ...
 constexpr unsigned ALL = 0xffffffffu;
 static_assert(HEAD_DIM % VALUES == 0, "rows are read 16 bytes at a time");
 
-struct __align__(16) Piece { scalar_t value[VALUES]; };
+struct __align__(16) Piece { cache_t value[VALUES]; };
 
 // The last sequence that starts at or before this token, by bisection.
 __device__ __forceinline__ int find_sequence(const int* query_starts, int num_seqs, int token) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ int find_sequence(const int* query_starts, int num_se
     return low;
 }
 
-__device__ __forceinline__ float dot(const float* q, const scalar_t* k) {
+__device__ __forceinline__ float dot(const float* q, const cache_t* k) {
     float sums[VALUES] = {};  // several short sums round less than one long one
 #pragma unroll
     for (int i = 0; i < HEAD_DIM; i += VALUES) {
@@ -58,9 +58,10 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
-    const scalar_t* q /*[T,H,D]*/, const scalar_t* k_cache, const scalar_t* v_cache /*[num_blocks,B,K,D]*/,
+    const scalar_t* q /*[T,H,D]*/, const cache_t* k_cache, const cache_t* v_cache /*[num_blocks,B,K,D]*/,
     const int* block_tables /*[S,max_blocks]*/, const int* context_lens /*[S]*/, const int* reversed /*[S]*/,
-    const int* query_starts /*[S+1]*/, scalar_t* out /*[T,H,D]*/, float scale, int num_seqs, int max_blocks) {
+    const int* query_starts /*[S+1]*/, scalar_t* out /*[T,H,D]*/, float scale, int num_seqs, int max_blocks
+    V_SCALE_PARAMETER) {
     __shared__ float query[WARPS][HEAD_DIM];
     __shared__ float weights[WARPS][32];
     __shared__ long long offsets[WARPS][32];
@@ -98,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
 #pragma unroll
         for (int i = 0; i < DIMS; i++) total[i] *= correction;
         for (int j = 0; j < count; j++) {
-            const scalar_t* v = v_cache + offsets[warp][j];
+            const cache_t* v = v_cache + offsets[warp][j];
 #pragma unroll
             for (int i = 0; i < DIMS; i++)
                 if (lane + 32 * i < HEAD_DIM) total[i] += weights[warp][j] * to_float(v[lane + 32 * i]);
@@ -110,5 +111,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) prefill_attention(
     sum = warp_sum(sum);
 #pragma unroll
     for (int i = 0; i < DIMS; i++)
-        if (lane + 32 * i < HEAD_DIM) out[row + lane + 32 * i] = from_float(total[i] / sum);
+        if (lane + 32 * i < HEAD_DIM) out[row + lane + 32 * i] = from_float(total[i] / sum * v_scale);
 }

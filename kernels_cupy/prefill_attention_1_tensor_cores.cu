@@ -18,14 +18,15 @@
 // Expected limiter: tensor cores (with contexts of many tiles); per warp and tile of 16 tokens and 16 rows
 //   4 * HEAD_DIM / 16 + 1 mma.
 // Where it loses: a long context with few query rows (decode) runs in one block per KV head: split it with step 4 or 5.
-// Launch: grid (T * G / ROWS + S, num_kv_heads), 128 threads, (STAGES * KEYS * 2 + ROWS) * HEAD_DIM * 2 bytes of shared
-//   memory. KEYS is -D, so that the launcher can fit two blocks on a multiprocessor.
+// Launch: grid (T * G / ROWS + S, num_kv_heads), 128 threads, (STAGES * KEYS * 2 + ROWS) * HEAD_DIM values of
+//   shared memory, those of ROWS in the type of the queries. KEYS is -D, so that the launcher can fit two blocks on a multiprocessor.
 #define ROW_TILES (HEAD_DIM <= 128 ? 2 : 1)
 #include "query_rows.cuh"
 
 constexpr int WARPS = 4, WARP_ROWS = 16 * ROW_TILES, ROWS = WARP_ROWS * WARPS;
 constexpr int PARTS = KEYS / TOKENS;  // KEYS: tokens of a ring stage
 constexpr int STAGES = 2;
+constexpr int RING_TILES = STAGES * 2 * PARTS / (sizeof(scalar_t) / sizeof(cache_t));  // as many tiles of queries
 
 // Which rows a block takes.
 struct Work {
@@ -48,7 +49,7 @@ __device__ __forceinline__ Work find_work(const int* query_starts, int num_seqs)
 
 // All threads start the copies of KEYS tokens from token KEYS * tile on. Parts past the end are filled with zeros: a
 // weight of 0 does not cancel a NaN that an earlier kernel left in shared memory.
-__device__ __forceinline__ void load_keys(scalar_t* stage, const scalar_t* k_cache, const scalar_t* v_cache,
+__device__ __forceinline__ void load_keys(cache_t* stage, const cache_t* k_cache, const cache_t* v_cache,
                                           const Sequence& s, int tile) {
     constexpr int THREADS = 32 * WARPS;
     if ((tile + 1) * KEYS <= s.length) {  // all but the last: nothing to ask, part by part
@@ -56,8 +57,8 @@ __device__ __forceinline__ void load_keys(scalar_t* stage, const scalar_t* k_cac
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             long long offset = tile_offset(s, tile * PARTS + part);
-            start_copies<THREADS, true>(keys + part * TILE * 2, k_cache + offset, 0, threadIdx.x);
-            start_copies<THREADS, true>(keys + (PARTS + part) * TILE * 2, v_cache + offset, 0, threadIdx.x);
+            start_copies<THREADS, true>(keys + part * TILE_BYTES, k_cache + offset, 0, threadIdx.x);
+            start_copies<THREADS, true>(keys + (PARTS + part) * TILE_BYTES, v_cache + offset, 0, threadIdx.x);
         }
         return;
     }
@@ -70,25 +71,35 @@ __device__ __forceinline__ void load_keys(scalar_t* stage, const scalar_t* k_cac
     }
 }
 
-// `row(i)`: address of output row i, null if it does not exist.
+// `row(i)`: address of output row i, null if it does not exist; `factor` multiplies the output.
 template <typename RowAddress>
-__device__ __forceinline__ void store_rows(const Rows& rows, int lane, RowAddress row) {
+__device__ __forceinline__ void store_rows(const Rows& rows, int lane, float factor, RowAddress row) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         scalar_t* address = row(lane / 4 + 8 * h);
-        float scale = 1 / rows.sum[2 * h];
+        float scale = factor / rows.sum[2 * h];
         if (!address) continue;
+#if KV_FP8
+#pragma unroll
+        for (int j = 0; j < 2 * STEPS; j += 2) {  // four neighbouring dimensions: the even ones' columns, the odd ones'
+            const float *even = rows.out[j] + 2 * h, *odd = rows.out[j + 1] + 2 * h;
+            *(uint2*)(address + j * 8 + lane % 4 * 4) =
+                make_uint2(pack(even[0] * scale, odd[0] * scale), pack(even[1] * scale, odd[1] * scale));
+        }
+#else
 #pragma unroll
         for (int j = 0; j < 2 * STEPS; j++)
             *(unsigned*)(address + j * 8 + lane % 4 * 2) = pack(rows.out[j][2 * h] * scale, rows.out[j][2 * h + 1] * scale);
+#endif
     }
 }
 
 // Two blocks of a multiprocessor leave 255 registers for a thread.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
-    const scalar_t* q /*[T,H,D]*/, const scalar_t* k_cache, const scalar_t* v_cache /*[num_blocks,B,K,D]*/,
+    const scalar_t* q /*[T,H,D]*/, const cache_t* k_cache, const cache_t* v_cache /*[num_blocks,B,K,D]*/,
     const int* block_tables /*[S,max_blocks]*/, const int* context_lens /*[S]*/, const int* reversed /*[S]*/,
-    const int* query_starts /*[S+1]*/, scalar_t* out /*[T,H,D]*/, float scale, int num_seqs, int max_blocks) {
+    const int* query_starts /*[S+1]*/, scalar_t* out /*[T,H,D]*/, float scale, int num_seqs, int max_blocks
+    V_SCALE_PARAMETER) {
     extern __shared__ uint4 shared[];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
 
@@ -111,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
     };
 
     // 2. One tile in, one tile out; all warps share them.
-    scalar_t* ring = (scalar_t*)shared;
+    cache_t* ring = (cache_t*)shared;
     const int mine = kv_head * HEAD_DIM + thread_offset<32 * WARPS>(threadIdx.x);
     k_cache += mine, v_cache += mine;
     load_keys(ring, k_cache, v_cache, s, 0);
@@ -119,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
     Queries queries[ROW_TILES];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
-        load_queries(queries[m], ring + (STAGES * 2 * PARTS + warp * ROW_TILES + m) * TILE, lane, [&](int i) {
+        load_queries(queries[m], (scalar_t*)shared + (RING_TILES + warp * ROW_TILES + m) * TILE, lane, [&](int i) {
             return element(16 * m + i) < 0 ? nullptr : q + element(16 * m + i); });
     scale *= LOG2_E;
     Rows rows[ROW_TILES] = {};
@@ -127,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
     for (int m = 0; m < ROW_TILES; m++) rows[m].max[0] = rows[m].max[1] = NO_SCORE;
     int tiles = (s.length + KEYS - 1) / KEYS;
     for (int tile = 0; tile < tiles; tile++) {
-        scalar_t* stage = ring + tile % STAGES * 2 * PARTS * TILE;
+        cache_t* stage = ring + tile % STAGES * 2 * PARTS * TILE;
         copy_wait<0>();
         __syncthreads();  // this tile is there for all warps, and all are done with the stage that is loaded next
         if (tile + 1 < tiles)
@@ -144,5 +155,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 2) prefill_attention(
     if (!active) return;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; m++)
-        store_rows(rows[m], lane, [&](int i) { return element(16 * m + i) < 0 ? nullptr : out + element(16 * m + i); });
+        store_rows(rows[m], lane, v_scale, [&](int i) { return element(16 * m + i) < 0 ? nullptr : out + element(16 * m + i); });
 }

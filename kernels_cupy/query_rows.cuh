@@ -14,9 +14,11 @@
 #endif
 // D = 256, or two row tiles, leave no registers for Q: it stays in shared memory and is read once a tile.
 constexpr bool Q_IN_REGISTERS = HEAD_DIM <= 128 && ROW_TILES == 1;
+static_assert(!FP8 || !Q_IN_REGISTERS, "queries are put in the order of an fp8 cache on their way to shared memory");
+constexpr int QUERY_PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row of Q
 
 struct Rows {  // of this lane, in one row tile: rows lane / 4 and lane / 4 + 8, spread as mma's D
-    float out[2 * STEPS][4];
+    float out[2 * STEPS][4];  // of dimensions 8 * j and on; fp8: of 16 * (j / 2) and on, the even or the odd ones
     float sum[4];  // every lane of a row holds its sum of weights, in [0] and [2]
     float max[2];  // of the raw scores
 };
@@ -40,11 +42,25 @@ __device__ __forceinline__ void load_queries(Queries& queries, scalar_t* tile, i
                     address ? *(const unsigned*)(address + i * 8 + lane % 4 * 2) : 0;
         }
     } else {
+#if KV_FP8
+        for (int i = lane; i < TOKENS * STEPS; i += 32) {  // both pieces of a step at once: even dimensions, odd ones
+            const uint4* address = (const uint4*)row(i / STEPS);
+            uint4 even = make_uint4(0, 0, 0, 0), odd = even;
+            if (address) {
+                uint4 low = address[i % STEPS * 2], high = address[i % STEPS * 2 + 1];
+                sort_dims(low.x, low.y, even.x, odd.x), sort_dims(low.z, low.w, even.y, odd.y);
+                sort_dims(high.x, high.y, even.z, odd.z), sort_dims(high.z, high.w, even.w, odd.w);
+            }
+            *(uint4*)(tile + place<QUERY_PIECES>(i / STEPS, i % STEPS * 2)) = even;
+            *(uint4*)(tile + place<QUERY_PIECES>(i / STEPS, i % STEPS * 2 + 1)) = odd;
+        }
+#else
         for (int i = lane; i < TOKENS * PIECES; i += 32) {
             const scalar_t* address = row(i / PIECES);
-            *(uint4*)(tile + place(i / PIECES, i % PIECES)) =
+            *(uint4*)(tile + place<PIECES>(i / PIECES, i % PIECES)) =
                 address ? ((const uint4*)address)[i % PIECES] : make_uint4(0, 0, 0, 0);
         }
+#endif
         __syncwarp();
         queries.tile = tile;
     }
@@ -90,17 +106,19 @@ __device__ __forceinline__ void softmax_step(float (&score)[2 * PARTS][4], Rows&
     }
 }
 
-// One step of the head dimension of Q K^T: a piece of Q meets the keys of all parts. PART is a constant, so that an
-// address holds it for nothing; so too below.
+// LOADED steps of the head dimension of Q K^T: pieces of Q, [step][row tile], meet the keys of all parts. PART is a
+// constant, so that an address holds it for nothing; so too below.
 template <int PARTS, int PART = 0>
 __device__ __forceinline__ void add_scores(float (&score)[ROW_TILES][2 * PARTS][4], const unsigned (*q)[4], shared_t keys) {
-    unsigned k[4];
-    load_matrices<PART * TILE * 2>(k, keys);
+    unsigned k[LOADED][4];
+    load_operands<false, false, PART * TILE_BYTES>(k, keys);
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; m++) {
-        multiply_add(score[m][2 * PART], q[m], k);
-        multiply_add(score[m][2 * PART + 1], q[m], k + 2);
-    }
+    for (int i = 0; i < LOADED; i++)
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; m++) {
+            multiply_add(score[m][2 * PART], q[i * ROW_TILES + m], k[i]);
+            multiply_add(score[m][2 * PART + 1], q[i * ROW_TILES + m], k[i] + 2);
+        }
     if constexpr (PART + 1 < PARTS) add_scores<PARTS, PART + 1>(score, q, keys);
 }
 
@@ -119,14 +137,16 @@ __device__ __forceinline__ void add_outputs(Rows (&rows)[ROW_TILES], const float
         multiply_add(rows[m].sum, weights[m], ones);
     }
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        unsigned v[4];
-        load_matrices_trans<PART * TILE * 2>(v, values + corner(step, lane, true));
+    for (int step = 0; step < STEPS; step += LOADED) {
+        unsigned v[LOADED][4];
+        load_operands<true, true, PART * TILE_BYTES>(v, values + corner<PIECES>(step / LOADED, lane, true));
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; m++) {
-            multiply_add(rows[m].out[2 * step], weights[m], v);
-            multiply_add(rows[m].out[2 * step + 1], weights[m], v + 2);
-        }
+        for (int i = 0; i < LOADED; i++)
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; m++) {
+                multiply_add(rows[m].out[2 * (step + i)], weights[m], v[i]);
+                multiply_add(rows[m].out[2 * (step + i) + 1], weights[m], v[i] + 2);
+            }
     }
     if constexpr (PART + 1 < PARTS) add_outputs<HALVES, PARTS, PART + 1>(rows, weight, values, lane);
 }
@@ -135,18 +155,20 @@ __device__ __forceinline__ void add_outputs(Rows (&rows)[ROW_TILES], const float
 // says whether row lane / 4 + 8 * half of row tile m may not see row `token` of the tiles.
 template <int HALVES, int PARTS, typename Hides>
 __device__ __forceinline__ void attend(Rows (&rows)[ROW_TILES], const Queries (&queries)[ROW_TILES],
-                                       const scalar_t* k_tiles, const scalar_t* v_tiles, float scale, int lane,
+                                       const cache_t* k_tiles, const cache_t* v_tiles, float scale, int lane,
                                        bool masked, Hides hides) {
     float score[ROW_TILES][2 * PARTS][4] = {};
     shared_t keys = shared_address(k_tiles);
 #pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        unsigned q[ROW_TILES][4];
+    for (int step = 0; step < STEPS; step += LOADED) {
+        unsigned q[LOADED * ROW_TILES][4];
         if constexpr (!Q_IN_REGISTERS)
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; m++)
-                load_matrices(q[m], shared_address(queries[m].tile) + corner(step, lane, true));
-        add_scores<PARTS>(score, Q_IN_REGISTERS ? &queries[0].fragment[step] : q, keys + corner(step, lane, false));
+            for (int i = 0; i < LOADED * ROW_TILES; i++)
+                load_matrices(q[i], shared_address(queries[i % ROW_TILES].tile) +
+                                        corner<QUERY_PIECES>(step + i / ROW_TILES, lane, true));
+        add_scores<PARTS>(score, Q_IN_REGISTERS ? &queries[0].fragment[step] : q,
+                          keys + corner<PIECES>(step / LOADED, lane, false));
     }
     if (masked) {
 #pragma unroll

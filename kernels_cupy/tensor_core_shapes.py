@@ -33,6 +33,9 @@ def why_no_tensor_cores(heads: Heads, gpu: Gpu) -> str | None:
     if heads.head_dim % 16 or heads.block_size % TILE_TOKENS:
         return (f"tensor cores take tiles of 16 tokens by 16 dimensions: head_dim {heads.head_dim} and block_size "
                 f"{heads.block_size} must both be multiples of 16")
+    if heads.is_fp8 and heads.head_dim % 32:
+        return (f"tensor cores take 32 dimensions of an fp8 cache at a time, and head_dim {heads.head_dim} is no "
+                "multiple of 32")
     return None
 
 
@@ -41,9 +44,13 @@ def decode_warps(heads: Heads) -> int:
     return 2 if heads.head_dim > 128 else 4
 
 
+def _cache_row_bytes(heads: Heads) -> int:
+    return heads.head_dim * (1 if heads.is_fp8 else ELEMENT_BYTES)
+
+
 def _ring_bytes(heads: Heads) -> int:
-    stages = 3 if heads.head_dim <= 80 else 2
-    return stages * 2 * TILE_TOKENS * heads.head_dim * ELEMENT_BYTES
+    stages = 3 if _cache_row_bytes(heads) <= 160 else 2
+    return stages * 2 * TILE_TOKENS * _cache_row_bytes(heads)
 
 
 def decode_4(heads: Heads, num_seqs: int, num_splits: int) -> Shape:
@@ -90,13 +97,13 @@ def prefill_keys(heads: Heads, gpu: Gpu) -> int:
     a multiprocessor, else the fewest."""
     most = 16
     if heads.head_dim <= 128:
-        most = 64 if heads.head_dim <= 64 or gpu.arch == 90 else 32
+        most = 64 if heads.head_dim <= 64 or (gpu.arch == 90 and not heads.is_fp8) else 32  # decoding takes registers
     return next((keys for keys in (64, 32) if keys <= most and
                  2 * (_prefill_bytes(heads, keys) + gpu.reserved_bytes) <= gpu.sm_shared_bytes), 16)
 
 
 def _prefill_bytes(heads: Heads, keys: int) -> int:
-    return (PREFILL_STAGES * 2 * keys + prefill_rows(heads)) * heads.head_dim * ELEMENT_BYTES
+    return PREFILL_STAGES * 2 * keys * _cache_row_bytes(heads) + prefill_rows(heads) * heads.head_dim * ELEMENT_BYTES
 
 
 def prefill_1(heads: Heads, keys: int, num_tokens: int, num_seqs: int) -> Shape:

@@ -96,7 +96,7 @@ def verify(dry: bool) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from kernels_cupy.heads import Heads
+    from kernels_cupy.heads import FP8, Heads
     from kernels_cupy.launch import STEPS, Problem, why_not
     from kernels_cupy.proof.contract import TOLERANCE, Batch, decode, prefill
 
@@ -104,9 +104,11 @@ def verify(dry: bool) -> dict[str, Any]:
     shapes = [(8, 2, 64, 16, half), (8, 2, 128, 16, half), (8, 2, 128, 16, bfloat), (16, 2, 128, 256, half),
               (2, 2, 80, 32, bfloat), (24, 2, 96, 16, half), (4, 2, 256, 16, bfloat), (24, 2, 256, 32, half),
               (6, 2, 64, 16, single), (24, 2, 128, 256, single), (14, 2, 64, 256, bfloat), (10, 2, 80, 16, half)]
+    fp8 = [(8, 2, 64, 16, half, FP8), (8, 2, 128, 16, bfloat, FP8), (24, 2, 96, 32, half, FP8),
+           (4, 2, 256, 16, half, FP8), (6, 2, 80, 16, single, FP8), (12, 1, 128, 256, half, FP8)]
     device, place = _device(dry)
     rng, rows = np.random.default_rng(0), []
-    for shape in shapes[:1] if dry else shapes:
+    for shape in [shapes[0], fp8[0]] if dry else shapes + fp8:
         heads = Heads(*shape)
         size = heads.block_size
         lengths = [1, size - 1, size, size + 1, 3 * size + 2, *rng.integers(1, 60 if dry else 900, 4).tolist()]
@@ -134,13 +136,14 @@ def _verify_fused(device: Any, place: str, dtypes: Sequence[Any]) -> tuple[int, 
     """Checks the fused kernels; returns the number of runs, and the wrong ones."""
     import numpy as np
 
-    from kernels_cupy.heads import Heads
+    from kernels_cupy.heads import FP8, Heads
     from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul
 
     rng, num_runs, wrong = np.random.default_rng(0), 0, []
     for dtype in dtypes:
         for check, sizes in ((check_rope_store, (Heads(8, 2, 64, 16, dtype), 33, 64, False)),
                              (check_rope_store, (Heads(4, 2, 128, 16, dtype), 9, 64, True)),
+                             (check_rope_store, (Heads(4, 2, 128, 16, dtype, FP8), 9, 128, False)),
                              (check_add_norm, (5, 4096, dtype)), (check_silu_mul, (5, 11008, dtype))):
             num_runs += 1
             try:

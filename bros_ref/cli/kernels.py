@@ -27,7 +27,8 @@ class KernelRow:
     """One kernel for one architecture: the keys of the result JSON. None: not counted for this one.
 
     Attributes:
-        name: the idea; `step` is the rung's own name.
+        name: the idea; `step` is the rung's own name, with the cache if that is fp8.
+        dtype, cache: of queries and outputs; of K and V in the cache.
         max_error: the larger of both executions' errors against float64, that of the emulated text and `ptx_error`.
         verified: both are within the contract.
         sectors_over_minimum, reversed_sectors_over_minimum: memory sectors read, of the fewest possible.
@@ -41,6 +42,7 @@ class KernelRow:
     name: str
     step: str
     dtype: str
+    cache: str
     head_dim: int
     arch: str
     registers: int
@@ -78,8 +80,9 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
         raise ValueError(reason)
     console = make_console(json_path)
     architectures = QUICK_ARCHITECTURES if quick else ARCHITECTURES
-    jobs = [(rung, "float16", 128, architectures) for rung in LADDER]
-    jobs += [(rung, *_shape(shape), QUICK_ARCHITECTURES) for rung in LADDER for shape in ([] if quick else SHAPES)]
+    jobs = [(rung, "float16", 128, fp8, architectures) for fp8 in (False, True) for rung in LADDER]
+    jobs += [(rung, *_shape(shape), fp8, QUICK_ARCHITECTURES) for rung in LADDER
+             for shape in ([] if quick else SHAPES) for fp8 in (False, True)]
     with progress(console, "compiling, emulating", len(jobs)) as advance:
         rows = [row for job in jobs for row in _rows(*job, seed, advance)]
     mutations = None if quick else _mutations(console)
@@ -150,10 +153,11 @@ def bench_gpu_step(model: Annotated[str, typer.Option(help="A model of Llama's k
 
 
 def ladder_rows(seed: int, advance: Callable[[int], None] = lambda _: None) -> list[KernelRow]:
-    """The rows that the README's ladder shows: fp16, head_dim 128, one architecture."""
+    """The rows that the README's ladder shows: fp16, head_dim 128, one architecture, a cache of fp16 and then fp8."""
     from kernels_cupy.proof.static_report import LADDER
 
-    return [row for rung in LADDER for row in _rows(rung, "float16", 128, (LADDER_ARCHITECTURE,), seed, advance)]
+    return [row for fp8 in (False, True) for rung in LADDER
+            for row in _rows(rung, "float16", 128, fp8, (LADDER_ARCHITECTURE,), seed, advance)]
 
 
 def with_ladder(readme: str, rows: list[KernelRow]) -> str:
@@ -196,19 +200,19 @@ def _shape(text: str) -> tuple[str, int]:
     return dtype, int(head_dim)
 
 
-def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], seed: int,
+def _rows(rung: Any, dtype: str, head_dim: int, fp8: bool, architectures: tuple[int, ...], seed: int,
           advance: Callable[[int], None]) -> list[KernelRow]:
     """One row per architecture; what the emulator counts is the same for all. A row is verified if both executions are
     within the contract: that of the text on the emulator, and that of its PTX."""
     import numpy as np
     import torch
 
-    from kernels_cupy.heads import Heads
+    from kernels_cupy.heads import FP8, Heads
     from kernels_cupy.proof.emulator import Emulator
     from kernels_cupy.proof.ptx import PtxDevice
     from kernels_cupy.proof.static_report import GPUS, compiled, error_of, executed, issue_cap, traffic, verified
 
-    heads = Heads(8, 2, head_dim, 16, getattr(torch, dtype))
+    heads = Heads(8, 2, head_dim, 16, getattr(torch, dtype), FP8 if fp8 else None)
     targets = [arch for arch in architectures if rung.supports(heads, arch)]
     if not targets:
         advance(1)
@@ -223,7 +227,8 @@ def _rows(rung: Any, dtype: str, head_dim: int, architectures: tuple[int, ...], 
         per_kib = loop.per_kib if loop else None
         ptx_error = error_of(rung, heads, np.random.default_rng(seed), PtxDevice(arch))
         rows.append(KernelRow(
-            name=rung.idea, step=rung.name, dtype=dtype, head_dim=head_dim, arch=f"sm_{arch}",
+            name=rung.fp8 if fp8 else rung.idea, step=rung.name + ", fp8 cache" * fp8, dtype=dtype,
+            cache=str(heads.cache_dtype).removeprefix("torch."), head_dim=head_dim, arch=f"sm_{arch}",
             registers=row.used.registers, spill_bytes=row.used.spill_bytes, shared_bytes=row.used.shared_bytes,
             occupancy=row.occupancy, max_error=max(error, ptx_error), ptx_error=ptx_error,
             verified=verified(error, heads) and verified(ptx_error, heads),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels_cupy import tensor_core_shapes as shapes
 from kernels_cupy.device import Argument, Device, Dim3, Kernel, cdiv
-from kernels_cupy.heads import Heads
+from kernels_cupy.heads import FP8, Heads
 from kernels_cupy.launch import paged_attention, workspace
 from kernels_cupy.launch_prefill import TENSOR_CORES, prefill_attention, prefill_launch
 from kernels_cupy.proof.emulator import Emulator
@@ -29,6 +29,9 @@ from kernels_cupy.proof.ptx import PtxDevice
 # wrong slot or a dropped token does.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # the most that rounding changes a number, relative
+FP8_LARGEST = 448.0
+FP8_SCALES = (0.013, 0.37)  # of K and V in a drawn fp8 cache: some keys are cut off at 448, some values are subnormal
+FP8_NANS = (0x7F, 0xFF)
 REVERSED = (1, 2, -1)  # any number but 0 says that a sequence fills its blocks from the right
 
 
@@ -40,6 +43,7 @@ class Batch:
         q: [T, H, D], all sequences one after another; k, v: [num_blocks, B, K, D].
         tables: [S, max_blocks] int32; lengths, reversed: [S] int32; starts: [S + 1] int32 rows of q.
         owner: [slots] int32, the sequence that owns a slot, -1 for none.
+        k_scale, v_scale: of an fp8 cache; its numbers times these are what the reference attends to.
     """
 
     heads: Heads
@@ -54,6 +58,8 @@ class Batch:
     reversed: Tensor
     starts: Tensor
     owner: Tensor
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     @classmethod
     def draw(cls, rng: np.random.Generator, heads: Heads, query_lens: list[int], context_lens: list[int],
@@ -72,18 +78,15 @@ class Batch:
         for s, length in enumerate(context_lens):
             tables[s, :needs[s]] = torch.tensor(lists[s], dtype=torch.int32)
             owner[_slots(lists[s], length, flips[s], size)] = s
-        rows, mine = (heads.num_kv_heads, heads.head_dim), owner >= 0
-        caches = []
-        for _ in range(2):
-            cache = torch.full((num_blocks * size, *rows), torch.nan)
-            cache[mine] = torch.from_numpy(rng.standard_normal((int(mine.sum()), *rows))).float() * 1.3
-            caches.append(cache.view(num_blocks, size, *rows).to(heads.dtype))
+        scales = FP8_SCALES if heads.is_fp8 else (1.0, 1.0)
+        k, v = (_draw_cache(rng, heads, owner >= 0, scale).view(num_blocks, size, heads.num_kv_heads, heads.head_dim)
+                for scale in scales)
         q = torch.from_numpy(rng.standard_normal((sum(query_lens), heads.num_heads, heads.head_dim))) * 1.3 * steepness
         starts = np.concatenate(([0], np.cumsum(query_lens))).astype(np.int32)
-        return cls(heads, query_lens, context_lens, lists, q.to(heads.dtype), caches[0], caches[1], tables,
+        return cls(heads, query_lens, context_lens, lists, q.to(heads.dtype), k, v, tables,
                    torch.tensor(context_lens, dtype=torch.int32),
                    torch.tensor(_directions(rng, flips), dtype=torch.int32),
-                   torch.from_numpy(starts), owner)
+                   torch.from_numpy(starts), owner, *scales)
 
     def to(self, place: str) -> Batch:
         """The same batch with its tensors on another device."""
@@ -105,7 +108,8 @@ class Batch:
         h, outs, place = self.heads, [], self.q.device
         for s, (query, context) in enumerate(zip(self.query_lens, self.context_lens, strict=True)):
             slots = self.slots(s).to(place)
-            k, v = (cache.flatten(0, 1)[slots].double() for cache in (self.k, self.v))
+            k, v = (cache.flatten(0, 1)[slots].double() * scale
+                    for cache, scale in ((self.k, self.k_scale), (self.v, self.v_scale)))
             start = sum(self.query_lens[:s])
             q = self.q[start:start + query].double().view(query, h.num_kv_heads, h.group, h.head_dim)
             scores = torch.einsum("qkgd,ckd->kgqc", q, k) * h.head_dim ** -0.5
@@ -133,6 +137,24 @@ class Batch:
         near_zero = wanted.abs() < wanted.abs().max() / 100  # there float32's own rounding is no longer small
         error = ((out.double() - wanted).abs() / wanted.abs()).masked_fill(near_zero, 0).max().item()
         assert error <= 1.01 * HALF_ULP[self.heads.dtype], f"{error / HALF_ULP[self.heads.dtype]:.3g} of half a unit"
+
+
+def quantised(values: Tensor, scale: float) -> Tensor:
+    """What an fp8 cache with this scale holds of values: the nearest numbers, ties to even, none beyond +-448."""
+    return (values.float() / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8)
+
+
+def _draw_cache(rng: np.random.Generator, heads: Heads, mine: Tensor, scale: float) -> Tensor:
+    """[slots, K, D]: random values in the slots that somebody owns, NaN in all others."""
+    rows = (heads.num_kv_heads, heads.head_dim)
+    cache = torch.full((len(mine), *rows), torch.nan)
+    cache[mine] = torch.from_numpy(rng.standard_normal((int(mine.sum()), *rows))).float() * 1.3
+    if not heads.is_fp8:
+        return cache.to(heads.dtype)
+    stored = quantised(cache, scale)
+    nans = torch.from_numpy(rng.choice(np.array(FP8_NANS, np.uint8), (int((~mine).sum()), *rows)))
+    stored.view(torch.uint8)[~mine] = nans
+    return stored
 
 
 def _directions(rng: np.random.Generator, flips: Sequence[bool]) -> list[int]:
@@ -187,7 +209,7 @@ def decode(device: Device, batch: Batch, step: int | None = None, num_splits: in
             device.guard(cache, batch.owner, serves=(lambda x, y, z: z) if step in (3, 4) else None)
     try:
         paged_attention(_FirstLaunch(device), batch.q, batch.k, batch.v, *batch.integers(), out, step=step,
-                        num_splits=num_splits, num_sms=num_sms)
+                        num_splits=num_splits, num_sms=num_sms, k_scale=batch.k_scale, v_scale=batch.v_scale)
     finally:
         if isinstance(device, Emulator):
             device.unguard()
@@ -208,7 +230,7 @@ def prefill(device: Device, batch: Batch, tensor_cores: bool = True) -> Tensor:
                          serves=lambda x, y, z: bisect.bisect_right(firsts, last - x if fast else x) - 1)
     try:
         prefill_attention(device, batch.q, batch.k, batch.v, *batch.integers(), batch.starts, out,
-                          use_tensor_cores=tensor_cores)
+                          use_tensor_cores=tensor_cores, k_scale=batch.k_scale, v_scale=batch.v_scale)
     finally:
         if isinstance(device, Emulator):
             device.unguard()

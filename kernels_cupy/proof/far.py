@@ -50,7 +50,7 @@ def check_far_store(device: Device) -> None:
     rows = torch.arange(1, 1 + 2 * 2 * 64).half().view(2, 2, 64)
     first = cdiv(FAR, 2 * 64 * 2 // VECTOR_BYTES)
     caches = [lazy_zeros((first // 16 + 1, 16, 2, 64), torch.float16) for _ in range(2)]
-    store_kv(device, rows, -rows, torch.tensor([first, first + 3], dtype=torch.int32), *caches)
+    store_kv(device, rows, -rows, torch.tensor([first, first + 3], dtype=torch.int32), caches[0], caches[1])
     for sign, cache in zip((1, -1), caches, strict=True):
         assert torch.equal(cache.view(-1, 2, 64)[[first, first + 3]], sign * rows), "a row is not in its slot"
 

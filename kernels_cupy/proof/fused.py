@@ -6,15 +6,17 @@ reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels_cupy.device import Device
-from kernels_cupy.heads import Heads
+from kernels_cupy.heads import FP8, Heads
 from kernels_cupy.launch_fused import add_norm, rope_store, silu_mul
-from kernels_cupy.proof.contract import HALF_ULP
+from kernels_cupy.proof.contract import FP8_LARGEST, FP8_SCALES, HALF_ULP, quantised
 
 PADDING = -1
 
@@ -43,7 +45,8 @@ def gated(gate_up: Tensor) -> Tensor:
 def check_rope_store(device: Device, rng: np.random.Generator, heads: Heads, num_tokens: int, rotary: int,
                      qk_norm: bool = False, place: str = "cpu") -> None:
     """Raises AssertionError unless queries, keys and values are right and no other slot was written; one token in four
-    is padding."""
+    is padding. In an fp8 cache keys are the float64 ones, divided by their scale and rounded once, and values are
+    `quantised`."""
     rows = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
     qkv = _normal(rng, (num_tokens, sum(rows), heads.head_dim), heads.dtype, place)
     qkv[0] /= 100  # beside such a row eps counts
@@ -56,18 +59,24 @@ def check_rope_store(device: Device, rng: np.random.Generator, heads: Heads, num
     slots = torch.from_numpy(rng.permutation(num_blocks * heads.block_size)[:num_tokens].astype(np.int32))
     slots[3::4] = PADDING
     caches = [torch.full((num_blocks, heads.block_size, heads.num_kv_heads, heads.head_dim), torch.nan,
-                         dtype=heads.dtype, device=place) for _ in range(2)]
+                         device=place).to(heads.cache_dtype) for _ in range(2)]
+    scales = FP8_SCALES if heads.is_fp8 else (1.0, 1.0)
     q = torch.full((num_tokens, heads.num_heads, heads.head_dim), torch.nan, dtype=heads.dtype, device=place)
-    rope_store(device, qkv, positions, slots.to(place), cos, sin, caches[0], caches[1], q, norms, 1e-5)
+    rope_store(device, qkv, positions, slots.to(place), cos, sin, caches[0], caches[1], q, norms, 1e-5,
+               *scales)
     of_q, of_k, of_v = torch.split(qkv.double(), list(rows), dim=1)
     turn = cos.double()[positions.long()], sin.double()[positions.long()]
     weights = [norm.double() for norm in norms] if norms else [None, None]
     _close(q, turned(of_q, *turn, weights[0], 1e-5), "a query")
     kept = slots >= 0
-    for name, cache, wanted in zip(("a key", "a value"), caches, (turned(of_k, *turn, weights[1], 1e-5), of_v),
-                                   strict=True):
+    for name, cache, wanted, scale in zip(("a key", "a value"), caches, (turned(of_k, *turn, weights[1], 1e-5), of_v),
+                                          scales, strict=True):
         flat = cache.flatten(0, 1).cpu()
-        _close(flat[slots[kept].long()], wanted.cpu()[kept], name)
+        found = flat[slots[kept].long()]
+        if heads.is_fp8:
+            _nearest(found, wanted.cpu()[kept] / scale, name)
+        else:
+            _close(found, wanted.cpu()[kept], name)
         others = torch.ones(len(flat), dtype=torch.bool)
         others[slots[kept].long()] = False
         assert bool(flat[others].isnan().all()), f"{name} was written to a slot of another"
@@ -96,6 +105,21 @@ def check_silu_mul(device: Device, rng: np.random.Generator, rows: int, inner: i
     _close(out, gated(gate_up.double()), "a product")
 
 
+def check_store_fp8(store: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None], values: Tensor,
+                    scales: tuple[float, float]) -> None:
+    """Raises AssertionError unless `store(k, v, slots, k_cache, v_cache)` leaves in its slots, and in no other, the
+    bytes of torch's own conversion: K is `values`, [T, K, D], and V the same in reverse order."""
+    num_tokens = len(values)
+    caches = [torch.full((num_tokens + 3, 1, *values.shape[1:]), 0x55, dtype=torch.uint8, device=values.device)
+              for _ in range(2)]
+    rows, slots = (values, values.flip(0)), torch.arange(num_tokens, dtype=torch.int32, device=values.device) + 2
+    store(*rows, slots, caches[0].view(FP8), caches[1].view(FP8))
+    for name, cache, row, scale in zip(("a key", "a value"), caches, rows, scales, strict=True):
+        wanted, found = quantised(row, scale).view(torch.uint8), cache[2:-1, 0]
+        assert torch.equal(found, wanted), f"{name}: {int((found != wanted).sum())} bytes are not torch's"
+        assert bool((cache[[0, 1, -1]] == 0x55).all()), f"{name} was written to a slot of another"
+
+
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype, place: str) -> Tensor:
     return torch.from_numpy(rng.standard_normal(shape)).to(place, dtype)
 
@@ -103,5 +127,14 @@ def _normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype
 def _close(found: Tensor, wanted: Tensor, name: str) -> None:
     """Each value is the float64 one, rounded once, up to float32's own rounding relative to the row's largest."""
     allowed = 1.01 * HALF_ULP.get(found.dtype, 0.0) * wanted.abs() + 2e-6 * wanted.abs().amax(dim=-1, keepdim=True)
+    excess = ((found.double() - wanted).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
+    assert excess <= 1, f"{name} is off by {excess:.3g} times what rounding allows"
+
+
+def _nearest(found: Tensor, wanted: Tensor, name: str) -> None:
+    """Each fp8 number is the nearest to the float64 one, up to float32's own rounding relative to the row's largest."""
+    wanted = wanted.clamp(-FP8_LARGEST, FP8_LARGEST)
+    spacing = torch.exp2(torch.floor(torch.log2(wanted.abs())).clamp(min=-6.0) - 3)
+    allowed = spacing / 2 + 2e-6 * wanted.abs().amax(dim=-1, keepdim=True)
     excess = ((found.double() - wanted).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
     assert excess <= 1, f"{name} is off by {excess:.3g} times what rounding allows"

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 
 from kernels_cupy.device import FOLDER, Device
-from kernels_cupy.heads import Heads
+from kernels_cupy.heads import FP8, Heads
 from kernels_cupy.launch import copy_slots, store_kv
-from kernels_cupy.proof.contract import Batch, decode, prefill
+from kernels_cupy.proof.contract import FP8_SCALES, Batch, decode, prefill
 from kernels_cupy.proof.emulator import Emulator, KernelFault
 from kernels_cupy.proof.far import check_far_copies, check_far_rope_store, check_far_store, far_batch
-from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul
+from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul, check_store_fp8
 
 HALF = torch.float16
 TINY, ODD, MANY = Heads(6, 2, 80, 16, HALF), Heads(4, 2, 64, 5, HALF), Heads(10, 1, 64, 16, HALF)
 SMALL, WIDE, PLAIN = Heads(8, 2, 64, 16, HALF), Heads(4, 2, 256, 16, HALF), Heads(6, 2, 80, 5, torch.float32)
 TILES_OF_A_BLOCK = Heads(8, 2, 64, 32, HALF)
+FP8_SMALL, FP8_ODD = Heads(8, 2, 64, 16, HALF, FP8), Heads(6, 2, 80, 5, HALF, FP8)
 LENGTHS, DIRECTIONS = [1, 15, 16, 17, 100, 170], [False, True, False, True, False, True]
 
 
@@ -86,11 +87,16 @@ def _store(device: Emulator) -> None:
     rng = np.random.default_rng(5)
     k, v = (torch.from_numpy(rng.standard_normal((3, 2, 64))).half() for _ in range(2))
     caches, slots = [torch.zeros(2, 16, 2, 64, dtype=HALF) for _ in range(2)], torch.tensor([31, 0, 7]).int()
-    store_kv(device, k, v, slots, *caches)
+    store_kv(device, k, v, slots, caches[0], caches[1])
     for rows, cache in zip((k, v), caches, strict=True):
         wanted = torch.zeros(32, 2, 64, dtype=HALF)
         wanted[slots.long()] = rows
         assert torch.equal(cache.view(32, 2, 64), wanted)
+
+
+def _store_fp8(device: Emulator) -> None:
+    values = torch.from_numpy(np.random.default_rng(5).standard_normal((4, 2, 64)) * 3).half()
+    check_store_fp8(lambda k, v, *to: store_kv(device, k, v, to[0], to[1], to[2], *FP8_SCALES), values, FP8_SCALES)
 
 
 def _copies(device: Emulator) -> None:
@@ -133,6 +139,9 @@ RUNS: dict[str, Callable[[Emulator], None]] = {
     "rope_store, far": _unchecked(check_far_rope_store),
     "add_norm": _fused(check_add_norm, 3, 2056, HALF), "silu_mul": _fused(check_silu_mul, 3, 1032, HALF),
     "step 5, copies": _under_way(5, 1.5), "prefill 1, copies": _under_way(None, 0.85),
+    "step 3, fp8": _decode(FP8_ODD, 3), "step 3, fp8, two splits": _decode(FP8_ODD, 3, 2),
+    "step 5, fp8": _decode(FP8_SMALL, 5), "prefill 0, fp8": _prefill(FP8_ODD), "prefill 1, fp8": _prefill(FP8_SMALL),
+    "store_kv, fp8": _store_fp8, "rope_store, fp8": _fused(check_rope_store, FP8_SMALL, 9, 32),
 }
 
 
@@ -171,15 +180,15 @@ MUTANTS = [
            "uninitialised read"),
     Mutant("step 3", SPLIT, "i - slot + offset < length", "i < length", "foreign slot"),
     Mutant("step 3, blocks of 5", SPLIT, "i - team < end; i += TEAMS", "i < end; i += TEAMS", "deadlock"),
-    Mutant("step 3", SPLIT, "if (ours && vector < VECTORS)", "if (vector < VECTORS)", "foreign slot"),
-    Mutant("step 3", SPLIT, "if (ours && vector < VECTORS)", "if (ours)", "foreign slot"),
+    Mutant("step 3", SPLIT, "if (ours && vector < VECTORS) bits", "if (vector < VECTORS) bits", "foreign slot"),
+    Mutant("step 3", SPLIT, "if (ours && vector < VECTORS) bits", "if (ours) bits", "foreign slot"),
     Mutant("step 3", SPLIT, "slot ^ flip", "slot", "foreign slot"),
     Mutant("step 3, blocks of 5", SPLIT, "flip ? flip - slot : slot", "slot", "foreign slot"),
     Mutant("step 3, a group of 10", SPLIT, "h < heads);", "true);", "out of bounds"),
     Mutant("step 3", SPLIT, "ours ? exp2f(score - new_top) : 0", "exp2f(score - new_top)", "numerics"),
     Mutant("store_kv", "store_kv.cu", "if (i >= num_tokens * ROW_VECTORS) return;", "", "out of bounds"),
     Mutant("store_kv", "store_kv.cu", "i % ROW_VECTORS;", "0;", "race"),
-    Mutant("store_kv", "store_kv.cu", "v_cache[to] = v[i];", "v_cache[to] = k[i];", "numerics"),
+    Mutant("store_kv", "store_kv.cu", "stored(v[i], v_scale);", "stored(k[i], v_scale);", "numerics"),
     Mutant("copy_slots", "copy_slots.cu", "slots[2 * blockIdx.x + 1]", "slots[2 * blockIdx.x]", "numerics"),
     Mutant("copy_slots", "copy_slots.cu", "blockIdx.y * source_slots", "blockIdx.y * destination_slots",
            "out of bounds"),
@@ -230,8 +239,8 @@ MUTANTS = [
            "numerics"),
     Mutant("step 4", STEP_4, "row = seq * NUM_HEADS + kv_head * GROUP",
            "row = seq * NUM_HEADS + (kv_head ^ 1) * GROUP", "numerics"),
-    Mutant("step 4", TILES, "return (place(row, across ? high : low) ^ (16 * step)) * 2",
-           "return (place(row, across ? high : low) + 16 * step) * 2", "uninitialised read"),
+    Mutant("step 4", TILES, "return (place<ROW_PIECES>(row, across ? high : low) ^ (16 * pair)) * 2",
+           "return (place<ROW_PIECES>(row, across ? high : low) + 16 * pair) * 2", "uninitialised read"),
     Mutant("prefill 0", PREFILL_0, "flip ? BLOCK_SIZE - 1 - inside : inside", "flip ? BLOCK_SIZE - inside : inside",
            "foreign slot"),
     Mutant("prefill 0", PREFILL_0, "head / GROUP) * HEAD_DIM", "head % GROUP) * HEAD_DIM", "foreign slot"),
@@ -250,14 +259,13 @@ MUTANTS = [
     Mutant("prefill 0", PREFILL_0, "query_starts[seq + 1] - 1 - token", "query_starts[seq + 1] - 2 - token",
            "foreign slot"),
     # operands and arithmetic
-    Mutant("step 4", ROWS, "multiply_add(score[m][2 * PART + 1], q[m], k + 2)",
-           "multiply_add(score[m][2 * PART + 1], q[m], k)", "numerics"),
-    Mutant("step 4", ROWS, "load_matrices_trans<PART * TILE * 2>(v,", "load_matrices<PART * TILE * 2>(v,", "numerics"),
-    Mutant("step 4", ROWS, "corner(step, lane, false)",
-           "corner(step, lane, true)", "numerics"),
+    Mutant("step 4", ROWS, "q[i * ROW_TILES + m], k[i] + 2)", "q[i * ROW_TILES + m], k[i])", "numerics"),
+    Mutant("step 4", ROWS, "load_operands<true, true,", "load_operands<true, false,", "numerics"),
+    Mutant("step 4", ROWS, "corner<PIECES>(step / LOADED, lane, false)", "corner<PIECES>(step / LOADED, lane, true)",
+           "numerics"),
     Mutant("step 5", STEP_5, "load_matrices_trans(weights", "load_matrices(weights", "numerics"),
-    Mutant("step 5", STEP_5, "multiply_add(c.out[step][column], v, weights + 2 * column)",
-           "multiply_add(c.out[step][column], weights, v)", "numerics"),
+    Mutant("step 5", STEP_5, "multiply_add(c.out[step + i][column], v[i], weights + 2 * column)",
+           "multiply_add(c.out[step + i][column], weights, v[i])", "numerics"),
     Mutant("step 4, steep scores", ROWS, "    rows.sum[2 * h] *= correction;\n", "", "numerics"),
     Mutant("step 4, steep scores", ROWS, "(rows.max[h] - top) * scale", "(top - rows.max[h]) * scale", "numerics"),
     Mutant("step 4, steep scores", ROWS, "SLACK = 8;", "SLACK = 800;", "numerics"),
@@ -328,6 +336,33 @@ MUTANTS += [
     Mutant("prefill 1", PREFILL_1, "nullptr : q + element(16 * m + i)", "nullptr : q + element(i)", "numerics"),
     Mutant("prefill 1", PREFILL_1, "warp * ROW_TILES + m) * TILE", "warp * ROW_TILES) * TILE", "numerics"),
     Mutant("prefill 1", PREFILL_1, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "foreign slot"),
+]
+FP8_CUH = "fp8.cuh"
+MUTANTS += [
+    # an fp8 cache
+    Mutant("step 3, fp8", FP8_CUH, "bytes << 7 & 0x3f803f80u", "bytes << 7 & 0x3f003f00u", "numerics"),
+    Mutant("step 3, fp8", FP8_CUH, "[1] = odd.x, values[2] = even.y", "[2] = odd.x, values[1] = even.y", "numerics"),
+    Mutant("step 3, fp8", SPLIT, "if (ours && vector < VECTORS) piece", "if (vector < VECTORS) piece", "foreign slot"),
+    Mutant("step 3, fp8", SPLIT, "from_float(x / weights * v_scale)", "from_float(x / weights)", "numerics"),
+    Mutant("step 3, fp8, two splits", SPLIT, "[d] = x / weights * v_scale;", "[d] = x / weights;", "numerics"),
+    Mutant("step 5, fp8", FP8_CUH, "(bytes & 0x80008000u)", "(bytes & 0x8000u)", "numerics"),
+    Mutant("step 5, fp8", TILES, "operands[i][ACROSS ? 2 : 1]", "operands[i][1]", "numerics"),
+    Mutant("step 5, fp8", TILES, "even = (first & 0xffff) | second << 16", "even = first", "numerics"),
+    Mutant("step 5, fp8", STEP_5, "FP8 ? lane / 4 * 2 + half : ", "", "numerics"),
+    Mutant("step 5, fp8", STEP_5, "for_each_value(c, heads, lane, factor,", "for_each_value(c, heads, lane, 1,",
+           "numerics"),
+    Mutant("prefill 0, fp8", PREFILL_0, "total[i] / sum * v_scale", "total[i] / sum", "numerics"),
+    Mutant("prefill 0, fp8", FP8_CUH, "to_floats(even_halves(byte)).x", "to_floats(even_halves(byte)).y", "numerics"),
+    Mutant("prefill 1, fp8", TILES, "bytes[ACROSS ? 2 * i : i]", "bytes[2 * i]", "numerics"),
+    Mutant("prefill 1, fp8", ROWS, "sort_dims(high.x, high.y", "sort_dims(high.y, high.x", "numerics"),
+    Mutant("prefill 1, fp8", ROWS, "i % STEPS * 2 + 1)) = odd", "i % STEPS * 2)) = odd", "uninitialised read"),
+    Mutant("prefill 1, fp8", PREFILL_1, "pack(even[1] * scale, odd[1]", "pack(odd[1] * scale, even[1]", "numerics"),
+    Mutant("prefill 1, fp8", PREFILL_1, "factor / rows.sum", "1 / rows.sum", "numerics"),
+    Mutant("store_kv, fp8", "store_kv.cu", "to_float(values[i]) / scale", "to_float(values[i]) * scale", "numerics"),
+    Mutant("store_kv, fp8", "store_kv.cu", "stored(v[i], v_scale)", "stored(v[i], k_scale)", "numerics"),
+    Mutant("store_kv, fp8", FP8_CUH, "(exponent + 20) << 23", "(exponent + 21) << 23", "numerics"),
+    Mutant("store_kv, fp8", FP8_CUH, "fminf(fabsf(x), 448.0f)", "fabsf(x)", "numerics"),
+    Mutant("rope_store, fp8", "rope_store.cu", "is_value ? v_scale : k_scale", "k_scale", "numerics"),
 ]
 EQUIVALENT = [  # survivors: (mutant, why no check could flag it)
     (Mutant("step 3, two splits", SPLIT, "min((split + 1) * share, blocks)", "(split + 1) * share", "nothing"),

@@ -47,12 +47,14 @@ class Rung:
         idea: what is new in it, in a few words.
         load: the instruction that loads K and V, 16 bytes per lane, whose count says how much of them one iteration of
             the main loop reads; empty where loops nest and no single iteration can be counted.
+        fp8: what is different with an fp8 cache; empty where the launcher refuses one.
     """
 
     name: str
     file: str
     idea: str
     load: str = ""
+    fp8: str = ""
 
     @property
     def function(self) -> str:
@@ -77,11 +79,14 @@ LADDER = (
     Rung("0", DECODE_STEPS[0].file, "a thread a head"),
     Rung("1", DECODE_STEPS[1].file, "a warp a head"),
     Rung("2", DECODE_STEPS[2].file, "a block a head, two passes"),
-    Rung("3", DECODE_STEPS[3].file, "split-KV, 16-byte loads, the group in registers", load="LDG"),
+    Rung("3", DECODE_STEPS[3].file, "split-KV, 16-byte loads, the group in registers", "LDG",
+         "8-byte loads, decoded in registers"),
     Rung("4", DECODE_STEPS[4].file, "tensor cores, a cp.async ring, swizzled tiles", "LDGSTS"),
-    Rung("5", DECODE_STEPS[5].file, "an even share of all tiles for every warp, heads as N", "LDGSTS"),
-    Rung("prefill 0", PLAIN, "a warp a query row, any dtype"),
-    Rung("prefill 1", TENSOR_CORES, "32 query rows a warp on tensor cores", "LDGSTS"),
+    Rung("5", DECODE_STEPS[5].file, "an even share of all tiles for every warp, heads as N", "LDGSTS",
+         "operands decoded after ldmatrix"),
+    Rung("prefill 0", PLAIN, "a warp a query row, any dtype", fp8="decoded byte by byte"),
+    Rung("prefill 1", TENSOR_CORES, "32 query rows a warp on tensor cores", "LDGSTS",
+         "operands decoded after ldmatrix"),
 )
 
 
@@ -110,27 +115,28 @@ class MainLoop:
         return self.feeding / self.instructions
 
 
-def main_loop(instructions: Sequence[str], labels: Mapping[str, int], load: str) -> MainLoop:
-    """Finds the loop that loads 16 bytes per lane ("LDG" or "LDGSTS") and multiplies most, and in it the path with the
-    most loads and multiplications, and of those the shortest: what an iteration without rare events executes.
+def main_loop(instructions: Sequence[str], labels: Mapping[str, int], load: str, load_bytes: int = 16) -> MainLoop:
+    """Finds the loop that loads so many bytes per lane ("LDG" or "LDGSTS") and multiplies most, and in it the path with
+    the most loads and multiplications, and of those the shortest: what an iteration without rare events executes.
     Parts of it may stand behind its end in the text.
 
     Raises:
         LookupError: no loop loads anything.
     """
     ways = [[j for j in _successors(text, i, labels) if j < len(instructions)] for i, text in enumerate(instructions)]
-    wanted = [_opcode(text).split(".")[0] == load and "128" in _opcode(text).split(".") for text in instructions]
+    width = str(8 * load_bytes)
+    wanted = [_opcode(text).split(".")[0] == load and width in _opcode(text).split(".") for text in instructions]
     products = [_opcode(text).startswith(("HMMA", "FFMA")) for text in instructions]
     loops = [(head, tail, _body(ways, head, tail)) for tail in range(len(ways)) for head in ways[tail] if head <= tail]
     loops = [loop for loop in loops if any(wanted[i] for i in loop[2])]
     if not loops:
-        raise LookupError(f"no loop has a 16-byte {load}")
+        raise LookupError(f"no loop has a {load_bytes}-byte {load}")
     head, tail, body = max(loops, key=lambda loop: (sum(products[i] for i in loop[2]), -len(loop[2])))
     must = {i for i in body if wanted[i] or _opcode(instructions[i]).startswith("HMMA")}
     path = _way_round(ways, body, head, tail, must)
     kinds = Counter(_opcode(instructions[i]).split(".")[0] for i in path)
     feeding = sum(kinds[kind] for kind in ("HMMA", "LDSM", "LDGSTS", "F2FP"))
-    return MainLoop(len(path), sum(wanted[i] for i in path) * 16 * WARP / 1024, kinds["HMMA"], feeding)
+    return MainLoop(len(path), sum(wanted[i] for i in path) * load_bytes * WARP / 1024, kinds["HMMA"], feeding)
 
 
 def _body(ways: Sequence[Sequence[int]], head: int, tail: int) -> set[int]:
@@ -239,7 +245,8 @@ def compiled(rung: Rung, heads: Heads, arch: int) -> StaticRow:
     cubin = compile_cubin(kernel, arch)
     used = resources(cubin, rung.function)
     load = "LDG" if arch < 80 else rung.load  # sm_75 has no asynchronous copy
-    loop = main_loop(*machine_code(cubin, rung.function), load) if rung.load else None
+    load_bytes = 8 if heads.is_fp8 and rung.load == "LDG" else 16  # of step 3 with 16-bit queries
+    loop = main_loop(*machine_code(cubin, rung.function), load, load_bytes) if rung.load else None
     return StaticRow(cubin, used, occupancy(used, int(np.prod(shape.block)), shape.shared_bytes, arch), loop)
 
 
@@ -302,7 +309,7 @@ def executed(rung: Rung, heads: Heads, arch: int) -> Executed:
 
     counters = run(batch, None)
     classes, base = counters.classes(), run(plain, without_direction(rung)).classes()
-    kib = 2 * tokens * heads.num_kv_heads * heads.head_dim * heads.dtype.itemsize / 1024
+    kib = tokens * heads.token_bytes / 1024
     return Executed(tokens, queries, None if rung.is_prefill else _without_moves(classes) / kib,
                     None if rung.is_prefill else counters.instructions / kib, classes, _mma_per_shared_kib(counters),
                     _without_moves(classes) / _without_moves(base) - 1)
@@ -341,7 +348,7 @@ def traffic(rung: Rung, heads: Heads, tokens: int = 2048) -> Traffic:
     before = {(str(site.line), site.kind): site.requests for site in short.sites}
     in_loop = [site.worst_conflict for site in long.sites
                if site.space == "shared" and site.requests > before.get((str(site.line), site.kind), 0)]
-    minimum = 2 * tokens * heads.num_kv_heads * heads.head_dim * heads.dtype.itemsize / 32
+    minimum = tokens * heads.token_bytes / 32
     return Traffic(long.total("sectors", "global", "load") / minimum,
                    flipped.total("sectors", "global", "load") / minimum, max(in_loop, default=0))
 

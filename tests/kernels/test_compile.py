@@ -11,7 +11,7 @@ from kernels.support import needs_emulator
 import kernels_cupy
 from bros_ref.cli.kernels import ladder_rows, with_ladder
 from kernels_cupy.device import Kernel
-from kernels_cupy.heads import Heads
+from kernels_cupy.heads import FP8, Heads
 from kernels_cupy.launch import DECODE_STEPS
 from kernels_cupy.proof.compile import (
     CompileError,
@@ -19,6 +19,7 @@ from kernels_cupy.proof.compile import (
     compile_cubin,
     compile_ptx,
     machine_code,
+    resources,
     why_unavailable,
 )
 from kernels_cupy.proof.static_report import (
@@ -49,6 +50,21 @@ def test_nothing_that_would_be_launched_spills_or_does_not_fit(name, arch, head_
     assert row.occupancy > 0
 
 
+@pytest.mark.parametrize(("arch", "head_dim", "dtype"), [
+    (75, 64, torch.float16), (75, 128, torch.float16), (75, 256, torch.float16), (80, 128, torch.float16),
+    (80, 256, torch.bfloat16), (90, 64, torch.float16), (90, 96, torch.float16), (90, 128, torch.float16),
+    (90, 128, torch.bfloat16), (90, 128, torch.float32), (120, 128, torch.float16)])
+@pytest.mark.parametrize("name", ["3", "5", "prefill 0", "prefill 1"])
+def test_nothing_that_reads_an_fp8_cache_spills_or_does_not_fit(name, arch, head_dim, dtype):
+    heads, rung = Heads(16, 2, head_dim, 16, dtype, FP8), BY_NAME[name]
+    if not rung.supports(heads, arch):
+        pytest.skip(f"step {name} is not for {dtype} and head_dim {head_dim} on sm_{arch}")
+    kernel, shape = launch_of(rung, heads, arch)
+    used = resources(compile_cubin(kernel, arch), rung.function)
+    assert used.spill_bytes == 0
+    assert occupancy(used, shape.block[0], shape.shared_bytes, arch) > 0
+
+
 def test_what_the_t4_runs_is_what_the_launchers_say():
     wide, bfloat = Heads(8, 2, 256, 16, torch.float16), Heads(8, 2, 64, 16, torch.bfloat16)
     runs = {heads: [name for name in BY_NAME if BY_NAME[name].supports(heads, 75)] for heads in (HALF, wide, bfloat)}
@@ -68,6 +84,13 @@ def test_a_product_of_the_prefill_needs_half_the_shared_memory_of_one_in_step_4(
     assert prefill > 2 * four
     assert prefill > 4, "more than an A100's tensor cores can use"
     assert executed(BY_NAME["3"], HALF, 90).mma_per_shared_kib is None
+
+
+def test_rows_of_an_fp8_cache_are_stored_8_bytes_at_a_time():
+    kernel = Kernel("store_kv.cu", "store_kv", (("ROW_VECTORS", "16"), ("SCALAR", "1"), ("KV_FP8", "1")))
+    instructions, _ = machine_code(compile_cubin(kernel, 90), "store_kv")
+    for kind in ("LDG.E.128", "STG.E.64"):
+        assert any(kind in text for text in instructions)
 
 
 @pytest.mark.parametrize("file", ["store_kv", "copy_slots"])

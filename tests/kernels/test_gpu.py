@@ -11,10 +11,10 @@ import torch
 
 from kernels_cupy.device import FOLDER
 from kernels_cupy.gpu import CupyDevice, why_unavailable
-from kernels_cupy.heads import Heads
+from kernels_cupy.heads import FP8, Heads
 from kernels_cupy.launch import STEPS, Problem, copy_slots, paged_attention, store_kv, why_not
-from kernels_cupy.proof.contract import Batch, decode, prefill
-from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul
+from kernels_cupy.proof.contract import FP8_SCALES, Batch, decode, prefill
+from kernels_cupy.proof.fused import check_add_norm, check_rope_store, check_silu_mul, check_store_fp8
 
 NO_GPU = why_unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(NO_GPU is not None, reason=f"not measured here: {NO_GPU}")]
@@ -54,6 +54,33 @@ def test_both_prefills(device, rng, shape, dtype):
         batch = drawn(rng, Heads(*shape, dtype), queries, directions)
         for fast in (True, False):
             batch.check(prefill(device, batch, fast))
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_fp8_cache(device, rng, shape, dtype):
+    heads, ran = Heads(*shape, dtype, FP8), 0
+    queries = [int(rng.integers(1, length + 1)) for length in LENGTHS]
+    for directions in (None, [False] * len(LENGTHS), [True] * len(LENGTHS)):
+        batch = drawn(rng, heads, directions=directions)
+        for step in (3, 5):
+            if why_not(step, Problem(heads, len(LENGTHS), batch.tables.shape[1]), device.gpu) is None:
+                batch.check(decode(device, batch, step, num_sms=device.gpu.num_sms))
+                ran += 1
+        batch = drawn(rng, heads, queries, directions)
+        for fast in (True, False):
+            batch.check(prefill(device, batch, fast))
+    assert ran >= 3
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
+def test_rows_of_an_fp8_cache(device, rng, dtype):
+    values = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype) if dtype is not FLOAT else \
+        torch.from_numpy(rng.standard_normal(1 << 16)).float() * 100
+    values = torch.where(values.isnan(), 0, values).view(-1, 2, 64).cuda()
+    check_store_fp8(lambda *tensors: store_kv(device, *tensors, *FP8_SCALES), values, FP8_SCALES)
+    for shape, rotary, qk_norm in (((8, 2, 64, 16), 64, False), ((3, 1, 80, 5), 32, True)):
+        check_rope_store(device, rng, Heads(*shape, dtype, FP8), 17, rotary, qk_norm, "cuda")
 
 
 def test_more_than_48_kb_of_shared_memory(device, rng):

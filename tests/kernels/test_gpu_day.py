@@ -37,7 +37,7 @@ def test_a_dry_run_verifies_every_kernel_and_prints_no_time(tool, tmp_path, caps
     assert {result for result in results.values() if result != "ok"} == {"not in a dry run"}
     assert report["machine"]["gpu"] == "none: the emulator"
     verified = report["results"]["verify"]
-    assert (verified["checked"], verified["wrong"]) == (12, [])
+    assert (verified["checked"], verified["wrong"]) == (17, [])
     steps = report["results"]["engine_steps"]["rows"]
     assert [row["path"] for row in steps] == ["attention only", "fused", "fused, graph"]
     assert all(row["ms"] != row["ms"] for row in steps), "no number"

@@ -115,7 +115,7 @@ def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: 
     for case in cases:
         lengths = list(case.context_lens)
         batch = Batch.draw(np.random.default_rng(seed), heads, [1] * len(lengths), lengths).to(place)
-        num_bytes = 2 * sum(lengths) * heads.num_kv_heads * heads.head_dim * heads.dtype.itemsize
+        num_bytes = sum(lengths) * heads.token_bytes
         for system, call in _systems(device, batch, steps):
             times_s = timer(call)
             best_s = statistics.median(times_s)
