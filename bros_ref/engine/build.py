@@ -149,6 +149,9 @@ def make_runner(loaded: LoadedModel, settings: LiveSettings) -> ModelRunner:
         ValueError: the model cannot have K and V of `settings.kv_dtype`.
     """
     dtype = storage_dtype(settings.kv_dtype, loaded.dtype)
+    if dtype == FP8 and loaded.backend != "torch" and loaded.config.head_dim % 16:
+        raise ValueError(f"the kernels load K and V in pieces of 16 bytes: an fp8 KV cache needs a head_dim that is a "
+                         f"multiple of 16, not {loaded.config.head_dim}; use --kv-dtype auto, or --backend torch")
     host_blocks = min(HOST_BLOCKS_PER_BLOCK * settings.kv_blocks,
                       host_blocks_that_fit(loaded, settings.block_size, settings.kv_dtype))
     runner = _runner(loaded, KVCacheConfig(settings.kv_blocks, settings.block_size, host_blocks), dtype)

@@ -80,10 +80,10 @@ class KernelDecoder(Decoder):
             gate_up=empty(tokens, 2 * c.intermediate_size), inner=empty(tokens, c.intermediate_size),
             logits=empty(shape.num_logits, c.vocab_size))
 
-    def workspace(self, shape: StepShape, block_size: int) -> Tensor:
+    def workspace(self, shape: StepShape, kv: KVStorage) -> Tensor:
         """A new float32 workspace of the decode kernel for steps of this shape."""
         c = self.config
-        heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, block_size, self.dtype)
+        heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, kv.config.block_size, self.dtype, kv.data.dtype)
         floats = workspace_floats(heads, shape.num_decodes, shape.width, self.kernels.gpu) if shape.num_decodes else 0
         return torch.empty(floats, dtype=torch.float32, device=self.device)
 
@@ -114,16 +114,16 @@ class KernelDecoder(Decoder):
     def _attend_step(self, i: int, step: PackedStep, to: Activations, workspace: Tensor, kv: KVStorage) -> None:
         """Rotary positions, KV store and attention. In a mixed batch, decodes and prefills use one launch each."""
         c, layer, decodes = self.config, self._layers[i], step.shape.num_decodes
-        k, v = kv.k(i), kv.v(i)
+        k, v, (k_scale, v_scale) = kv.k(i), kv.v(i), kv.scales[i]
         norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
         rope_store(self.kernels, to.qkv.view(len(to.qkv), -1, c.head_dim), step.positions, step.slots,
-                   self._angle_cos, self._angle_sin, k, v, to.q, norms, c.norm_eps)
+                   self._angle_cos, self._angle_sin, k, v, to.q, norms, c.norm_eps, k_scale, v_scale)
         if decodes:
             paged_attention(self.kernels, to.q[:decodes], k, v, *step.decodes, to.attended[:decodes],
-                            scratch=workspace)
+                            scratch=workspace, k_scale=k_scale, v_scale=v_scale)
         if step.shape.num_prefills:
             prefill_attention(self.kernels, to.q[decodes:], k, v, *step.prefills, step.query_starts,
-                              to.attended[decodes:])
+                              to.attended[decodes:], k_scale=k_scale, v_scale=v_scale)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

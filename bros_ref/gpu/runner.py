@@ -87,11 +87,11 @@ class KernelRunner(ModelRunner):
         block_size = self.kv.config.block_size
         if not shape.is_bucket:
             return (PackedStep(shape, block_size, self.device), self.model.activations(shape),
-                    self.model.workspace(shape, block_size))
+                    self.model.workspace(shape, self.kv))
         if shape.tokens not in self._activations:
             self._activations[shape.tokens] = self.model.activations(shape)
         if shape not in self._buckets:
             self._buckets[shape] = (PackedStep(shape, block_size, self.device),
-                                    self.model.workspace(shape, block_size))
+                                    self.model.workspace(shape, self.kv))
         step, workspace = self._buckets[shape]
         return step, self._activations[shape.tokens], workspace

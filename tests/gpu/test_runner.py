@@ -17,6 +17,7 @@ from bros_ref.gpu.attention import KernelAttention
 from bros_ref.gpu.decoder import KernelDecoder, why_not_fused
 from bros_ref.gpu.runner import KernelRunner
 from bros_ref.kv_cache.blocks import CopyPlan
+from bros_ref.kv_cache.storage import FP8
 from bros_ref.model.decoder import Decoder
 from bros_ref.model.tokenizer import ByteTokenizer
 from bros_ref.model.weights.load import load_model_config
@@ -30,14 +31,14 @@ HALF, FLOAT = torch.float16, torch.float32
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def pair(family, dtype, capture=None, checks=True, **more):
+def pair(family, dtype, capture=None, checks=True, kv_dtype=None, **more):
     """A runner of fused kernels, and one of the readable decoder, on the same weights."""
     config = dataclasses.replace(load_model_config(f"random:{family}"), **more)
     weights = random_parameters(config, 3, dtype)
     pool = KVCacheConfig(16, 16, 64)
     fast = KernelDecoder(config, weights, dtype, "cpu", KernelAttention(Emulator(checks=checks)))
-    return (KernelRunner(fast, pool, "cpu", dtype, "cpu-emulated", capture),
-            ModelRunner(Decoder(config, weights, dtype, "cpu"), pool, "cpu", dtype))
+    return (KernelRunner(fast, pool, "cpu", kv_dtype or dtype, "cpu-emulated", capture),
+            ModelRunner(Decoder(config, weights, dtype, "cpu"), pool, "cpu", kv_dtype or dtype))
 
 
 def random_work(rng, queries, contexts, block_size=16):
@@ -74,6 +75,28 @@ def test_tensor_cores_too(rng):
     assert error < 5e-3
 
 
+SCALES = [(0.5, 0.25), (2.0, 1.0), (1.0, 0.125)]  # of the three layers' K and V
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("queries", "contexts"), [
+    ([1, 1, 1], [5, 40, 17]), ([3, 16], [3, 30]), ([1, 1, 7], [20, 3, 7])], ids=["decodes", "prefills", "mixed"])
+def test_an_fp8_cache_is_written_and_read_as_by_the_readable_decoder(rng, family, queries, contexts):
+    fast, plain = pair(family, FLOAT, kv_dtype=FP8)
+    values = torch.from_numpy(rng.standard_normal(tuple(plain.kv.data.shape))).float().to(FP8)
+    for runner in (fast, plain):
+        runner.kv.data.copy_(values)
+        runner.kv.scales = SCALES
+    work = random_work(rng, queries, contexts)
+    found, wanted = fast.compute(work), plain.compute(work)
+    assert (found - wanted).norm() < 2e-2 * wanted.norm()
+    stored = [runner.kv.data.view(torch.uint8) for runner in (fast, plain)]
+    written = [(bytes_ != values.view(torch.uint8)).flatten(4).any(-1) for bytes_ in stored]
+    assert torch.equal(*written), "the same slots, and no other"
+    other = (stored[0] != stored[1]).sum().item()  # values that lie between two that the format has
+    assert other <= 0.01 * written[0].sum().item() * stored[0][0, 0, 0, 0].numel()
+
+
 def requests_of_both_classes(temperature=0.0):
     sampling = SamplingParams(max_tokens=6, ignore_eos=True, temperature=temperature, seed=7, top_p=0.9)
     be = [Request(f"be{i}", RequestClass.BEST_EFFORT, list(range(5, 37 + i)), sampling) for i in range(2)]
@@ -99,19 +122,26 @@ def served(runner, requests):
     return [request.output_token_ids for request in requests], engine.trace
 
 
-def small_pool(runner_type, *args):
+def small_pool(runner_type, *args, kv_dtype=FLOAT):
     config = load_model_config("random:llama")
     weights = random_parameters(config, 0, FLOAT)
     pool = KVCacheConfig(5, 16, 20)
     if runner_type is ModelRunner:
-        return ModelRunner(Decoder(config, weights, FLOAT, "cpu"), pool)
+        return scaled(ModelRunner(Decoder(config, weights, FLOAT, "cpu"), pool, dtype=kv_dtype))
     emulator, capture = Emulator(checks=False), None
     kernels = emulator
     if args:
         kernels = Recorder("cpu", runs=emulator)
         capture = args[0](kernels)
     model = KernelDecoder(config, weights, FLOAT, "cpu", KernelAttention(kernels))
-    return KernelRunner(model, pool, "cpu", FLOAT, "cpu-emulated", capture)
+    return scaled(KernelRunner(model, pool, "cpu", kv_dtype, "cpu-emulated", capture))
+
+
+def scaled(runner):
+    """With factors for K and V, if its cache is FP8."""
+    if runner.kv.data.dtype == FP8:
+        runner.kv.scales = SCALES
+    return runner
 
 
 class ReplayedCalls:
@@ -135,15 +165,16 @@ class ReplayedCalls:
         return replay
 
 
-def test_graphs_give_the_same_tokens_and_are_replayed():
+@pytest.mark.parametrize("kv_dtype", [FLOAT, FP8], ids=str)
+def test_graphs_give_the_same_tokens_and_are_replayed(kv_dtype):
     captures = []
 
     def capture(recorder):
         captures.append(ReplayedCalls(recorder))
         return captures[0]
 
-    wanted, trace = served(small_pool(ModelRunner), requests_of_both_classes())
-    found, _ = served(small_pool(KernelRunner, capture), requests_of_both_classes())
+    wanted, trace = served(small_pool(ModelRunner, kv_dtype=kv_dtype), requests_of_both_classes())
+    found, _ = served(small_pool(KernelRunner, capture, kv_dtype=kv_dtype), requests_of_both_classes())
     assert found == wanted
     assert captures[0].captured >= 2, "buckets of several sizes"
     assert captures[0].replayed >= captures[0].captured

@@ -1,5 +1,7 @@
 """A whole engine on the CUDA kernels, emulated: the tokens of the torch backend, also under KV pressure."""
 
+import dataclasses
+
 import pytest
 import torch
 from kernels.support import needs_emulator
@@ -9,11 +11,12 @@ from bros_ref.model.backends import attention_backend
 from bros_ref.request import SLO, Request, RequestClass, SamplingParams
 
 
-def serve(model, backend, requests, policy="bros", kv_blocks=4):
+def serve(model, backend, requests, policy="bros", kv_blocks=4, kv_dtype="auto"):
     loaded = load_model(model, "cpu", 0, backend)
-    settings = LiveSettings(kv_blocks=kv_blocks, max_num_seqs=4, max_num_batched_tokens=24, chunked_prefill=True)
+    settings = LiveSettings(kv_blocks=kv_blocks, max_num_seqs=4, max_num_batched_tokens=24, chunked_prefill=True,
+                            kv_dtype=kv_dtype)
     runner = make_runner(loaded, settings)
-    runner.kv.data.fill_(torch.nan)  # whatever nobody wrote must not matter
+    runner.kv.data.view(torch.uint8).fill_(0xff)  # NaN in every dtype: whatever nobody wrote must not matter
     engine = make_engine(policy, loaded, runner, settings)
     made = requests(loaded)
     for request in made:
@@ -47,12 +50,28 @@ def test_smollm2_says_the_same_through_the_emulated_kernels():
 
 
 @needs_emulator
-def test_a_hybrid_run_under_pressure_gives_the_same_tokens():
-    kernels, trace = serve("random:llama", "cpu-emulated", both_classes)
-    assert kernels == serve("random:llama", "torch", both_classes)[0]
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("model", ["random:llama", "random:opt"], ids=["fused kernels", "attention only"])
+def test_a_hybrid_run_under_pressure_gives_the_same_tokens(model, kv_dtype):
+    kernels, trace = serve(model, "cpu-emulated", both_classes, kv_dtype=kv_dtype)
+    assert kernels == serve(model, "torch", both_classes, kv_dtype=kv_dtype)[0]
     assert any(len({name[:2] for name in step.scheduled}) == 2 for step in trace.steps), "both classes in one launch"
     assert max(step.used_blocks for step in trace.steps) == 4, "the pool was full"
     assert sum(step.copied["restore"] for step in trace.steps) > 0, "overwritten slots came back"
+
+
+@needs_emulator
+def test_smollm2_answers_from_an_fp8_cache_as_torch_does():
+    assert serve("smollm2", "cpu-emulated", question, kv_dtype="fp8")[0] == serve("smollm2", "torch", question,
+                                                                                 kv_dtype="fp8")[0]
+
+
+def test_an_fp8_cache_of_the_kernels_needs_rows_of_whole_pieces():
+    loaded = load_model("random:llama", "cpu", 0, "cpu-emulated")
+    narrow = dataclasses.replace(loaded.config, head_dim=24)
+    loaded.model.config = narrow
+    with pytest.raises(ValueError, match="a multiple of 16, not 24"):
+        make_runner(loaded, LiveSettings(kv_blocks=4, kv_dtype="fp8"))
 
 
 def test_a_backend_must_fit_its_device():
