@@ -169,19 +169,21 @@ def decode(dry: bool) -> dict[str, Any]:
     import torch
 
     from bros_ref.evaluation.bench.kernels import CASES, Case, bench_kernels, copy_bandwidth
-    from kernels_cupy.heads import Heads
+    from kernels_cupy.heads import FP8, Heads
     from kernels_cupy.launch import STEPS, Problem, why_not
 
     (device, place), timer = _device(dry), _timer(dry)
     bandwidth = float("nan") if dry else copy_bandwidth(timer, place)
     cases = (Case("one of 40", (40,)),) if dry else CASES
     rows: Rows = []
-    for dtype, head_dim in ((torch.float16, 128), (torch.bfloat16, 128), (torch.float16, 64))[:1 if dry else 3]:
-        heads = Heads(8, 2, 64, 16, dtype) if dry else Heads(32, 8, head_dim, 16, dtype)
+    half, bfloat = torch.float16, torch.bfloat16
+    sizes = ((half, 128, half), (half, 128, FP8), (bfloat, 128, bfloat), (bfloat, 128, FP8), (half, 64, half))
+    for dtype, head_dim, cache in sizes[:2 if dry else None]:
+        heads = Heads(8, 2, 64, 16, dtype, cache) if dry else Heads(32, 8, head_dim, 16, dtype, cache)
         longest = max(max(case.context_lens) for case in cases) // heads.block_size + 1
         steps = [step for step in STEPS if why_not(step, Problem(heads, 1, longest), device.gpu) is None]
         found = bench_kernels(device, timer, heads, 0, place, bandwidth, cases, steps[-3:] if dry else steps)
-        rows += [{"dtype": str(dtype), "head_dim": heads.head_dim, **row} for row in found]
+        rows += [{"dtype": str(dtype), "cache": str(cache), "head_dim": heads.head_dim, **row} for row in found]
     return {"copy_bytes_per_s": bandwidth, "rows": rows}
 
 
@@ -190,13 +192,15 @@ def prefill_and_copies(dry: bool) -> dict[str, Any]:
     import torch
 
     from bros_ref.evaluation.bench.kernels import PREFILL_CASES, PrefillCase, bench_copies, bench_prefill
-    from kernels_cupy.heads import Heads
+    from kernels_cupy.heads import FP8, Heads
 
     (device, place), timer = _device(dry), _timer(dry)
-    heads = Heads(8, 2, 64, 16, torch.float16) if dry else Heads(32, 8, 128, 16, torch.float16)
+    sizes = (8, 2, 64, 16, torch.float16) if dry else (32, 8, 128, 16, torch.float16)
     cases = (PrefillCase("1 prompt of 20", 1, 20, 20),) if dry else PREFILL_CASES
-    copies = bench_copies(device, timer, heads, place, *((2, 4) if dry else ()))
-    return {"prefill": bench_prefill(device, timer, heads, 0, place, cases), "copies": copies}
+    copies = bench_copies(device, timer, Heads(*sizes), place, *((2, 4) if dry else ()))
+    rows = [{"cache": str(cache), **row} for cache in (torch.float16, FP8)
+            for row in bench_prefill(device, timer, Heads(*sizes, cache), 0, place, cases)]
+    return {"prefill": rows, "copies": copies}
 
 
 def engine_steps(dry: bool) -> dict[str, Any]:

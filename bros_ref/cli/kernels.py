@@ -12,7 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from bros_ref.cli.common import JsonOption, SeedOption, app, bench_app, make_console, progress, write_json
+from bros_ref.cli.common import (
+    JsonOption,
+    KvDtypeOption,
+    SeedOption,
+    app,
+    bench_app,
+    make_console,
+    progress,
+    write_json,
+)
 from bros_ref.cli.tables import gpu_step_table, kernel_times_table, kernels_table
 from bros_ref.files import write_text
 
@@ -104,10 +113,11 @@ def kernels(quick: Annotated[bool, typer.Option(help="sm_80 and sm_90 only, no s
 @bench_app.command("kernels")
 def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)] = 128,
                           dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
-                          seed: SeedOption = 0, json_path: JsonOption = None) -> None:
+                          kv_dtype: KvDtypeOption = "auto", seed: SeedOption = 0, json_path: JsonOption = None) -> None:
     """Times every decode step on a GPU, against torch; without one it says so, and measures nothing."""
     import torch
 
+    from bros_ref.engine.kv_dtype import storage_dtype
     from bros_ref.evaluation.bench.kernels import CASES, GraphTimer, bench_kernels, copy_bandwidth
     from kernels_cupy.gpu import CupyDevice, why_unavailable
     from kernels_cupy.heads import SCALARS, Heads
@@ -117,11 +127,12 @@ def bench_kernels_command(head_dim: Annotated[int, typer.Option(min=16, max=256)
     known = {str(one).removeprefix("torch."): one for one in SCALARS}
     if dtype not in known:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(known)}")
+    cache_dtype = storage_dtype(kv_dtype, known[dtype])
     if reason := why_unavailable():
         console.print(f"not measured here: {reason}")
         write_json(json_path, "bench kernels", seed, rows=[], not_measured=reason)
         return
-    device, timer, heads = CupyDevice(), GraphTimer(), Heads(32, 8, head_dim, 16, known[dtype])
+    device, timer, heads = CupyDevice(), GraphTimer(), Heads(32, 8, head_dim, 16, known[dtype], cache_dtype)
     longest = max(max(case.context_lens) for case in CASES) // heads.block_size
     steps = [step for step in STEPS if why_not(step, Problem(heads, 1, longest), device.gpu) is None]
     bandwidth = copy_bandwidth(timer, "cuda")

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kernels_cupy.checks import VECTOR_BYTES
 from kernels_cupy.device import Device, cdiv
+from kernels_cupy.heads import FP8
 from kernels_cupy.launch import copy_slots, store_kv
 from kernels_cupy.launch_fused import rope_store
-from kernels_cupy.proof.contract import Batch
+from kernels_cupy.proof.contract import Batch, quantised
 
 FAR = 1 << 32
 
@@ -53,6 +54,17 @@ def check_far_store(device: Device) -> None:
     store_kv(device, rows, -rows, torch.tensor([first, first + 3], dtype=torch.int32), caches[0], caches[1])
     for sign, cache in zip((1, -1), caches, strict=True):
         assert torch.equal(cache.view(-1, 2, 64)[[first, first + 3]], sign * rows), "a row is not in its slot"
+
+
+def check_far_store_fp8(device: Device) -> None:
+    """The same for an fp8 cache, beyond FAR pieces of 8 bytes."""
+    rows = torch.arange(1, 1 + 2 * 2 * 64).half().view(2, 2, 64)
+    first = cdiv(FAR, 2 * 64 // 8)
+    caches = [lazy_zeros((first // 16 + 1, 16, 2, 64), FP8) for _ in range(2)]
+    store_kv(device, rows, -rows, torch.tensor([first, first + 3], dtype=torch.int32), caches[0], caches[1])
+    for sign, cache in zip((1, -1), caches, strict=True):
+        found = cache.view(-1, 2, 64)[[first, first + 3]].float()
+        assert torch.equal(found, quantised(sign * rows, 1.0).float()), "a row is not in its slot"
 
 
 def check_far_rope_store(device: Device) -> None:

@@ -21,7 +21,7 @@ from bros_ref.evaluation.bench.kernels import (
 from bros_ref.evaluation.bench.peers import peers
 from kernels_cupy.device import FOLDER
 from kernels_cupy.gpu import why_unavailable
-from kernels_cupy.heads import Heads
+from kernels_cupy.heads import FP8, Heads
 from kernels_cupy.proof.contract import Batch
 from kernels_cupy.proof.emulator import Emulator
 
@@ -72,6 +72,16 @@ def test_copies_count_each_byte_once():
     rows = bench_copies(Emulator(), once, HEADS, "cpu", layers=2, slots=5)
     assert [row["case"] for row in rows] == ["on the device"]
     assert rows[0]["gb_per_s"] == pytest.approx(2 * 2 * 5 * 2 * 64 * 2 / 2e-6 / 1e9)
+
+
+@needs_emulator
+def test_an_fp8_cache_has_half_the_bytes_and_only_our_kernels_read_it():
+    heads = Heads(8, 2, 64, 16, torch.float16, FP8)
+    rows = bench_kernels(Emulator(), once, heads, 0, "cpu", bandwidth=1e9, cases=RAGGED, steps=(3, 5))
+    assert [row["system"] for row in rows] == ["step 3", "step 5"]
+    assert rows[0]["gb_per_s"] == pytest.approx(2 * 57 * 2 * 64 / 2e-6 / 1e9)
+    assert [row["system"] for row in bench_prefill(Emulator(), once, heads, 0, "cpu", (PrefillCase("p", 2, 20, 20),))] \
+        == ["prefill"]
 
 
 class FakePeers:

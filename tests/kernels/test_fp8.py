@@ -18,7 +18,7 @@ from kernels_cupy.launch_prefill import PLAIN, TENSOR_CORES, prefill_attention, 
 from kernels_cupy.proof.compile import why_unavailable
 from kernels_cupy.proof.contract import FP8_LARGEST, FP8_NANS, FP8_SCALES, Batch, decode, prefill, quantised
 from kernels_cupy.proof.emulator import Emulator
-from kernels_cupy.proof.far import far_batch
+from kernels_cupy.proof.far import check_far_store_fp8, far_batch
 from kernels_cupy.proof.fused import check_rope_store, check_store_fp8
 from kernels_cupy.proof.ptx import PtxDevice
 
@@ -264,6 +264,11 @@ def test_slots_beyond_2_to_the_32_elements(rng, step):
     batch = far_batch(Batch.draw(rng, SMALL, [1, 1] if step else [5, 1], [70, 33]))
     far = Emulator(checks=False)
     batch.check(decode(far, batch, step, 1, num_sms=1) if step else prefill(far, batch))
+
+
+@needs_emulator
+def test_rows_beyond_2_to_the_32_pieces():
+    check_far_store_fp8(Emulator(checks=False))
 
 
 @needs_emulator

@@ -106,7 +106,8 @@ def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: 
                   cases: Sequence[Case] = CASES, steps: Sequence[int] = STEPS,
                   on_row: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
     """One row per case and system: our steps, other projects' kernels where they are installed (peers.py), and torch's
-    SDPA on K and V gathered beforehand (its gather is not timed).
+    SDPA on K and V gathered beforehand (its gather is not timed). With an fp8 cache only our steps: torch's SDPA takes
+    none, and of the others' kernels not all.
 
     Raises:
         ArithmeticError: an answer is not within the contract; its kernel was not timed.
@@ -128,7 +129,8 @@ def bench_kernels(device: Device, timer: Timer, heads: Heads, seed: int, place: 
 
 def bench_prefill(device: Device, timer: Timer, heads: Heads, seed: int, place: str,
                   cases: Sequence[PrefillCase] = PREFILL_CASES) -> list[dict[str, Any]]:
-    """One row per case and system: the tensor-core prefill and, for whole prompts, torch's causal SDPA on dense K, V.
+    """One row per case and system: the tensor-core prefill and, for whole prompts and a cache that is not fp8, torch's
+    causal SDPA on dense K, V.
     Products count 4 operations per query, head, dimension and visible token.
 
     Raises:
@@ -142,7 +144,7 @@ def bench_prefill(device: Device, timer: Timer, heads: Heads, seed: int, place: 
         operations = 4 * visible * heads.num_heads * heads.head_dim
         _verify("prefill", batch, prefill(device, batch))
         systems: list[tuple[str, Callable[[], None]]] = [("prefill", _prefill(device, batch))]
-        if case.queries == case.context:
+        if case.queries == case.context and not heads.is_fp8:
             systems.append(("torch SDPA, dense", _causal_sdpa(batch, case)))
         for system, call in systems:
             median_s = statistics.median(timer(call))
@@ -176,6 +178,8 @@ def _systems(device: Device, batch: Batch, steps: Sequence[int]) -> list[tuple[s
     for step in steps:
         _verify(f"step {step}", batch, decode(device, batch, step, num_sms=device.gpu.num_sms))
         systems.append((f"step {step}", _step(device, batch, step)))
+    if batch.heads.is_fp8:
+        return systems
     forward = Batch.draw(np.random.default_rng(0), batch.heads, batch.query_lens, batch.context_lens,
                          [False] * len(batch.context_lens)).to(batch.q.device.type)
     for cache in (forward.k, forward.v):
@@ -188,7 +192,8 @@ def _systems(device: Device, batch: Batch, steps: Sequence[int]) -> list[tuple[s
 
 def _step(device: Device, batch: Batch, step: int) -> Callable[[], None]:
     out = torch.empty_like(batch.q)
-    return lambda: paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step)
+    return lambda: paged_attention(device, batch.q, batch.k, batch.v, *batch.integers(), out, step=step,
+                                   k_scale=batch.k_scale, v_scale=batch.v_scale)
 
 
 def _discarding(call: Callable[[], Tensor]) -> Callable[[], None]:
@@ -222,7 +227,8 @@ def void(_: Tensor) -> None:
 
 def _prefill(device: Device, batch: Batch) -> Callable[[], None]:
     out = torch.empty_like(batch.q)
-    return lambda: prefill_attention(device, batch.q, batch.k, batch.v, *batch.integers(), batch.starts, out)
+    return lambda: prefill_attention(device, batch.q, batch.k, batch.v, *batch.integers(), batch.starts, out,
+                                     k_scale=batch.k_scale, v_scale=batch.v_scale)
 
 
 def _causal_sdpa(batch: Batch, case: PrefillCase) -> Callable[[], None]:
