@@ -86,6 +86,13 @@ def test_a_product_of_the_prefill_needs_half_the_shared_memory_of_one_in_step_4(
     assert executed(BY_NAME["3"], HALF, 90).mma_per_shared_kib is None
 
 
+def test_the_loads_of_an_fp8_cache_are_found_where_they_can_be_told_apart():
+    half, single = (compiled(BY_NAME["3"], Heads(8, 2, 128, 16, dtype, FP8), 90).loop
+                    for dtype in (torch.float16, torch.float32))
+    assert half.kib == 2 * 8 * 32 / 1024, "8 bytes of K and of V a lane"
+    assert single is None
+
+
 def test_rows_of_an_fp8_cache_are_stored_8_bytes_at_a_time():
     kernel = Kernel("store_kv.cu", "store_kv", (("ROW_VECTORS", "16"), ("SCALAR", "1"), ("KV_FP8", "1")))
     instructions, _ = machine_code(compile_cubin(kernel, 90), "store_kv")
@@ -107,6 +114,16 @@ def test_the_targets_that_are_met(name, per_kib, direction):
     assert run.per_kib <= per_kib
     assert run.per_kib < run.with_moves_per_kib
     assert abs(run.direction_overhead) <= direction
+
+
+@pytest.mark.parametrize(("name", "times"), [("5", 1.8), ("prefill 1", 2.1)])
+def test_what_decoding_an_fp8_cache_costs_in_instructions(name, times):
+    """The README says so."""
+    plain, fp8 = (executed(BY_NAME[name], Heads(8, 2, 128, 16, torch.float16, cache), 90).classes
+                  for cache in (None, FP8))
+    per_token = [sum(count for kind, count in one.items() if kind != "move") for one in (plain, fp8)]
+    assert per_token[1] / per_token[0] == pytest.approx(times, abs=0.05)
+    assert 0.45 < (fp8["integer"] - plain["integer"]) / per_token[1] < 0.6, "about half of all decode"
 
 
 def test_heads_as_the_narrow_side_halve_the_products():

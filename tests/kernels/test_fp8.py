@@ -250,7 +250,6 @@ def test_no_bank_conflicts_and_half_the_sectors(rng, head_dim):
         device = Emulator(counters=True)
         decode(device, batch, step, 1, num_sms=1)
         loaded = device.counters.total("sectors", "global", "load")
-        print(step, loaded / minimum)
         assert minimum <= loaded <= (1.1 if step == 3 else 1.05) * minimum, "a table's entry is a sector to each team"
         if step == 5:
             in_loop = [site for site in device.counters.sites if site.space == "shared" and "cuh" in str(site.line)]
