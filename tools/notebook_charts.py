@@ -1,7 +1,8 @@
 """Gives each chart of a notebook a picture, which is what a page shows where plotly's script does not run: GitHub, and
 a JupyterLab without plotly's extension. JupyterLab and the site prefer the chart itself.
 
-Chromium draws the pictures, so they look as the charts do. Where it is not installed, charts stay as they are.
+Chromium draws the pictures, so they look as the charts do. Where it is not installed, charts stay as they are. The
+picture is an <img> with a text of its own, because plotly's extension puts an `image/png` in the place of its chart.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import shutil
 import struct
 import zlib
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import nbformat
 import numpy as np
 
-CHART, PICTURE = "application/vnd.plotly.v1+json", "image/png"
+CHART, PICTURE = "application/vnd.plotly.v1+json", "text/html"
 WIDTH_PX, HEIGHT_PX = 700, 450  # the height of a chart that gives none
 LEVELS, EXACT = 6, 40  # 6 levels of each colour, and the 40 most frequent colours as they are: a pixel is one byte
 PIXELS = """async ([figure, width, height]) => {
@@ -40,8 +42,18 @@ def add_pictures(notebook: nbformat.NotebookNode) -> bool:
         return True
     pictures = drawn([chart[CHART] for chart in charts])
     for chart, picture in zip(charts, pictures, strict=False):
-        chart[PICTURE] = b64encode(picture).decode()
+        chart[PICTURE] = (f'<img alt="{escape(words_of(chart[CHART]))}" style="max-width:100%" '
+                          f'src="data:image/png;base64,{b64encode(picture).decode()}">')
     return bool(pictures)
+
+
+def words_of(figure: Mapping[str, Any]) -> str:
+    """A chart in a line: its title, its axes and what is drawn."""
+    layout = figure["layout"]
+    title, x, y = (part.get("title", {}).get("text", "") for part in
+                   (layout, layout.get("xaxis", {}), layout.get("yaxis", {})))
+    names = dict.fromkeys(trace["name"] for trace in figure["data"] if trace.get("name"))
+    return ": ".join(filter(None, (title or "chart", " by ".join(filter(None, (y, x))), ", ".join(names))))
 
 
 def drawn(figures: Sequence[dict[str, Any]]) -> list[bytes]:
