@@ -8,30 +8,17 @@ picture is an <img> with a text of its own, because plotly's extension puts an `
 from __future__ import annotations
 
 import shutil
-import struct
-import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
+from io import BytesIO
 from typing import Any
 
 import nbformat
-import numpy as np
 
 CHART, PICTURE = "application/vnd.plotly.v1+json", "text/html"
 WIDTH_PX, HEIGHT_PX = 700, 450  # the height of a chart that gives none
-LEVELS, EXACT = 6, 40  # 6 levels of each colour, and the 40 most frequent colours as they are: a pixel is one byte
-PIXELS = """async ([figure, width, height]) => {
-  const image = new Image();
-  image.src = await Plotly.toImage(figure, {format: 'png', width, height});
-  await image.decode();
-  const context = Object.assign(document.createElement('canvas'), {width, height}).getContext('2d');
-  context.drawImage(image, 0, 0);
-  const data = context.getImageData(0, 0, width, height).data;
-  let text = '';
-  for (let i = 0; i < data.length; i += 8192) text += String.fromCharCode(...data.subarray(i, i + 8192));
-  return btoa(text);
-}"""
+COLOURS = 256  # a chart has few, so a pixel is one byte: a third of the file
 
 
 def add_pictures(notebook: nbformat.NotebookNode) -> bool:
@@ -48,7 +35,7 @@ def add_pictures(notebook: nbformat.NotebookNode) -> bool:
 
 
 def words_of(figure: Mapping[str, Any]) -> str:
-    """A chart in a line: its title, its axes and what is drawn."""
+    """A chart in one line: its title, its axes and what is drawn."""
     layout = figure["layout"]
     title, x, y = (part.get("title", {}).get("text", "") for part in
                    (layout, layout.get("xaxis", {}), layout.get("yaxis", {})))
@@ -73,28 +60,18 @@ def drawn(figures: Sequence[dict[str, Any]]) -> list[bytes]:
         page = browser.new_page()
         page.add_script_tag(content=get_plotlyjs())
         for figure in figures:
-            size = WIDTH_PX, int(figure["layout"].get("height", HEIGHT_PX))
+            size = {"format": "png", "width": WIDTH_PX, "height": int(figure["layout"].get("height", HEIGHT_PX))}
             shown = {"data": figure["data"], "layout": figure["layout"]}
-            rgba = np.frombuffer(b64decode(page.evaluate(PIXELS, [shown, *size])), np.uint8)
-            pictures.append(png(rgba.reshape(size[1], size[0], 4)[..., :3]))
+            url = page.evaluate("([figure, size]) => Plotly.toImage(figure, size)", [shown, size])
+            pictures.append(small(b64decode(url.partition(",")[2])))
         browser.close()
     return pictures
 
 
-def png(rgb: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    """[height, width, 3] as a PNG with a palette, which takes a third of the bytes. A chart has few colours; those
-    beyond the EXACT most frequent ones are on the edges of letters, and get the nearest of LEVELS ** 3."""
-    height, width, _ = rgb.shape
-    ramp = np.rint(np.arange(LEVELS) * 255 / (LEVELS - 1)).astype(np.uint8)
-    places = np.rint(rgb / 255 * (LEVELS - 1)).astype(np.uint8) @ np.array([LEVELS**2, LEVELS, 1], np.uint8)
-    colours, counts = np.unique(rgb.reshape(-1, 3), axis=0, return_counts=True)
-    frequent = colours[np.argsort(-counts, kind="stable")[:EXACT]]
-    for i, colour in enumerate(frequent):
-        places[(rgb == colour).all(axis=-1)] = LEVELS**3 + i
-    rows = np.pad(places, ((0, 0), (1, 0)))  # each row begins with its filter, 0: none
-    palette = np.stack(np.meshgrid(ramp, ramp, ramp, indexing="ij"), axis=-1).tobytes() + frequent.tobytes()
-    parts = {b"IHDR": struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0), b"PLTE": palette,
-             b"IDAT": zlib.compress(rows.tobytes(), 9), b"IEND": b""}
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts.items())
+def small(png: bytes) -> bytes:
+    """The same picture with a palette of at most COLOURS."""
+    from PIL import Image
+
+    to = BytesIO()
+    Image.open(BytesIO(png)).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(to, "PNG", optimize=True)
+    return to.getvalue()

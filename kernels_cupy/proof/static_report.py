@@ -231,8 +231,8 @@ def without_direction(rung: Rung) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class StaticRow:
-    """One kernel compiled for one architecture. `loop` is None where loops nest, and where K and V are loaded 4 bytes at
-    a time, as integers are: step 3 with float32 queries and an fp8 cache."""
+    """One kernel compiled for one architecture. `loop` is None where loops nest, and where K and V are loaded 4 bytes
+    at a time, as integers are: step 3 with float32 queries and an fp8 cache."""
 
     cubin: Path
     used: Resources
