@@ -17,6 +17,7 @@ from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from notebook_charts import add_pictures
 
 FOLDED = {"hide-input": "source_hidden", "hide-output": "outputs_hidden"}  # tag -> JupyterLab's metadata
 PART_POINTS = 3  # for a part of the system; other exercises count 1
@@ -40,6 +41,8 @@ def run(path: Path, out: Path | None = None) -> None:
                 output.traceback = [f"{output.ename}: {output.evalue}"]
     for cell, metadata in zip(notebook.cells, described(notebook.cells), strict=True):
         cell.metadata = metadata
+    if not add_pictures(notebook):
+        print("its charts are saved without pictures: no chromium or no playwright is installed")
     nbformat.write(notebook, path if out is None else out / path.name)
 
 

@@ -37,7 +37,11 @@ OUTPUTS = """() => window.jupyterapp.shell.currentWidget.content.widgets
 SHUT_DOWN = """async () => {
   await window.jupyterapp.shell.currentWidget.sessionContext.shutdown();
 }"""
-GONE = "the kernel is busy or gone. If the kernel is gone, run the cell again."
+RESTART = """async () => {
+  await window.jupyterapp.shell.currentWidget.sessionContext.restartKernel();
+}"""
+SILENT = "the kernel is busy or gone. If the kernel is gone, run the cell again."
+GONE = "The kernel is gone: run the cell again."
 
 
 def why_not() -> str | None:

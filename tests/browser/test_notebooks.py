@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,8 @@ def to_run():
 
 
 NOTEBOOKS = to_run()
+TO_LOOK_AT = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")
+                    if os.environ.get("BROS_REF_ALL_NOTEBOOKS") or path.name[:2] in ("00", "08", "09"))
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no browser test here: {WHY_NOT}")
 WIDGETS = ".jp-OutputArea-output:has(button, input, select, canvas)"  # outputs that one can operate
@@ -33,10 +37,15 @@ FAILS_ON_PURPOSE = {"raises-exception", "nbval-raises-exception"}
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory):
+def lab_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.fixture(scope="module")
+def context(lab_folder):
     from playwright.sync_api import sync_playwright
 
-    with jupyter_lab(tmp_path_factory.mktemp("lab")) as address, sync_playwright() as playwright:
+    with jupyter_lab(lab_folder) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser.new_context(base_url=address, viewport={"width": 1280, "height": 1600})
         browser.close()
@@ -131,6 +140,41 @@ def test_scripts_take_the_still_away(page):
     run_all(page, "05_continuous_batching.ipynb")
     page.locator("[data-bros-schedule][data-ready]").wait_for()
     assert page.get_by_text("Run this cell to bring it to life.").count() == 0
+
+
+THEME = "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})"
+WAIT_FOR_THEME = "theme => document.body.dataset.jpThemeName === theme"
+BEYOND = """() => [...document.querySelectorAll('.jp-OutputArea-output')].filter((one) => one.offsetWidth > 0
+  && [...one.querySelectorAll('svg, canvas, img, table, input, select, button')].some((part) =>
+    part.getBoundingClientRect().right > one.getBoundingClientRect().right + 1 && !part.closest('.modebar')))
+  .map((one) => one.outerHTML.slice(0, 300))"""
+
+
+@pytest.mark.parametrize("name", TO_LOOK_AT)
+def test_outputs_can_be_read_in_both_themes_and_at_three_widths(page, lab_folder, name):
+    """As `make lab` shows them: trusted, with the saved outputs, before anything has run."""
+    page.set_default_timeout(60_000)
+    trust(lab_folder, name)
+    page.goto(f"/doc/tree/notebooks/{name}")
+    page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.context !== undefined")
+    page.locator(".jp-OutputArea-output").last.wait_for()
+    assert page.get_by_text("Run this cell to bring it to life.").count() == 0, "its scripts ran"
+    for theme in ("JupyterLab Light", "JupyterLab Dark"):
+        page.evaluate(THEME, theme)
+        page.wait_for_function(WAIT_FOR_THEME, arg=theme)
+        for width in (700, 900, 1280):
+            page.set_viewport_size({"width": width, "height": 1600})
+            assert violations(page, ".jp-OutputArea-output:has(svg, canvas, img)") == [], (theme, width)
+            assert page.evaluate(BEYOND) == [], (theme, width)
+    assert page.away == []
+    assert page.errors == []
+
+
+def trust(lab_folder, name):
+    """Signs a notebook for this lab, as `make lab` does."""
+    places = {f"JUPYTER_{kind}_DIR": str(lab_folder / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    subprocess.run([sys.executable, "-m", "nbformat.sign", str(lab_folder / "notebooks" / name)], check=True,
+                   capture_output=True, env={**os.environ, **places})
 
 
 def plays_through(root):

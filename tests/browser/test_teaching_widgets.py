@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from browser.jupyter import CHROMIUM, FLAGS, GONE, RUN_ALL, SHUT_DOWN, jupyter_lab, why_not
+from browser.jupyter import CHROMIUM, FLAGS, GONE, RESTART, RUN_ALL, jupyter_lab, why_not
 from browser.pages import wait_for
 
 from bros_ref.viz.widgets.causal_mask import BLOCK_SIZES, CausalMaskExplorer, MaskSetting, mask_note, mask_svg
@@ -153,7 +153,6 @@ def test_the_pool_panel_in_the_lab(browser, tmp_path):
         page.get_by_role("button", name="oldest leaves").click()
         page.get_by_text("r0 left; 0 of 3 blocks in use").wait_for()
         assert page.get_by_text(GONE).count() == 0
-        page.evaluate(SHUT_DOWN)
-        page.get_by_role("button", name="new request").click()
-        page.get_by_text(GONE).wait_for()
+        page.evaluate(RESTART)
+        page.get_by_text(GONE).wait_for()  # before anything is clicked
         page.close()

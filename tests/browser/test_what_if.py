@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import nbformat
 import pytest
-from browser.jupyter import GONE, OUTPUTS, RUN_ALL, SHUT_DOWN, jupyter_lab, why_not
+from browser.jupyter import GONE, OUTPUTS, RUN_ALL, SHUT_DOWN, SILENT, jupyter_lab, why_not
 from browser.pages import opened, violations, wait_for
 
 from bros_ref.viz.widgets.what_if import WhatIf, sentence
@@ -71,7 +71,7 @@ def test_a_kernel_that_does_not_answer_is_named(chromium, tmp_path, made):
     page.clock.run_for(5_000)
     assert root.get_by_role("status").inner_text() == "asking the simulator ..."
     page.clock.run_for(6_000)
-    assert GONE in root.get_by_role("status").inner_text()
+    assert SILENT in root.get_by_role("status").inner_text()
     root.get_by_label("policy").select_option("vllm-fcfs")  # answered beforehand
     page.clock.run_for(11_000)
     assert root.get_by_role("status").inner_text() == sentence(made.answers["0 1 0"])
@@ -109,6 +109,9 @@ def test_in_the_lab_the_kernel_answers(chromium, tmp_path):
         assert root.locator("svg path title").count() == 4
         assert violations(page, "[data-bros-what-if]") == []
         page.evaluate(SHUT_DOWN)
+        page.get_by_text(GONE).wait_for()  # before anything is chosen
         rate.press("ArrowLeft")
-        page.get_by_text(GONE).wait_for()
+        assert status.inner_text() == GONE
+        rate.press("ArrowRight")
+        assert status.inner_text().startswith("bros: RT on time"), "what was answered is still there"
         page.close()

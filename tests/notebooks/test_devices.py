@@ -1,9 +1,9 @@
 """What would go wrong on a GPU, as far as a CPU can show it: 16-bit weights, and what the code of the cells says.
 
-The notebooks that compute with a model's weights run with them in fp16, which is what a GPU has. Two more rules are
-read from the syntax of all cells, which no CPU run could break: `.numpy()` stands only behind `.cpu()`, and a cell
-that reads a clock also waits for the device. Names are not followed into other cells; the package's own timing
-(`bench/machine.py`) has a test of its own.
+The notebooks that compute with a model's weights run with them in fp16 and bf16, which is what older and newer GPUs
+use (`engine/build.py: half_precision`). Two more rules are read from the syntax of all cells, which no CPU run could
+break: `.numpy()` stands only behind `.cpu()`, and a cell that reads a clock also waits for the device. Names are not
+followed into other cells; the package's own timing (`bench/machine.py`) has a test of its own.
 """
 
 import ast
@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
-# The model in fp16; times are made up and sizes stay small, because this is not about speed.
+# The model in 16 bits; times are made up and sizes stay small, because this is not about speed.
 SIXTEEN_BITS = """
 from dataclasses import replace
 
@@ -34,9 +34,9 @@ def load_in_16_bits(name, *arguments, **more):
     if name == "checksum":
         return loaded
     config = replace(loaded.config, num_layers=min({layers}, loaded.config.num_layers))
-    weights = {{key: weight.half() for key, weight in loaded.parameters.items()}}
-    model = Decoder(config, weights, torch.float16, "cpu")
-    return replace(loaded, model=model, dtype=torch.float16, parameters=weights)
+    weights = {{key: weight.to({dtype}) for key, weight in loaded.parameters.items()}}
+    model = Decoder(config, weights, {dtype}, "cpu")
+    return replace(loaded, model=model, dtype={dtype}, parameters=weights)
 
 
 build.load_model = load_in_16_bits
@@ -46,16 +46,19 @@ machine.measured = lambda sizes, seconds_of, **limits: {{size: seconds_of(size) 
 """
 
 
-@pytest.mark.parametrize(("number", "layers"), [("00", 1), ("01", 99), ("02", 99), ("03", 99)])
-def test_a_notebook_runs_with_weights_in_16_bits(number, layers):
+COMPARE_NUMBERS = [(number, 99, f"torch.{name}") for number in ("01", "02", "03") for name in ("float16", "bfloat16")]
+
+
+@pytest.mark.parametrize(("number", "layers", "dtype"), [("00", 1, "torch.float16"), *COMPARE_NUMBERS])
+def test_a_notebook_runs_with_weights_in_16_bits(number, layers, dtype):
     """Up to the exercises, whose answers are numbers of tokens and bytes. 00 serves a thousand tokens three times and
     compares no numbers of the model, so one layer does there."""
     path = next(path for path in NOTEBOOKS if path.name.startswith(number))
     notebook = nbformat.read(path, as_version=4)
     last = next(i for i, cell in enumerate(notebook.cells) if "## Exercises" in cell.source)
     del notebook.cells[last:]
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(SIXTEEN_BITS.format(layers=layers)))
-    notebook.cells.append(nbformat.v4.new_code_cell("assert loaded.dtype == torch.float16\nprint('reached the end')"))
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(SIXTEEN_BITS.format(layers=layers, dtype=dtype)))
+    notebook.cells.append(nbformat.v4.new_code_cell(f"assert loaded.dtype == {dtype}\nprint('reached the end')"))
     NotebookClient(notebook, timeout=300, kernel_name="python3",
                    resources={"metadata": {"path": str(path.parent)}}).execute()
     assert notebook.cells[-1].outputs[0].text == "reached the end\n"

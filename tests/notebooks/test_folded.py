@@ -76,7 +76,7 @@ def test_outputs_that_answer_predict_are_folded(path):
 
 
 @pytest.mark.parametrize("path", BUILT_BY_HAND, ids=lambda path: path.stem)
-def test_the_reader_builds_a_part_and_measures_it(path):
+def test_the_reader_builds_a_part(path):
     """The stub says what to do in numbered steps; the check stands right below it, and then the folded answer."""
     cells = json.loads(path.read_text())["cells"]
     tags = [set(cell["metadata"].get("tags", ())) for cell in cells]
@@ -85,11 +85,23 @@ def test_the_reader_builds_a_part_and_measures_it(path):
     stub, check = cells[built[0] - 2], cells[built[0] - 1]
     assert "# 1 " in "".join(stub["source"]) or "// 1 " in "".join(stub["source"])
     assert "check_against(" in "".join(check["source"])
-    assert any("## Live on your device\n" in cell["source"] for cell in cells if cell["cell_type"] == "markdown")
 
 
 def test_four_notebooks_have_a_part_to_build():
     assert len(BUILT_BY_HAND) == 4
+
+
+def test_every_part_of_the_system_is_measured_on_the_device_at_hand():
+    """In a section of its own, which names the device."""
+    live = []
+    for path in NOTEBOOKS:
+        cells, section = json.loads(path.read_text())["cells"], []
+        for cell in cells:
+            if cell["cell_type"] == "markdown" and (headings := re.findall("^## .*", "".join(cell["source"]), re.M)):
+                section = headings
+            elif "## Live on your device" in section and "device_line(" in "".join(cell["source"]):
+                live.append(path.name[:2])
+    assert sorted({"01", "02", "03", "04", "05", "06", "07", "08", "09"} - set(live)) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -91,6 +91,19 @@ def test_a_saved_drawing_or_widget_needs_no_script(path):
                 assert ElementTree.fromstring(image).tag.endswith("svg")
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_saved_chart_has_a_picture(path):
+    """GitHub runs no script, so it shows nothing of a chart alone."""
+    for cell in json.loads(path.read_text())["cells"]:
+        for output in cell.get("outputs", ()):
+            if chart := output.get("data", {}).get("application/vnd.plotly.v1+json"):
+                page = "".join(output["data"]["text/html"])
+                image = re.fullmatch(r'<img alt="[^"]+: [^"]+" [^>]*src="data:image/png;base64,([^"]+)">', page)
+                picture = base64.b64decode(image[1])
+                width, height = int.from_bytes(picture[16:20]), int.from_bytes(picture[20:24])
+                assert (width, height) == (700, chart["layout"].get("height", 450)), "run it: make notebooks"
+
+
 def test_the_notebooks_have_drawings_and_widgets():
     saved = [output.get("data", {}) for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]
              for output in cell.get("outputs", ())]

@@ -130,7 +130,8 @@ def slowdown_frontier(floor: dict[str, Any], unbounded: dict[str, Any],
     for x in sorted(bounded):
         figure.add_vline(x, line={"color": MUTED, "dash": "dot", "width": 1})
     figure.add_scatter(x=slowed, y=shares, mode="lines+markers+text", text=[f"  {name}" for name, _ in runs],
-                       textposition="bottom right", textfont={"color": INK, "size": 13}, cliponaxis=False,
+                       textposition=["bottom right"] * len(bounded) + ["top left"],  # the last stands at the edge
+                       textfont={"color": INK, "size": 13}, cliponaxis=False,
                        line={"color": look.colour, "width": 2}, marker={"color": look.colour, "size": 11},
                        hovertemplate="%{text}: RT latency %{x:.2f} times the floor, %{y:.0%} of BE<extra></extra>")
     figure.update_xaxes(title_text="RT latency per token, as a multiple of rt-only's", rangemode="normal")

@@ -87,12 +87,13 @@ def shown_end_s(trace: Trace, max_requests: int) -> float:
 
 
 def _mark_classes(figure: go.Figure, num_rt: int, num_rows: int) -> None:
-    """A line between the classes, and their names at the right edge."""
+    """A line between the classes, and their names at the right edge, short where few rows leave no room."""
     if 0 < num_rt < num_rows:
         figure.add_hline(num_rt - 0.5, line={"color": INK, "width": 1.5})
     for name, first, count in (("rt", 0, num_rt), ("be", num_rt, num_rows - num_rt)):
         if count:
-            figure.add_annotation(text=f"<b>{CLASS_LABELS[name]}</b>", x=1.0, xref="paper", xanchor="left",
+            label = CLASS_LABELS[name] if count > 6 else name.upper()
+            figure.add_annotation(text=f"<b>{label}</b>", x=1.0, xref="paper", xanchor="left",
                                   y=first + (count - 1) / 2, textangle=90, showarrow=False, xshift=6,
                                   font={"size": 13})
 

@@ -1,9 +1,9 @@
-// Asks the kernel after every click in the panel around it, and says so if there is no answer.
+// Says so when the kernel goes. Also asks it after every click in the panel around it, and says if there is no answer.
 function render({ model, el }) {
-  let waiting = null;
+  let waiting = null, gone = false;
   el.setAttribute('role', 'status');
   const ask = (event) => {
-    if (!el.closest('.widget-vbox')?.contains(event.target)) return;
+    if (gone || !el.closest('.widget-vbox')?.contains(event.target)) return;
     waiting ??= setTimeout(() => { el.textContent = SILENT; }, PATIENCE_MS);
     model.set('asked', model.get('asked') + 1);
     model.save_changes();
@@ -15,6 +15,14 @@ function render({ model, el }) {
     el.textContent = '';
   });
   document.addEventListener('click', ask, true); // before the button's own handler, which may fail without a kernel
-  return () => document.removeEventListener('click', ask, true);
+  const stop = whenKernelGoes(model, () => {
+    gone = true;
+    clearTimeout(waiting);
+    el.textContent = GONE;
+  });
+  return () => {
+    document.removeEventListener('click', ask, true);
+    stop();
+  };
 }
 export default { render };

@@ -13,7 +13,7 @@ each('race', (root, data) => {
   };
   const bar = (slack, ran) => {
     const axis = document.createElement('div'), from = Math.min(share(0), share(slack));
-    axis.style.cssText = 'position:relative;height:14px;width:200px';
+    axis.style.cssText = 'position:relative;height:14px;width:clamp(80px, 20vw, 200px)';
     const look = `top:1px;height:10px;border:1px solid ${c.rt};background:${ran ? c.rt : 'none'}`;
     axis.append(box(from, `${Math.abs(share(slack) - share(0))}%`, look));
     axis.append(box(share(0), '2px', `top:0;height:14px;background:${c.late}`));

@@ -28,11 +28,11 @@ function whatIf(root, data, ask) {
     if (known[key]) show(key, ...known[key]);
     else {
       picture.style.opacity = 0.3; // it is the picture of the last answer
-      status.textContent = ask ? 'asking the simulator ...'
+      status.textContent = root.dataset.gone ? GONE : ask ? 'asking the simulator ...'
         : 'This setting was not asked beforehand: run the cell, and the kernel answers.';
     }
     // A slider on its way is not asked at every value. What is known is asked too: the picture shows later answers.
-    if (ask) {
+    if (ask && !root.dataset.gone) {
       waiting = setTimeout(() => {
         if (!known[key]) silent = setTimeout(() => { status.textContent = SILENT; }, PATIENCE_MS);
         ask(key);
@@ -51,6 +51,11 @@ function live({ model, el }) {
   const data = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
   const show = whatIf(root, data, (key) => { model.set('question', key); model.save_changes(); });
   model.on('change:reply', () => show(...model.get('reply')));
+  return whenKernelGoes(model, () => {
+    if (root.dataset.gone) return;
+    root.dataset.gone = 'yes'; // what was answered so far can still be chosen
+    root.querySelector('[role=status]').textContent += ` ${GONE}`;
+  });
 }
 
 // In a page of its own.

@@ -21,6 +21,7 @@ from bros_ref.viz.widgets.panels import SteppedEngine
 from bros_ref.viz.widgets.player import step_note
 
 MAX_CHARACTERS = 160  # shown of a text: its last ones
+CELL = f"text-align:left;vertical-align:top;background:{PAPER};color:{INK}"  # JupyterLab has looks of its own
 
 
 class StreamingEngine(SteppedEngine, Protocol):
@@ -105,7 +106,7 @@ class AskPanel:
             pool = block_map(self.trace, len(steps) - 1)
         spans = phase_steps(self.trace)
         rows = "".join(self._row(name, slack_s.get(name), spans) for name in self.trace.requests)
-        head = "".join(f'<th scope="col" style="text-align:left">{title}</th>'
+        head = "".join(f'<th scope="col" style="{CELL}">{title}</th>'
                        for title in ("request", "in the last step", "slack", "text so far"))
         self.picture.value = (
             f'<div data-bros-ask data-count="{len(steps)}" data-asked="{self.asked}" style="background:{PAPER};'
@@ -120,7 +121,7 @@ class AskPanel:
                  self._state(request_id, spans), "" if slack_s is None else f"{1e3 * slack_s:.0f} ms",
                  f"… {text[-MAX_CHARACTERS:]}" if len(text) > MAX_CHARACTERS else text)
         return (f'<tr data-request="{escape(request_id)}">'
-                + "".join(f'<td style="vertical-align:top">{escape(cell)}</td>' for cell in cells) + "</tr>")
+                + "".join(f'<td style="{CELL}">{escape(cell)}</td>' for cell in cells) + "</tr>")
 
     def _state(self, request_id: str, spans: dict[str, list[tuple[str, int, int]]]) -> str:
         if any(request_id in step.finished for step in self.trace.steps):

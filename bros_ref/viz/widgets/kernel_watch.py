@@ -1,7 +1,8 @@
-"""A line in a panel that tells the reader when the kernel does not answer.
+"""A line in a panel that tells the reader when the kernel is gone or does not answer.
 
-A button of ipywidgets does nothing at all when its kernel is gone. Front ends differ in what they know of a kernel, so
-this asks: every click in the panel is followed by a message that the kernel answers at once.
+A button of ipywidgets does nothing at all when its kernel is gone. JupyterLab knows when a kernel ends or restarts, and
+the line appears at that moment. Other front ends know less, so this also asks: every click in the panel is followed by
+a message that the kernel answers at once.
 """
 
 from __future__ import annotations

@@ -226,8 +226,8 @@ class PriorityRace:
                 f'<svg class="race" viewBox="0 0 {WIDTH} {TOP + PLOT_H + BELOW}" role="img" style="display:block;'
                 f'max-width:{WIDTH}px" aria-label="slack over time of {len(self.runners)} real-time requests" '
                 f'xmlns="http://www.w3.org/2000/svg">{STYLE}{self.chart(self.start)}</svg>'
-                f'<table style="font-size:13px;min-width:{WIDTH}px"><caption style="text-align:left">{CAPTION}'
-                f"</caption><thead><tr>{head}</tr></thead><tbody></tbody></table>")
+                f'<table style="font-size:13px;width:100%;max-width:{WIDTH}px"><caption style="text-align:left">'
+                f"{CAPTION}</caption><thead><tr>{head}</tr></thead><tbody></tbody></table>")
         return widget_html("race", repr(self), body, self.data(), ("controls.js", "priority_race.js"))
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
