@@ -2,10 +2,9 @@
 //
 // Changed from step 2:
 //   Group: the query heads that share a KV head are served together, so K and V are read once (once per 8 heads).
-//   Loads: 16 bytes per lane. LANES neighbouring lanes (a team) hold a row, and a warp reads several rows at once.
+//   Loads: 16 bytes per lane (8 of fp8). LANES neighbouring lanes (a team) hold a row, and a warp reads several rows at once.
 //   Split: a sequence's blocks are cut into num_splits pieces, one thread block each, merged by log-sum-exp
 //     (merge.cuh), so that one long sequence fills the GPU. Online softmax again: one pass, nothing in shared memory.
-//   fp8 cache: half the bytes a load, decoded in registers (fp8.cuh).
 //   Direction: slots are walked in physical order and the direction changes only the mask, so both directions issue
 //     the same loads. The last block is walked whole; slots of others in it are not read.
 // Bytes per output row of D values: 4 * D * context / G of K and V in fp16, once; pieces add 4 * (D + 1) each.
@@ -53,7 +52,7 @@ __device__ __forceinline__ Row load_row(const cache_t* row, int lane, bool ours)
     for (int i = 0; i < PER_LANE; i++) {
         int vector = lane + LANES * i;
         Piece piece = {};
-        if (ours && vector < VECTORS) piece = *(const Piece*)(row + vector * VECTOR);
+        if (vector < VECTORS && ours) piece = *(const Piece*)(row + vector * VECTOR);
 #pragma unroll
         for (int j = 0; j < VECTOR / 4; j++) decode(piece.words[j], share.values + i * VECTOR + 4 * j);
     }
