@@ -76,15 +76,15 @@ class Rung:
 
 
 LADDER = (
-    Rung("0", DECODE_STEPS[0].file, "a thread a head"),
-    Rung("1", DECODE_STEPS[1].file, "a warp a head"),
-    Rung("2", DECODE_STEPS[2].file, "a block a head, two passes"),
+    Rung("0", DECODE_STEPS[0].file, "one thread per head"),
+    Rung("1", DECODE_STEPS[1].file, "one warp per head"),
+    Rung("2", DECODE_STEPS[2].file, "one block per head, two passes"),
     Rung("3", DECODE_STEPS[3].file, "split-KV, 16-byte loads, the group in registers", "LDG",
          "8-byte loads, decoded in registers"),
     Rung("4", DECODE_STEPS[4].file, "tensor cores, a cp.async ring, swizzled tiles", "LDGSTS"),
     Rung("5", DECODE_STEPS[5].file, "an even share of all tiles for every warp, heads as N", "LDGSTS",
          "operands decoded after ldmatrix"),
-    Rung("prefill 0", PLAIN, "a warp a query row, any dtype", fp8="decoded byte by byte"),
+    Rung("prefill 0", PLAIN, "one warp per query row, any dtype", fp8="decoded byte by byte"),
     Rung("prefill 1", TENSOR_CORES, "32 query rows a warp on tensor cores", "LDGSTS",
          "operands decoded after ldmatrix"),
 )
