@@ -1,5 +1,6 @@
 """K and V in FP8: what is stored, what attention makes of it, and that serving moves it without changing it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -148,6 +149,9 @@ def test_what_cannot_have_fp8_is_refused():
     assert isinstance(checksum.model, ChecksumModel)
     with pytest.raises(ValueError, match=r"computes in floating point; this one has torch\.int64"):
         make_runner(checksum, LiveSettings(kv_blocks=8, kv_dtype="fp8"))
+    split = dataclasses.replace(load_model("random:llama", "cpu"), ranks=object())  # refused before a rank is asked
+    with pytest.raises(ValueError, match="split over devices cannot have an fp8 KV cache"):
+        make_runner(split, LiveSettings(kv_blocks=8, kv_dtype="fp8"))
 
 
 def test_perplexity_is_that_of_the_text_and_fp8_changes_it_a_little():
